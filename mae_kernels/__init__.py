@@ -1,0 +1,27 @@
+"""Fused ops for masked-autoencoder training: drop-in for the published pipeline, on any device PyTorch has."""
+
+from mae_kernels import reference
+from mae_kernels.backend import use_backend, why_not_triton
+from mae_kernels.gather_tokens import gather_tokens
+from mae_kernels.masked_mse import masked_mse
+from mae_kernels.masking import Masking, masking_from_mask, random_masking
+from mae_kernels.patch_embed import patch_embed
+from mae_kernels.patchify import patchify, unpatchify
+from mae_kernels.scatter_mask_tokens import scatter_mask_tokens
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Masking",
+    "gather_tokens",
+    "masked_mse",
+    "masking_from_mask",
+    "patch_embed",
+    "patchify",
+    "random_masking",
+    "reference",
+    "scatter_mask_tokens",
+    "unpatchify",
+    "use_backend",
+    "why_not_triton",
+]

@@ -1,0 +1,156 @@
+"""Checks of arguments. Every message names the op, the argument, what was expected, what came, and the remedy."""
+
+import torch
+from torch import Tensor
+
+from mae_kernels import backend
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def tensor(op: str, name: str, x: Tensor, *shapes: tuple[int | str, ...]) -> None:
+    """A tensor of one of the shapes; a letter stands for any size."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    if not any(_fits(x.shape, shape) for shape in shapes):
+        # Sizes are formatted only here: formatting a symbolic size would fix it for torch.compile.
+        expected = " or ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
+        raise ValueError(f"{op}: {name} must be {expected}, got shape {tuple(x.shape)}")
+
+
+def _fits(sizes: torch.Size, shape: tuple[int | str, ...]) -> bool:
+    return len(sizes) == len(shape) and all(
+        isinstance(expected, str) or size == expected for size, expected in zip(sizes, shape, strict=True)
+    )
+
+
+def floating(op: str, name: str, x: Tensor) -> None:
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {dtype_name(x)}")
+
+
+def same_device(op: str, anchor_name: str, anchor: Tensor, **others: Tensor | None) -> None:
+    for name, x in others.items():
+        if x is not None and x.device != anchor.device:
+            raise ValueError(f"{op}: {name} is on {x.device}, but {anchor_name} is on {anchor.device}")
+
+
+def patch_size(op: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    """Normalise to ``(ph, pw)``."""
+    size = (value, value) if isinstance(value, int) else tuple(value)
+    if len(size) == 3:
+        raise ValueError(f"{op}: patch_size {size} has three dimensions; video and volumes are not supported yet")
+    if len(size) != 2 or not all(isinstance(p, int) and p > 0 for p in size):
+        raise ValueError(f"{op}: patch_size must be a positive int or a pair of them, got {value!r}")
+    return size
+
+
+def images(op: str, x: Tensor, patch: tuple[int, int] | None) -> None:
+    """``[N, C, H, W]``, not empty, and divisible into patches."""
+    if isinstance(x, Tensor) and x.ndim == 5:
+        raise ValueError(
+            f"{op}: images have shape {tuple(x.shape)}; video and volumes [N, C, T, H, W] are not supported yet, "
+            "pass images [N, C, H, W]"
+        )
+    tensor(op, "images", x, ("N", "C", "H", "W"))
+    if x.dtype != torch.uint8 and x.dtype not in _FLOATS:
+        raise TypeError(f"{op}: images must be uint8, float32, float16, bfloat16 or float64, got {dtype_name(x)}")
+    for size, dimension in zip(x.shape, ("batch", "channel dimension", "height", "width"), strict=True):
+        if size == 0:
+            raise ValueError(f"{op}: the {dimension} of images is empty, got shape {tuple(x.shape)}")
+    if patch is not None:
+        for size, p, side in zip(x.shape[2:], patch, ("height", "width"), strict=True):
+            if size % p:
+                raise ValueError(f"{op}: images {side} {size} is not a multiple of the patch {side} {p}")
+
+
+def mean_std(op: str, mean, std, images: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Both as tensors of C values beside the images, or both None; sequences in the precision of dtype."""
+    if (mean is None) != (std is None):
+        given, missing = ("mean", "std") if std is None else ("std", "mean")
+        raise ValueError(f"{op}: {given} was given without {missing}; pass both or neither")
+    if mean is None:
+        return None, None
+    return _per_channel(op, "mean", mean, images, dtype), _per_channel(op, "std", std, images, dtype)
+
+
+def _per_channel(op: str, name: str, values, images: Tensor, dtype: torch.dtype) -> Tensor:
+    if not isinstance(values, Tensor):
+        if name == "std" and not all(v > 0 for v in values):
+            raise ValueError(f"{op}: std must be positive, got {list(values)}")
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        values = torch.tensor(values, dtype=dtype, device=images.device)
+    floating(op, name, values)
+    same_device(op, "images", images, **{name: values})
+    if values.numel() != images.shape[1]:
+        raise ValueError(f"{op}: {name} has {values.numel()} values, but images have {images.shape[1]} channels")
+    return values.flatten()
+
+
+def mask_ratio(op: str, value: float) -> None:
+    if not 0 < value < 1:  # NaN included
+        raise ValueError(f"{op}: mask_ratio must lie strictly between 0 and 1, got {value}")
+
+
+def not_empty(op: str, name: str, x: Tensor) -> None:
+    if 0 in x.shape:
+        raise ValueError(f"{op}: {name} is empty, got shape {tuple(x.shape)}")
+
+
+def table(op: str, name: str, x: Tensor, rows: int | str, width: int) -> Tensor:
+    """``[rows, width]``, or the same with a leading 1, which is dropped."""
+    tensor(op, name, x, (rows, width), (1, rows, width))
+    floating(op, name, x)
+    return x[0] if x.ndim == 3 else x
+
+
+def layout(op: str, value: str) -> None:
+    if value not in ("pqc", "cpq"):
+        raise ValueError(f"{op}: layout must be 'pqc' or 'cpq', got {value!r}")
+
+
+def ids(op: str, name: str, x: Tensor, batch_size: int, num_patches: int) -> None:
+    """``[N, K]`` int64 with ``0 < K <= L``; the values are checked where the op runs, see :func:`id_values`."""
+    tensor(op, name, x, ("N", "K"))
+    if x.dtype != torch.int64:
+        raise TypeError(f"{op}: {name} must be int64, got {dtype_name(x)}; call .long()")
+    if x.shape[0] != batch_size:
+        raise ValueError(f"{op}: {name} has {x.shape[0]} rows for a batch of {batch_size}")
+    if x.shape[1] == 0:
+        raise ValueError(f"{op}: {name} is empty, got shape {tuple(x.shape)}")
+    if x.shape[1] > num_patches:
+        raise ValueError(f"{op}: {name} has {x.shape[1]} ids per sample, but there are only {num_patches} patches")
+
+
+def id_values(op: str, name: str, x: Tensor, num_patches: int) -> None:
+    """In range and unique in each row. Runs inside the op, on the CPU always, elsewhere with MAE_KERNELS_DEBUG=1."""
+    if x.device.type != "cpu" and not backend.DEBUG:
+        return
+    outside = (x < 0) | (x >= num_patches)
+    if outside.any():
+        n, k = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"{op}: {name}[{n}, {k}] is {x[n, k].item()}, out of range for {num_patches} patches, 0 to {num_patches - 1}"
+        )
+    seen = x.new_zeros(x.shape[0], num_patches, dtype=torch.bool).scatter_(1, x, True)
+    repeats = seen.sum(dim=1) < x.shape[1]
+    if repeats.any():
+        n = repeats.nonzero()[0].item()
+        values, counts = x[n].unique(return_counts=True)
+        raise ValueError(f"{op}: {name}[{n}] holds the id {values[counts > 1][0].item()} more than once")
+
+
+def mask_values(op: str, name: str, x: Tensor) -> None:
+    """Only 0 and 1. Runs inside the op, on the CPU always, elsewhere with MAE_KERNELS_DEBUG=1."""
+    if x.dtype == torch.bool or (x.device.type != "cpu" and not backend.DEBUG):
+        return
+    other = (x != 0) & (x != 1)
+    if other.any():
+        n, patch = other.nonzero()[0].tolist()
+        raise ValueError(
+            f"{op}: {name}[{n}, {patch}] is {x[n, patch].item():g}; only 0 (visible) and 1 (masked) are allowed"
+        )
+
+
+def dtype_name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")

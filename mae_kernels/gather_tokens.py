@@ -1,0 +1,89 @@
+"""Select tokens of each sample by id."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mae_kernels import backend, checks
+from mae_kernels.registration import define
+from mae_kernels.rows import as_rows, row_ids
+
+
+def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Select tokens of each sample: ``out[n, k] = tokens[n, ids[n, k]]``.
+
+    Args:
+        tokens: ``[N, L, D]`` floating. Slices such as ``x[:, 1:]`` are read in place.
+        ids: ``[N, K]`` int64, unique in each row: the gradient is a gather too, without accumulation.
+
+    Returns:
+        ``[N, K, D]`` in the dtype of tokens, differentiable in tokens.
+
+    Raises:
+        TypeError, ValueError: see the message. Ids are checked on the CPU, elsewhere with ``MAE_KERNELS_DEBUG=1``.
+
+    Equivalent PyTorch: ``torch.gather(tokens, 1, ids[..., None].expand(-1, -1, D))``.
+    """
+    op = "gather_tokens"
+    checks.tensor(op, "tokens", tokens, ("N", "L", "D"))
+    checks.floating(op, "tokens", tokens)
+    checks.not_empty(op, "tokens", tokens)
+    checks.ids(op, "ids", ids, tokens.shape[0], tokens.shape[1])
+    checks.same_device(op, "tokens", tokens, ids=ids)
+    backend.require(op, tokens)
+    return _GatherTokens.apply(tokens, ids)
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(tokens, ids):
+        return _gather_tokens(tokens, ids)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        tokens, ids = inputs
+        ctx.save_for_backward(ids)
+        ctx.num_tokens = tokens.shape[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (ids,) = ctx.saved_tensors
+        return _gather_tokens_backward(grad, ids, ctx.num_tokens), None
+
+
+def _gather_tokens_eager(tokens, ids):
+    checks.id_values("gather_tokens", "ids", ids, tokens.shape[1])
+    table, step = as_rows(tokens)
+    return table.index_select(0, row_ids(ids, step)).view(*ids.shape, -1)
+
+
+def _gather_tokens_fake(tokens, ids):
+    return tokens.new_empty((*ids.shape, tokens.shape[2]))
+
+
+def _gather_tokens_backward_eager(grad, ids, num_tokens):
+    n, k, d = grad.shape
+    # Every row of the result is one row of the gradient, or the one row of zeros behind them.
+    table = grad.new_empty((n * k + 1, d))
+    table[:-1].view(n, k, d).copy_(grad)
+    table[-1] = 0
+    source = torch.full((n, num_tokens), n * k, device=ids.device)
+    source.scatter_(1, ids, torch.arange(n * k, device=ids.device).view(n, k))
+    return table.index_select(0, source.flatten()).view(n, num_tokens, d)
+
+
+def _gather_tokens_backward_fake(grad, ids, num_tokens):
+    return grad.new_empty((grad.shape[0], num_tokens, grad.shape[2]))
+
+
+_gather_tokens = define(
+    "gather_tokens(Tensor tokens, Tensor ids) -> Tensor",
+    eager=_gather_tokens_eager,
+    fake=_gather_tokens_fake,
+)
+_gather_tokens_backward = define(
+    "gather_tokens_backward(Tensor grad, Tensor ids, SymInt num_tokens) -> Tensor",
+    eager=_gather_tokens_backward_eager,
+    fake=_gather_tokens_backward_fake,
+)

@@ -1,0 +1,169 @@
+"""Mean squared error between predictions and the pixels of the masked patches."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mae_kernels import backend, checks
+from mae_kernels.patchify import Layout, gather_patches, normalize_pixels
+from mae_kernels.registration import define
+from mae_kernels.rows import as_rows, row_ids
+
+
+def masked_mse(
+    pred: Tensor,
+    images: Tensor,
+    *,
+    patch_size: int | tuple[int, int],
+    mask: Tensor | None = None,
+    ids_mask: Tensor | None = None,
+    norm_pix: bool = True,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+    eps: float = 1e-6,
+    layout: Layout = "pqc",
+) -> Tensor:
+    """Reconstruction loss over the masked patches of the whole batch; no other target is ever computed.
+
+    ``loss = sum_masked(mean_E((pred - target) ** 2)) / count_masked`` with ``target = patch`` or, with norm_pix,
+    ``target = (patch - mean(patch)) / sqrt(var(patch) + eps)``, var unbiased, both over the E values of the patch.
+
+    Args:
+        pred: ``[N, L, E]`` with mask, ``[N, M, E]`` with ids_mask. Slices such as ``x[:, 1:]`` are read in place.
+        images: ``[N, C, H, W]``, uint8 (read as ``x / 255``) or floating, any strides; a constant of the loss.
+        patch_size: ``ph = pw``, or ``(ph, pw)``, in pixels.
+        mask: ``[N, L]`` bool, or floating 0 and 1; True = masked. Rows may differ in their count.
+        ids_mask: ``[N, M]`` int64: row j of pred belongs to patch ``ids_mask[n, j]``. Exactly one of the two.
+        norm_pix: normalise each target patch by its own mean and standard deviation.
+        mean: C values, subtracted from the (scaled) pixels of each channel before anything else.
+        std: C values, by which each channel is then divided.
+        eps: added to the variance of a patch, inside the root.
+        layout: order of the E values in pred: ``"pqc"`` (row, column, channel: published) or ``"cpq"``.
+
+    Returns:
+        Scalar float32 (float64 for a float64 pred), computed in that precision whatever pred's dtype, autocast
+        included. Differentiable in pred. A mask with nothing masked gives 0 and zero gradients.
+
+    Raises:
+        TypeError, ValueError: see the message. Ids and mask values are checked on the CPU, elsewhere with
+            ``MAE_KERNELS_DEBUG=1``. Non-finite pixels are not an error: the loss becomes NaN.
+
+    Equivalent PyTorch: :func:`mae_kernels.reference.masked_mse`.
+    Source: He et al. 2021, section 3, "Reconstruction target".
+    """
+    op = "masked_mse"
+    patch = checks.patch_size(op, patch_size)
+    checks.images(op, images, patch)
+    checks.layout(op, layout)
+    if images.requires_grad:
+        raise ValueError(f"{op}: images require grad, but the target is a constant of the loss; pass images.detach()")
+    if (mask is None) == (ids_mask is None):
+        raise ValueError(f"{op}: pass exactly one of mask and ids_mask, got {'neither' if mask is None else 'both'}")
+    n, channels = images.shape[:2]
+    num_patches = (images.shape[2] // patch[0]) * (images.shape[3] // patch[1])
+    values = channels * patch[0] * patch[1]
+    if mask is not None:
+        checks.tensor(op, "mask", mask, (n, num_patches))
+        if mask.dtype != torch.bool:
+            checks.floating(op, "mask", mask)
+        rows = num_patches
+    else:
+        checks.ids(op, "ids_mask", ids_mask, n, num_patches)
+        rows = ids_mask.shape[1]
+    checks.tensor(op, "pred", pred, (n, rows, values))
+    checks.floating(op, "pred", pred)
+    checks.same_device(op, "pred", pred, images=images, mask=mask, ids_mask=ids_mask)
+    mean, std = checks.mean_std(op, mean, std, images, pred.dtype)
+    backend.require(op, pred, images)
+    needs_grad = torch.is_grad_enabled() and pred.requires_grad
+    return _MaskedMSE.apply(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad)[0]
+
+
+class _MaskedMSE(torch.autograd.Function):
+    @staticmethod
+    def forward(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad):
+        return _masked_mse(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, residual, scale = output
+        ctx.mark_non_differentiable(residual, scale)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(residual, scale)
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _residual, _scale):
+        residual, scale = ctx.saved_tensors
+        g_pred = _masked_mse_backward(grad, residual, scale, ctx.dtype)
+        return g_pred, None, None, None, None, None, None, None, None, None, None
+
+
+def _masked_mse_eager(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad):
+    n, rows, values = pred.shape
+    dtype = _loss_dtype(pred)
+    num_patches = (images.shape[2] // patch[0]) * (images.shape[3] // patch[1])
+    if mask is None:
+        checks.id_values("masked_mse", "ids_mask", ids_mask, num_patches)
+        flat_ids = row_ids(ids_mask, num_patches)
+        pred_rows = pred.reshape(n * rows, values)
+    else:
+        checks.mask_values("masked_mse", "mask", mask)
+        mask = mask.flatten() != 0
+        flat_ids = mask.nonzero()[:, 0]
+        table, step = as_rows(pred)
+        pred_rows = table.index_select(0, flat_ids // rows * step + flat_ids % rows)
+    count = max(len(flat_ids), 1)
+    scale = torch.full((), 2 / (count * values), dtype=dtype, device=pred.device)
+
+    target = gather_patches(images, flat_ids, patch, layout)  # [masked, E]
+    target = normalize_pixels(target, images.shape[1], mean, std, dtype, layout)
+    if norm_pix:
+        # Two passes: the variance is a sum of squares of centred values, never a difference of large sums.
+        target -= target.mean(dim=1, keepdim=True)
+        variance = torch.linalg.vector_norm(target, dim=1, keepdim=True).square_().div_(values - 1)
+        target *= variance.add_(eps).rsqrt_()
+    residual = torch.sub(pred_rows, target, out=target)
+    loss = torch.linalg.vector_norm(residual, dim=1).square_().sum() * (scale / 2)
+
+    if not needs_grad:
+        return loss, loss.new_empty(0), scale
+    if mask is not None:
+        compact, residual = residual, residual.new_empty((n * rows, values))
+        residual.index_copy_(0, flat_ids, compact).index_fill_(0, mask.logical_not().nonzero()[:, 0], 0)
+    return loss, residual.view(n, rows, values), scale
+
+
+def _masked_mse_fake(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad):
+    loss = pred.new_empty((), dtype=_loss_dtype(pred))
+    residual = loss.new_empty(pred.shape if needs_grad else 0)
+    return loss, residual, torch.empty_like(loss)
+
+
+def _masked_mse_backward_eager(grad, residual, scale, dtype):
+    return torch.mul(residual, grad * scale, out=torch.empty_like(residual, dtype=dtype))
+
+
+def _masked_mse_backward_fake(grad, residual, scale, dtype):
+    return torch.empty_like(residual, dtype=dtype)
+
+
+def _loss_dtype(pred: Tensor) -> torch.dtype:
+    return torch.float64 if pred.dtype == torch.float64 else torch.float32
+
+
+_masked_mse = define(
+    "masked_mse(Tensor pred, Tensor images, Tensor? mask, Tensor? ids_mask, int[2] patch, bool norm_pix, "
+    "Tensor? mean, Tensor? std, float eps, str layout, bool needs_grad) "
+    "-> (Tensor loss, Tensor residual, Tensor scale)",
+    eager=_masked_mse_eager,
+    fake=_masked_mse_fake,
+)
+_masked_mse_backward = define(
+    "masked_mse_backward(Tensor grad, Tensor residual, Tensor scale, ScalarType dtype) -> Tensor",
+    eager=_masked_mse_backward_eager,
+    fake=_masked_mse_backward_fake,
+)

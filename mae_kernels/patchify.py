@@ -1,0 +1,124 @@
+"""Images as patches and back; and the rows of pixels that belong to chosen patches."""
+
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from mae_kernels import checks
+
+Layout = Literal["pqc", "cpq"]
+
+_PATCHES = {"pqc": "n c (h p) (w q) -> n (h w) (p q c)", "cpq": "n c (h p) (w q) -> n (h w) (c p q)"}
+_IMAGES = {"pqc": "n (h w) (p q c) -> n c (h p) (w q)", "cpq": "n (h w) (c p q) -> n c (h p) (w q)"}
+
+
+def patchify(images: Tensor, patch_size: int | tuple[int, int], layout: Layout = "pqc") -> Tensor:
+    """Cut images into patches, row by row.
+
+    Args:
+        images: ``[N, C, H, W]``, any dtype that the ops take.
+        patch_size: ``ph = pw``, or ``(ph, pw)``, in pixels.
+        layout: order of the E values of a patch: ``"pqc"`` (row, column, channel: published) or ``"cpq"``.
+
+    Returns:
+        ``[N, L, E]`` with ``L = (H // ph) * (W // pw)`` and ``E = C * ph * pw``, in the dtype of images.
+
+    Raises:
+        ValueError: sizes that are not multiples of the patch; unknown layout.
+
+    Equivalent PyTorch: ``einops.rearrange(images, "n c (h p) (w q) -> n (h w) (p q c)", p=ph, q=pw)``.
+    """
+    op = "patchify"
+    ph, pw = checks.patch_size(op, patch_size)
+    checks.images(op, images, (ph, pw))
+    checks.layout(op, layout)
+    return rearrange(images, _PATCHES[layout], p=ph, q=pw)
+
+
+def unpatchify(
+    patches: Tensor, patch_size: int | tuple[int, int], image_size: int | tuple[int, int], layout: Layout = "pqc"
+) -> Tensor:
+    """Put patches together again: the inverse of :func:`patchify`.
+
+    Args:
+        patches: ``[N, L, E]``.
+        patch_size: ``ph = pw``, or ``(ph, pw)``, in pixels.
+        image_size: ``H = W``, or ``(H, W)``, in pixels.
+        layout: order of the E values of a patch, see :func:`patchify`.
+
+    Returns:
+        ``[N, C, H, W]`` with ``C = E // (ph * pw)``, in the dtype of patches.
+
+    Raises:
+        ValueError: sizes that do not fit each other; unknown layout.
+
+    Equivalent PyTorch: ``einops.rearrange(patches, "n (h w) (p q c) -> n c (h p) (w q)", h=H // ph, p=ph, q=pw)``.
+    """
+    op = "unpatchify"
+    ph, pw = checks.patch_size(op, patch_size)
+    checks.tensor(op, "patches", patches, ("N", "L", "E"))
+    checks.layout(op, layout)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if height % ph or width % pw or patches.shape[1] != (height // ph) * (width // pw):
+        raise ValueError(
+            f"{op}: patches has {patches.shape[1]} patches per sample, "
+            f"but a {height}x{width} image has {height / ph:g} x {width / pw:g} patches of {ph}x{pw}"
+        )
+    if patches.shape[2] % (ph * pw):
+        raise ValueError(f"{op}: patches has {patches.shape[2]} values per patch, not a multiple of {ph}x{pw}")
+    return rearrange(patches, _IMAGES[layout], h=height // ph, p=ph, q=pw)
+
+
+def gather_patches(images: Tensor, flat_ids: Tensor | None, patch_size: list[int], layout: Layout) -> Tensor:
+    """The patches at ``flat_ids = n * L + l`` (all of them for None) as ``[len(flat_ids), E]``, in the images' dtype.
+
+    A patch is read as whole rows of pixels: the index has one entry per row of a patch, and each row is one copy.
+    """
+    ph, pw = patch_size
+    n, c, height, width = images.shape
+    gh, gw = height // ph, width // pw
+    if flat_ids is None:
+        return rearrange(images, _PATCHES[layout], p=ph, q=pw).reshape(n * gh * gw, c * ph * pw)
+
+    channels_last = images.stride(1) == 1 and c > 1 and images.is_contiguous(memory_format=torch.channels_last)
+    if channels_last:
+        stored = "pqc"
+        pixels = images.permute(0, 2, 3, 1).view(n * height * gw, pw * c)
+        rows = torch.arange(height * gw, device=images.device).view(gh, ph, gw)
+        rows = rearrange(rows, "gh p gw -> (gh gw) p")  # [L, ph]
+    else:
+        stored = "cpq"
+        pixels = images.contiguous().view(n * c * height * gw, pw)
+        rows = torch.arange(c * height * gw, device=images.device).view(c, gh, ph, gw)
+        rows = rearrange(rows, "c gh p gw -> (gh gw) (c p)")  # [L, C * ph]
+    sample, patch = flat_ids // (gh * gw), flat_ids % (gh * gw)
+    index = rows[patch] + (sample * rows.numel())[:, None]  # [len(flat_ids), rows of a patch]
+    patches = pixels.index_select(0, index.flatten())
+    if stored == layout or c == 1:
+        return patches.view(-1, c * ph * pw)
+    a, b = (ph * pw, c) if stored == "pqc" else (c, ph * pw)
+    return patches.view(-1, a, b).transpose(1, 2).reshape(-1, c * ph * pw)
+
+
+def normalize_pixels(
+    patches: Tensor, channels: int, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype, layout: Layout
+) -> Tensor:
+    """``(x - mean[c]) / std[c]`` of patches ``[B, E]``, uint8 read as ``x / 255``, in ``dtype``.
+
+    Computed in float32, or float64 for a float64 result, whatever the dtypes are.
+    """
+    if mean is None and patches.dtype != torch.uint8:
+        return patches.to(dtype)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    patches = patches.to(work).div_(255) if patches.dtype == torch.uint8 else patches.to(work)
+    if mean is not None:
+        mean, std = mean.to(work), std.to(work)
+        if layout == "pqc":
+            by_channel = patches.view(len(patches), -1, channels)  # [B, ph pw, C]
+        else:
+            by_channel = patches.view(len(patches), channels, -1)  # [B, C, ph pw]
+            mean, std = mean[:, None], std[:, None]
+        patches = (by_channel - mean).div_(std).view_as(patches)
+    return patches.to(dtype)

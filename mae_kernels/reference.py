@@ -1,0 +1,104 @@
+"""The definition of every op: the masked autoencoder of He et al. 2021, step by step, in plain PyTorch.
+
+Source: "Masked Autoencoders Are Scalable Vision Learners", https://arxiv.org/abs/2111.06377, section 3.
+Same signatures as the ops, any floating dtype, any device. Each step is written out as published, wasteful as it is
+(every patch is embedded, every index is materialised, the loss covers the visible patches too and is then masked):
+the tests hold the ops against this file in float64, and the benchmarks measure what the ops save.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+
+from mae_kernels.masking import Masking
+
+_PATCHES = {"pqc": "n c (h p) (w q) -> n (h w) (p q c)", "cpq": "n c (h p) (w q) -> n (h w) (c p q)"}
+_IMAGES = {"pqc": "n (h w) (p q c) -> n c (h p) (w q)", "cpq": "n (h w) (c p q) -> n c (h p) (w q)"}
+
+
+def random_masking(batch_size, num_patches, mask_ratio=0.75, *, noise=None, generator=None, device=None):
+    """Section 3, "Masking": shuffle the patches by noise [N, L], keep the first ones, remember the way back."""
+    if noise is None:
+        noise = torch.rand(batch_size, num_patches, generator=generator, device=device, dtype=torch.float32)
+    num_keep = int(num_patches * (1 - mask_ratio))
+    ids_shuffle = torch.argsort(noise, dim=1, stable=True)
+    ids_restore = torch.argsort(ids_shuffle, dim=1)
+    mask = torch.ones_like(noise)
+    mask[:, :num_keep] = 0
+    mask = torch.gather(mask, 1, ids_restore)
+    return Masking(ids_shuffle[:, :num_keep], ids_shuffle[:, num_keep:], ids_restore, mask.bool())
+
+
+def normalize(images, mean=None, std=None, dtype=None):
+    """uint8 pixels to [0, 1], then ``(x - mean[c]) / std[c]``."""
+    if images.dtype == torch.uint8:
+        images = images.to(dtype or torch.get_default_dtype()) / 255
+    if mean is not None:
+        mean, std = (torch.as_tensor(v, dtype=images.dtype, device=images.device) for v in (mean, std))
+        images = (images - mean[:, None, None]) / std[:, None, None]
+    return images
+
+
+def patch_embed(images, weight, bias=None, pos_embed=None, ids_keep=None, *, prefix=None, mean=None, std=None):
+    """Section 3, "MAE encoder": embed all patches, add positions, keep the visible ones, prepend the class token."""
+    images = normalize(images, mean, std, weight.dtype)
+    tokens = F.conv2d(images, weight, bias, stride=weight.shape[2:])
+    tokens = rearrange(tokens, "n d h w -> n (h w) d")
+    if pos_embed is not None:
+        tokens = tokens + pos_embed
+    if ids_keep is not None:
+        tokens = gather_tokens(tokens, ids_keep)
+    if prefix is not None:
+        prefix = prefix.expand(len(tokens), -1, -1)
+        tokens = torch.cat([prefix, tokens], dim=1)
+    return tokens
+
+
+def gather_tokens(tokens, ids):
+    """The tokens [N, L, D] at ids [N, K]."""
+    index = repeat(ids, "n k -> n k d", d=tokens.shape[2]).contiguous()
+    return torch.gather(tokens, 1, index)
+
+
+def scatter_mask_tokens(tokens, mask_token, ids_restore, pos_embed=None, *, num_prefix=1):
+    """Section 3, "MAE decoder": append mask tokens, un-shuffle, add positions to the full set."""
+    prefix, visible = tokens[:, :num_prefix], tokens[:, num_prefix:]
+    num_masked = ids_restore.shape[1] - visible.shape[1]
+    mask_tokens = repeat(mask_token.flatten(), "d -> n m d", n=len(tokens), m=num_masked).contiguous()
+    full = torch.cat([visible, mask_tokens], dim=1)
+    full = gather_tokens(full, ids_restore)
+    full = torch.cat([prefix, full], dim=1)
+    if pos_embed is not None:
+        pos_embed = pos_embed.reshape(-1, pos_embed.shape[-1])
+        has_no_prefix_rows = len(pos_embed) == ids_restore.shape[1]
+        full = full + (F.pad(pos_embed, (0, 0, num_prefix, 0)) if has_no_prefix_rows else pos_embed)
+    return full
+
+
+def patchify(images, patch_size, layout="pqc"):
+    """Images [N, C, H, W] as patches [N, L, E]."""
+    p, q = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    return rearrange(images, _PATCHES[layout], p=p, q=q)
+
+
+def unpatchify(patches, patch_size, image_size, layout="pqc"):
+    """Patches [N, L, E] as images [N, C, H, W]."""
+    p, q = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    return rearrange(patches, _IMAGES[layout], p=p, q=q, h=image_size[0] // p)
+
+
+def masked_mse(
+    pred, images, *, patch_size, mask=None, ids_mask=None, norm_pix=True, mean=None, std=None, eps=1e-6, layout="pqc"
+):
+    """Section 3, "Reconstruction target": squared error per patch, averaged over the masked patches."""
+    target = patchify(normalize(images, mean, std, pred.dtype), patch_size, layout)
+    if norm_pix:
+        patch_mean = target.mean(dim=-1, keepdim=True)
+        patch_var = target.var(dim=-1, keepdim=True)
+        target = (target - patch_mean) / (patch_var + eps).sqrt()
+    if ids_mask is not None:
+        target = gather_tokens(target, ids_mask)
+        mask = torch.ones_like(ids_mask)
+    mask = mask.to(target.dtype)
+    loss = ((pred - target) ** 2).mean(dim=-1)
+    return (loss * mask).sum() / mask.sum()

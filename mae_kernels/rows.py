@@ -1,0 +1,24 @@
+"""Token sequences as one table of rows, so that every selection is a single ``index_select``."""
+
+import torch
+from torch import Tensor
+
+
+def as_rows(tokens: Tensor) -> tuple[Tensor, int]:
+    """View ``[N, T, D]`` as a table ``[rows, D]`` in which token ``t`` of sample ``n`` is row ``n * step + t``.
+
+    Slices such as ``x[:, 1:]`` are viewed, not copied; sequences without such a view are made contiguous.
+    """
+    n, t, d = tokens.shape
+    stride_n, stride_t, stride_d = tokens.stride()
+    if stride_d != 1 or stride_t < d or stride_n % stride_t or stride_n < t * stride_t:
+        tokens, stride_n, stride_t = tokens.contiguous(), t * d, d
+    step = stride_n // stride_t
+    rows = (n - 1) * step + t
+    return tokens.as_strided((rows, d), (stride_t, 1)), step
+
+
+def row_ids(ids: Tensor, step: int, first: int = 0) -> Tensor:
+    """Rows ``n * step + first + ids[n, k]`` of the table, flattened to ``[N * K]``."""
+    starts = torch.arange(first, first + ids.shape[0] * step, step, device=ids.device)  # [N]
+    return (ids + starts[:, None]).flatten()

@@ -1,0 +1,169 @@
+"""Put visible tokens back in their places, mask tokens in the others, and add positions."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mae_kernels import backend, checks
+from mae_kernels.registration import define
+from mae_kernels.rows import as_rows, row_ids
+
+
+def scatter_mask_tokens(
+    tokens: Tensor,
+    mask_token: Tensor,
+    ids_restore: Tensor,
+    pos_embed: Tensor | None = None,
+    *,
+    num_prefix: int = 1,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Assemble the decoder's input from the encoder's visible tokens.
+
+    ``out[n, R + l] = (tokens[n, R + r] if r < K else mask_token) + pos_embed[l]`` with ``r = ids_restore[n, l]``,
+    ``out[n, :R] = tokens[n, :R]``.
+
+    Args:
+        tokens: ``[N, R + K, D]`` floating, prefix tokens first.
+        mask_token: ``[D]`` or ``[1, 1, D]``.
+        ids_restore: ``[N, L]`` int64, a permutation of ``0..L-1`` in each row, see :class:`mae_kernels.Masking`.
+        pos_embed: ``[R + L, D]`` or ``[L, D]``, with or without a leading 1. With ``R + L`` rows the prefix tokens
+            get theirs too.
+        num_prefix: R, the number of prefix tokens.
+        out_dtype: dtype of the result; None promotes tokens, mask_token and pos_embed.
+
+    Returns:
+        ``[N, R + L, D]``, differentiable in tokens, mask_token and pos_embed.
+
+    Raises:
+        TypeError, ValueError: see the message. Ids are checked on the CPU, elsewhere with ``MAE_KERNELS_DEBUG=1``.
+
+    Equivalent PyTorch: :func:`mae_kernels.reference.scatter_mask_tokens`.
+    Source: He et al. 2021, section 3, "MAE decoder".
+    """
+    op = "scatter_mask_tokens"
+    checks.tensor(op, "tokens", tokens, ("N", "R + K", "D"))
+    checks.floating(op, "tokens", tokens)
+    checks.not_empty(op, "tokens", tokens)
+    n, num_tokens, d = tokens.shape
+    if not 0 <= num_prefix < num_tokens:
+        raise ValueError(f"{op}: num_prefix must be at least 0 and less than the {num_tokens} tokens, got {num_prefix}")
+    checks.tensor(op, "mask_token", mask_token, (d,), (1, 1, d))
+    checks.floating(op, "mask_token", mask_token)
+    checks.tensor(op, "ids_restore", ids_restore, ("N", "L"))
+    num_patches = ids_restore.shape[1]
+    checks.ids(op, "ids_restore", ids_restore, n, num_patches)
+    if num_tokens - num_prefix > num_patches:
+        raise ValueError(
+            f"{op}: tokens has {num_tokens - num_prefix} visible tokens per sample behind {num_prefix} prefix tokens, "
+            f"but ids_restore has only {num_patches} patches"
+        )
+    if pos_embed is not None:
+        with_prefix = isinstance(pos_embed, Tensor) and pos_embed.ndim >= 2 and pos_embed.shape[-2] != num_patches
+        pos_embed = checks.table(op, "pos_embed", pos_embed, num_patches + (num_prefix if with_prefix else 0), d)
+    checks.same_device(op, "tokens", tokens, mask_token=mask_token, ids_restore=ids_restore, pos_embed=pos_embed)
+    backend.require(op, tokens)
+
+    if out_dtype is None:
+        out_dtype = torch.promote_types(tokens.dtype, mask_token.dtype)
+        out_dtype = out_dtype if pos_embed is None else torch.promote_types(out_dtype, pos_embed.dtype)
+    elif not out_dtype.is_floating_point:
+        raise TypeError(f"{op}: out_dtype must be a floating dtype, got {out_dtype}")
+    return _ScatterMaskTokens.apply(tokens, mask_token.view(d), ids_restore, pos_embed, num_prefix, out_dtype)
+
+
+class _ScatterMaskTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(tokens, mask_token, ids_restore, pos_embed, num_prefix, out_dtype):
+        return _scatter_mask_tokens(tokens, mask_token, ids_restore, pos_embed, num_prefix, out_dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        tokens, _, ids_restore, pos_embed, ctx.num_prefix, _ = inputs
+        ctx.save_for_backward(ids_restore)
+        ctx.num_tokens = tokens.shape[1]
+        ctx.pos_rows = 0 if pos_embed is None else pos_embed.shape[0]
+        ctx.dtype = tokens.dtype
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (ids_restore,) = ctx.saved_tensors
+        needs_tokens, needs_mask_token, _, needs_pos = ctx.needs_input_grad[:4]
+        needs = [needs_tokens, needs_mask_token, needs_pos]
+        grads = _scatter_mask_tokens_backward(
+            grad, ids_restore, ctx.num_tokens, ctx.num_prefix, ctx.pos_rows, ctx.dtype, needs
+        )
+        g_tokens, g_mask_token, g_pos = (g if need else None for g, need in zip(grads, needs, strict=True))
+        return g_tokens, g_mask_token, None, g_pos, None, None
+
+
+def _scatter_mask_tokens_eager(tokens, mask_token, ids_restore, pos_embed, num_prefix, out_dtype):
+    n, num_tokens, d = tokens.shape
+    num_patches = ids_restore.shape[1]
+    checks.id_values("scatter_mask_tokens", "ids_restore", ids_restore, num_patches)
+    # One table of all tokens and, behind them, the mask token: each row of the result is a row of it.
+    table = tokens.new_empty((n * num_tokens + 1, d), dtype=out_dtype)
+    table[:-1].view(n, num_tokens, d).copy_(tokens)
+    table[-1] = mask_token
+    starts = torch.arange(0, n * num_tokens, num_tokens, device=tokens.device)[:, None]  # [N, 1]
+    source = torch.empty((n, num_prefix + num_patches), dtype=torch.int64, device=tokens.device)
+    source[:, :num_prefix] = starts + torch.arange(num_prefix, device=tokens.device)
+    is_visible = ids_restore < num_tokens - num_prefix
+    source[:, num_prefix:] = torch.where(is_visible, ids_restore + (starts + num_prefix), n * num_tokens)
+    out = table.index_select(0, source.flatten()).view(n, -1, d)
+    if pos_embed is not None:
+        out[:, out.shape[1] - pos_embed.shape[0] :] += pos_embed
+    return out
+
+
+def _scatter_mask_tokens_fake(tokens, mask_token, ids_restore, pos_embed, num_prefix, out_dtype):
+    n, _, d = tokens.shape
+    return tokens.new_empty((n, num_prefix + ids_restore.shape[1], d), dtype=out_dtype)
+
+
+def _scatter_mask_tokens_backward_eager(grad, ids_restore, num_tokens, num_prefix, pos_rows, dtype, needs):
+    needs_tokens, needs_mask_token, needs_pos = needs
+    n, d = grad.shape[0], grad.shape[2]
+    num_keep = num_tokens - num_prefix
+    sum_dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    g_tokens, g_mask_token, g_pos = (grad.new_empty(0) for _ in needs)
+
+    if needs_tokens:
+        positions = torch.arange(ids_restore.shape[1], device=grad.device).expand_as(ids_restore)
+        ids_shuffle = torch.empty_like(ids_restore).scatter_(1, ids_restore, positions)
+        prefix = torch.arange(num_prefix, device=grad.device).expand(n, num_prefix)
+        source = torch.cat([prefix, ids_shuffle[:, :num_keep] + num_prefix], dim=1)  # [N, R + K]
+        table, step = as_rows(grad)
+        g_tokens = table.index_select(0, row_ids(source, step)).view(n, num_tokens, d).to(dtype)
+    if needs_mask_token:
+        # A product with the 0/1 mask sums the masked rows without copying them out.
+        is_masked = (ids_restore >= num_keep).to(grad.dtype)[:, None]  # [N, 1, L]
+        g_mask_token = torch.bmm(is_masked, grad[:, num_prefix:]).sum((0, 1), dtype=sum_dtype)
+    if needs_pos:
+        g_pos = grad[:, grad.shape[1] - pos_rows :].sum(0, dtype=sum_dtype)
+    return g_tokens, g_mask_token, g_pos
+
+
+def _scatter_mask_tokens_backward_fake(grad, ids_restore, num_tokens, num_prefix, pos_rows, dtype, needs):
+    n, d = grad.shape[0], grad.shape[2]
+    sum_dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    outputs = [((n, num_tokens, d), dtype), ((d,), sum_dtype), ((pos_rows, d), sum_dtype)]
+    return tuple(
+        grad.new_empty(shape, dtype=dtype) if need else grad.new_empty(0)
+        for (shape, dtype), need in zip(outputs, needs, strict=True)
+    )
+
+
+_scatter_mask_tokens = define(
+    "scatter_mask_tokens(Tensor tokens, Tensor mask_token, Tensor ids_restore, Tensor? pos_embed, "
+    "SymInt num_prefix, ScalarType out_dtype) -> Tensor",
+    eager=_scatter_mask_tokens_eager,
+    fake=_scatter_mask_tokens_fake,
+)
+_scatter_mask_tokens_backward = define(
+    "scatter_mask_tokens_backward(Tensor grad, Tensor ids_restore, SymInt num_tokens, SymInt num_prefix, "
+    "SymInt pos_rows, ScalarType dtype, bool[3] needs) -> (Tensor g_tokens, Tensor g_mask_token, Tensor g_pos_embed)",
+    eager=_scatter_mask_tokens_backward_eager,
+    fake=_scatter_mask_tokens_backward_fake,
+)

@@ -1,0 +1,33 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+
+model = ["matplotlib", "pillow", "safetensors", "scikit-learn", "tqdm", "tyro"]
+bench = ["pytest", "pytest-benchmark"]
+test = [*model, *bench, "hypothesis", "transformers>=4.57"]
+
+setup(
+    name="mae_kernels",
+    version="0.1.0",
+    description="Fused ops for masked-autoencoder training, and the thin MAE model that trains with them",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["mae_kernels", "mae_kernels.*", "mae", "mae.*"]),
+    package_data={"mae": ["fashion_mnist/*"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.11,<2.16",
+        "triton>=3.6,<4; platform_system == 'Linux'",
+        "einops>=0.8",
+        "numpy",
+    ],
+    extras_require={
+        "demo": model,
+        "bench": bench,
+        "test": test,
+        "dev": [*test, "ruff"],
+    },
+)
