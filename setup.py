@@ -6,7 +6,7 @@ here = Path(__file__).parent
 
 model = ["matplotlib", "pillow", "safetensors", "scikit-learn", "tqdm", "tyro"]
 bench = ["pytest", "pytest-benchmark"]
-test = [*model, *bench, "hypothesis", "transformers>=4.57"]
+test = [*model, *bench, "hypothesis", "transformers>=5.17"]
 
 setup(
     name="mae_kernels",

@@ -1,0 +1,33 @@
+"""A thin masked autoencoder on the ops of mae_kernels: pre-train, reconstruct, probe."""
+
+from mae.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from mae.model import (
+    MODELS,
+    MAEConfig,
+    MAEOutput,
+    MaskedAutoencoder,
+    Reconstruction,
+    mae_vit_base_patch16,
+    mae_vit_demo_patch7,
+    mae_vit_huge_patch14,
+    mae_vit_large_patch16,
+    mae_vit_small_patch16,
+    mae_vit_tiny_patch16,
+)
+
+__all__ = [
+    "MODELS",
+    "CheckpointError",
+    "MAEConfig",
+    "MAEOutput",
+    "MaskedAutoencoder",
+    "Reconstruction",
+    "load_checkpoint",
+    "mae_vit_base_patch16",
+    "mae_vit_demo_patch7",
+    "mae_vit_huge_patch14",
+    "mae_vit_large_patch16",
+    "mae_vit_small_patch16",
+    "mae_vit_tiny_patch16",
+    "save_checkpoint",
+]

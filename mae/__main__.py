@@ -1,0 +1,207 @@
+"""``python -m mae``: pre-train, reconstruct, probe, demo."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from mae.checkpoint import CheckpointError, load_checkpoint
+from mae.data import (
+    Batches,
+    DataError,
+    TrainingImages,
+    find_images,
+    find_labelled_images,
+    read_image,
+    resize_and_crop,
+    to_tensor,
+)
+from mae.demo import DemoConfig, run_demo
+from mae.figures import save_loss, save_reconstructions
+from mae.model import MODELS, MaskedAutoencoder
+from mae.probe import extract_features, linear_probe
+from mae.train import TrainConfig, TrainingStopped, choose_device, train
+
+ModelName = Literal[tuple(MODELS)]
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pre-train a masked autoencoder on a folder of images."""
+
+    data: Path
+    """Folder of images, searched with its sub-folders; no labels are needed."""
+    model: ModelName = "mae_vit_small_patch16"
+    """Architecture."""
+    out: Path = Path("runs/pretrain")
+    """Run folder: model.safetensors, config.json, metrics.jsonl, loss.png, reconstructions.png."""
+    image_size: int = 224
+    """Height and width in pixels, a multiple of the patch."""
+    norm_pix_loss: bool = True
+    """Normalise target patches: better features. Without it the reconstructions are honest pictures."""
+    workers: int = 2
+    """Processes that decode and crop images."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+
+def pretrain(config: PretrainConfig) -> None:
+    files = find_images(config.data)
+    torch.manual_seed(config.train.seed)
+    model = MODELS[config.model](image_size=config.image_size, norm_pix_loss=config.norm_pix_loss)
+    print(f"Pre-training {config.model} on {len(files)} images from {config.data}")
+    batches = Batches(
+        TrainingImages(files, model.config.image_size, model.config.in_chans),
+        steps=config.train.steps,
+        batch_size=config.train.batch_size,
+        workers=config.workers,
+        seed=config.train.seed,
+    )
+    history = train(model, batches, config.train, config.out)
+    save_loss(history, config.out / "loss.png")
+    reconstruct(ReconstructConfig(config.out, (config.data,), config.out / "reconstructions.png"))
+    print(f"The model is in {config.out}. Try it on images that it has not seen:")
+    print(f"  python -m mae reconstruct --checkpoint {config.out} --images FOLDER")
+
+
+@dataclass(frozen=True)
+class ReconstructConfig:
+    """Hide patches of images, predict them, and save masked | reconstruction | original."""
+
+    checkpoint: Path
+    """Run folder, or a checkpoint file of the published code together with --model."""
+    images: tuple[Path, ...]
+    """Image files, or folders of them."""
+    out: Path = Path("reconstructions.png")
+    """Picture to write."""
+    model: ModelName | None = None
+    """Architecture, for a checkpoint file without a config.json beside it."""
+    norm_pix_loss: bool | None = None
+    """Whether the model was trained on normalised pixels, for such a file."""
+    mask_ratio: float = 0.75
+    """Share of hidden patches."""
+    most: int = 18
+    """Take only this many images."""
+    seed: int = 0
+    """Of the masks."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps."""
+
+
+def reconstruct(config: ReconstructConfig) -> None:
+    overrides = {} if config.norm_pix_loss is None else {"norm_pix_loss": config.norm_pix_loss}
+    model = load_checkpoint(config.checkpoint, config.model, **overrides).to(choose_device(config.device))
+    files = [f for path in config.images for f in (find_images(path) if path.is_dir() else [path])]
+    pictures = list(_readable(files, model, most=config.most))
+    if not pictures:
+        raise DataError(f"none of the {len(files)} files can be read")
+    images = torch.stack([picture for picture, _ in pictures]).to(model.cls_token.device)
+    generator = torch.Generator().manual_seed(config.seed)
+    noise = torch.rand(len(images), model.config.num_patches, generator=generator).to(images.device)
+    result = model.reconstruct(images, config.mask_ratio, noise=noise)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    save_reconstructions(result, config.out)
+    print(f"Wrote {len(images)} reconstructions to {config.out}")
+    if result.uses_true_statistics:
+        print("The model was trained on normalised pixels: hidden patches take mean and contrast from the original.")
+
+
+@dataclass(frozen=True)
+class LinprobeConfig:
+    """Train a linear classifier on frozen features and compare with an untrained encoder."""
+
+    checkpoint: Path
+    """Run folder, or a checkpoint file of the published code together with --model."""
+    data: Path
+    """Training images, one sub-folder per class."""
+    test: Path
+    """Test images, the same sub-folders."""
+    model: ModelName | None = None
+    """Architecture, for a checkpoint file without a config.json beside it."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    seed: int = 0
+    """Of the untrained encoder."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps."""
+
+
+def linprobe(config: LinprobeConfig) -> None:
+    device = choose_device(config.device)
+    trained = load_checkpoint(config.checkpoint, config.model).to(device)
+    torch.manual_seed(config.seed)
+    untrained = MaskedAutoencoder(trained.config).to(device)
+    *fit, classes = find_labelled_images(config.data)
+    *test, test_classes = find_labelled_images(config.test)
+    if classes != test_classes:
+        only = sorted(set(classes) ^ set(test_classes))
+        raise DataError(f"{config.data} and {config.test} do not hold the same classes; only in one: {', '.join(only)}")
+    print(f"Linear probe: {len(fit[0])} images to fit, {len(test[0])} to test, {len(classes)} classes")
+    for name, model in {"untrained encoder": untrained, "pre-trained encoder": trained}.items():
+        features = [_features(model, files, labels, config.batch_size) for files, labels in (fit, test)]
+        print(f"  {name:<24}{linear_probe(*features[0], *features[1]):>8.1%}")
+
+
+def _features(model: MaskedAutoencoder, files: list[Path], labels: list[int], batch_size: int):
+    kept: list[int] = []
+
+    def batches() -> Iterator[Tensor]:
+        waiting = []
+        for picture, index in _readable(files, model):
+            waiting.append(picture)
+            kept.append(labels[index])
+            if len(waiting) == batch_size:
+                yield torch.stack(waiting)
+                waiting.clear()
+        if waiting:
+            yield torch.stack(waiting)
+
+    return extract_features(model, batches()), kept
+
+
+def _readable(files: list[Path], model: MaskedAutoencoder, most: int | None = None) -> Iterator[tuple[Tensor, int]]:
+    """``[C, H, W]`` uint8 and the position in files of those that can be read; the others are named and counted."""
+    problems = taken = 0
+    for index, file in enumerate(files):
+        if taken == most:
+            break
+        try:
+            image = read_image(file, model.config.in_chans)
+        except DataError as error:
+            problems += 1
+            print(f"Warning: passed over: {error}", file=sys.stderr)
+            continue
+        taken += 1
+        yield to_tensor(resize_and_crop(image, model.config.image_size)), index
+    if problems:
+        print(f"Warning: {problems} of {len(files)} files cannot be read", file=sys.stderr)
+
+
+def main() -> None:
+    config = tyro.cli(
+        Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
+        | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
+        | Annotated[LinprobeConfig, tyro.conf.subcommand("linprobe")]
+        | Annotated[DemoConfig, tyro.conf.subcommand("demo")],
+        prog="python -m mae",
+        description="Pre-train masked autoencoders, look at their reconstructions, probe their features.",
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+    )
+    commands = {
+        PretrainConfig: pretrain,
+        ReconstructConfig: reconstruct,
+        LinprobeConfig: linprobe,
+        DemoConfig: run_demo,
+    }
+    try:
+        commands[type(config)](config)
+    except (CheckpointError, DataError, TrainingStopped, ValueError) as error:
+        sys.exit(f"mae: {error}")
+
+
+if __name__ == "__main__":
+    main()

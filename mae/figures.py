@@ -1,0 +1,53 @@
+"""Pictures for a run folder."""
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from mae.model import Reconstruction
+
+_WAYS = ("masked", "reconstruction", "original")
+
+
+def save_reconstructions(pictures: Reconstruction, file: str | Path, per_row: int = 3) -> None:
+    """Triplets masked | reconstruction | original, per_row of them side by side, as in figure 2 of the paper."""
+    count = len(pictures.original)
+    per_row = min(per_row, count)
+    rows = -(-count // per_row)
+    # A narrow empty column between the triplets keeps them apart.
+    columns = per_row * 4 - 1
+    widths = [0.15 if c % 4 == 3 else 1 for c in range(columns)]
+    height, width = pictures.original.shape[2:]
+    figure = Figure(figsize=(1.1 * sum(widths), 1.1 * rows * height / width + 0.6), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, width_ratios=widths)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for i in range(count):
+        for j, way in enumerate(_WAYS):
+            axis = axes[i // per_row, i % per_row * 4 + j]
+            picture = getattr(pictures, way)[i].permute(1, 2, 0).cpu().numpy()  # [H, W, C]
+            axis.imshow(picture.squeeze(2) if picture.shape[2] == 1 else picture, cmap="gray", vmin=0, vmax=1)
+            if i < per_row:
+                axis.set_title(way, fontsize=8)
+    if pictures.uses_true_statistics:
+        figure.supxlabel(
+            "hidden patches take their mean and contrast from the original (normalised-pixel targets)", fontsize=8
+        )
+    _save(figure, file)
+
+
+def save_loss(history: list[dict], file: str | Path) -> None:
+    """Training loss by step, from the entries of ``metrics.jsonl``."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([entry["step"] for entry in history], [entry["loss"] for entry in history])
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss: mean squared error on hidden patches")
+    axis.grid(alpha=0.3)
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: str | Path) -> None:
+    with matplotlib.rc_context({"svg.hashsalt": "mae"}):
+        figure.savefig(file, dpi=150)

@@ -1,0 +1,201 @@
+"""Pre-training: one loop for every source of images."""
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mae.checkpoint import save_checkpoint
+from mae.data import DataError
+from mae.model import MaskedAutoencoder
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The published recipe, appendix A.1 of He et al. 2021, unless said otherwise."""
+
+    steps: int = 10_000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Images per step."""
+    mask_ratio: float = 0.75
+    """Share of hidden patches."""
+    base_lr: float = 1.5e-4
+    """Peak learning rate per 256 images: the rate is base_lr * batch_size / 256."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises linearly; then it falls as a half cosine."""
+    weight_decay: float = 0.05
+    """AdamW weight decay of matrices; biases, norms and tokens have none."""
+    seed: int = 0
+    """Of weights, order of images, crops and masks."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
+    log_every: int = 20
+    """Steps between entries of metrics.jsonl."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last step and Ctrl-C always write one."""
+
+
+class TrainingStopped(Exception):
+    """Training ended before its last step; the message says why and where the checkpoint is."""
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    return torch.device(name)
+
+
+def train(model: MaskedAutoencoder, batches: Iterable[Tensor], config: TrainConfig, run: Path) -> list[dict]:
+    """Pre-train model in place and write ``metrics.jsonl`` and the checkpoint into the folder run.
+
+    Args:
+        model: moved to the config's device.
+        batches: ``config.steps`` batches ``[N, C, H, W]``, uint8 or normalised floating. Problems that appear in its
+            attribute ``unreadable``, if it has one, are reported and counted.
+
+    Returns:
+        The entries of ``metrics.jsonl``: step, loss (mean since the entry before), lr, images_per_second, seconds.
+
+    Raises:
+        TrainingStopped: by Ctrl-C or because the data failed, with a checkpoint written; or by a non-finite loss,
+            with the last good checkpoint left as it was.
+    """
+    device = choose_device(config.device)
+    model.to(device).train()
+    optimizer, schedule = _optimizer(model, config)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=_uses_bfloat16(config.precision, device))
+    step = 0
+    with _Metrics(run, config.steps) as metrics, _interrupt() as interrupted:
+        try:
+            for step, images in enumerate(batches, start=1):
+                with autocast:
+                    loss = model(images.to(device, non_blocking=True), config.mask_ratio).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                metrics.add(loss.detach(), len(images))
+                ends = step == config.steps or interrupted()
+                saves = ends or step % config.save_every == 0
+                if saves or step % config.log_every == 0:
+                    metrics.log(step, schedule.get_last_lr()[0], getattr(batches, "unreadable", ()))
+                schedule.step()
+                if saves:
+                    save_checkpoint(model, run)
+                if ends:
+                    break
+        except DataError as error:
+            if step == 0:
+                raise
+            save_checkpoint(model, run)
+            raise TrainingStopped(f"stopped after step {step}: {error}. The checkpoint is in {run}") from error
+    if step < config.steps:
+        raise TrainingStopped(f"stopped after step {step} of {config.steps}. The checkpoint is in {run}")
+    return metrics.history
+
+
+def _uses_bfloat16(precision: str, device: torch.device) -> bool:
+    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+
+
+def _optimizer(model: MaskedAutoencoder, config: TrainConfig):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim in (2, 4)], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim not in (2, 4)], "weight_decay": 0.0},  # biases, norms, tokens
+    ]
+    lr = config.base_lr * config.batch_size / 256
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    rise = max(1, round(config.warmup * config.steps))
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, config.steps - rise)))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class _Metrics:
+    """The progress bar, ``metrics.jsonl``, and the watch over the loss."""
+
+    def __init__(self, run: Path, steps: int):
+        run.mkdir(parents=True, exist_ok=True)
+        self.history: list[dict] = []
+        self._run = run
+        self._file = open(run / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
+        self._live = sys.stderr.isatty()  # in a log file the bar gets a line now and then
+        self._bar = tqdm(
+            total=steps,
+            bar_format="step {n_fmt}/{total_fmt} |{bar:24}| {remaining} left{postfix}",
+            smoothing=0.05,
+            mininterval=0.2 if self._live else 10,
+        )
+        self._losses: list[Tensor] = []  # kept on the device: reading one waits for it
+        self._images = self._reported = 0
+        self._start = self._last = time.perf_counter()
+
+    def __enter__(self) -> "_Metrics":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._bar.close()
+        self._file.close()
+
+    def add(self, loss: Tensor, images: int) -> None:
+        self._losses.append(loss)
+        self._images += images
+        self._bar.update()
+
+    def log(self, step: int, lr: float, unreadable: Collection[str]) -> None:
+        loss = torch.stack(self._losses).mean().item()
+        now = time.perf_counter()
+        rate = self._images / (now - self._last)
+        entry = {"step": step, "loss": loss, "lr": lr, "images_per_second": rate, "seconds": now - self._start}
+        self.history.append(entry)
+        print(json.dumps(entry), file=self._file, flush=True)
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=self._live)
+        if len(unreadable) > self._reported:
+            self._reported = len(unreadable)
+            files = "1 file that" if self._reported == 1 else f"{self._reported} files that"
+            self._bar.write(f"Warning: passed over {files} cannot be read; latest: {list(unreadable)[-1]}")
+        if not math.isfinite(loss):
+            raise TrainingStopped(
+                f"stopped: the loss became {loss} near step {step}. A checkpoint from before it, if there is one, "
+                f"is in {self._run}. Try a lower learning rate or precision float32"
+            )
+        self._losses, self._images, self._last = [], 0, now
+
+
+@contextmanager
+def _interrupt() -> Iterator[Callable[[], bool]]:
+    """Inside the block the first Ctrl-C only sets a flag, so that the running step ends; the second one kills."""
+    pressed = False
+
+    def press(*_) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, previous)
