@@ -181,12 +181,13 @@ def _readable(files: list[Path], model: MaskedAutoencoder, most: int | None = No
         print(f"Warning: {problems} of {len(files)} files cannot be read", file=sys.stderr)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     config = tyro.cli(
         Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
         | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
         | Annotated[LinprobeConfig, tyro.conf.subcommand("linprobe")]
         | Annotated[DemoConfig, tyro.conf.subcommand("demo")],
+        args=arguments,
         prog="python -m mae",
         description="Pre-train masked autoencoders, look at their reconstructions, probe their features.",
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),

@@ -4,11 +4,9 @@ import argparse
 import dataclasses
 import json
 import os
-import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -52,8 +50,8 @@ def load_checkpoint(path: str | Path, model: str | None = None, **overrides) -> 
     file = path / _WEIGHTS if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"there is no checkpoint at {file}")
-    state = _read(file)
     network = _build(file, model, overrides)
+    state = _read(file)
     expected = network.state_dict()
     missing = [name for name in expected if name not in state]
     network.encoder_only = bool(missing) and set(missing) == {name for name in expected if _is_decoder(name)}
@@ -97,8 +95,9 @@ def _read(file: Path) -> dict[str, Tensor]:
         # Training checkpoints of the published code carry their command line as an argparse.Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{file} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # damaged pickles raise anything from EOFError to IndexError
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{file} is not a readable checkpoint: {reason}") from error
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         raise CheckpointError(f"{file} holds no state dict, neither at its top nor under the key 'model'")

@@ -25,7 +25,7 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Folder for pictures, metrics and the checkpoint."""
-    steps: int = 6000
+    steps: int = 4000
     """Optimizer steps; the default takes about two minutes on two cores."""
     seed: int = 0
     """Of weights, order of images and masks."""

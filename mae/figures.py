@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from mae.model import Reconstruction
@@ -34,7 +33,7 @@ def save_reconstructions(pictures: Reconstruction, file: str | Path, per_row: in
         figure.supxlabel(
             "hidden patches take their mean and contrast from the original (normalised-pixel targets)", fontsize=8
         )
-    _save(figure, file)
+    figure.savefig(file, dpi=150)
 
 
 def save_loss(history: list[dict], file: str | Path) -> None:
@@ -43,11 +42,6 @@ def save_loss(history: list[dict], file: str | Path) -> None:
     axis = figure.subplots()
     axis.plot([entry["step"] for entry in history], [entry["loss"] for entry in history])
     axis.set_xlabel("step")
-    axis.set_ylabel("loss: mean squared error on hidden patches")
+    axis.set_ylabel("squared error on hidden patches")
     axis.grid(alpha=0.3)
-    _save(figure, file)
-
-
-def _save(figure: Figure, file: str | Path) -> None:
-    with matplotlib.rc_context({"svg.hashsalt": "mae"}):
-        figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=150)

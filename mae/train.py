@@ -57,7 +57,10 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
-    return torch.device(name)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # PyTorch raises either, by how it was built
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def train(model: MaskedAutoencoder, batches: Iterable[Tensor], config: TrainConfig, run: Path) -> list[dict]:
@@ -79,8 +82,14 @@ def train(model: MaskedAutoencoder, batches: Iterable[Tensor], config: TrainConf
     model.to(device).train()
     optimizer, schedule = _optimizer(model, config)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=_uses_bfloat16(config.precision, device))
-    step = 0
+    step, problem = 0, ""
     with _Metrics(run, config.steps) as metrics, _interrupt() as interrupted:
+
+        def save() -> None:
+            # Looks at the loss first: weights behind a non-finite one would replace good ones.
+            metrics.log(step, schedule.get_last_lr()[0], getattr(batches, "unreadable", ()))
+            save_checkpoint(model, run)
+
         try:
             for step, images in enumerate(batches, start=1):
                 with autocast:
@@ -89,22 +98,20 @@ def train(model: MaskedAutoencoder, batches: Iterable[Tensor], config: TrainConf
                 optimizer.step()
                 optimizer.zero_grad()
                 metrics.add(loss.detach(), len(images))
-                ends = step == config.steps or interrupted()
-                saves = ends or step % config.save_every == 0
-                if saves or step % config.log_every == 0:
+                if step == config.steps or interrupted():
+                    break
+                if step % config.save_every == 0:
+                    save()
+                elif step % config.log_every == 0:
                     metrics.log(step, schedule.get_last_lr()[0], getattr(batches, "unreadable", ()))
                 schedule.step()
-                if saves:
-                    save_checkpoint(model, run)
-                if ends:
-                    break
         except DataError as error:
             if step == 0:
                 raise
-            save_checkpoint(model, run)
-            raise TrainingStopped(f"stopped after step {step}: {error}. The checkpoint is in {run}") from error
+            problem = f": {error}"
+        save()
     if step < config.steps:
-        raise TrainingStopped(f"stopped after step {step} of {config.steps}. The checkpoint is in {run}")
+        raise TrainingStopped(f"stopped after step {step} of {config.steps}{problem}. The checkpoint is in {run}")
     return metrics.history
 
 
@@ -162,6 +169,8 @@ class _Metrics:
         self._bar.update()
 
     def log(self, step: int, lr: float, unreadable: Collection[str]) -> None:
+        if not self._losses:
+            return
         loss = torch.stack(self._losses).mean().item()
         now = time.perf_counter()
         rate = self._images / (now - self._last)

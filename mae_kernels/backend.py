@@ -61,7 +61,7 @@ def why_not_triton(*tensors: Tensor) -> list[str]:
     Returns:
         One sentence per reason, each with the value that caused it.
     """
-    reasons = [f"mae_kernels {_version()} ships no Triton kernels yet"]
+    reasons = ["this version of mae_kernels has no Triton kernels yet"]
     if _selected == "eager":
         reasons.append("the selected back-end is 'eager'")
     if importlib.util.find_spec("triton") is None:
@@ -79,9 +79,3 @@ def require(op: str, *tensors: Tensor) -> None:
     if _selected == "triton":
         reasons = "; ".join(why_not_triton(*tensors))
         raise RuntimeError(f"{op}: use_backend('triton') was asked for, but {reasons}")
-
-
-def _version() -> str:
-    from mae_kernels import __version__
-
-    return __version__

@@ -29,20 +29,35 @@ def floating(op: str, name: str, x: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {dtype_name(x)}")
 
 
+def out_dtype(op: str, value: torch.dtype) -> None:
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise TypeError(f"{op}: out_dtype must be a floating dtype, got {value!r}")
+
+
 def same_device(op: str, anchor_name: str, anchor: Tensor, **others: Tensor | None) -> None:
     for name, x in others.items():
         if x is not None and x.device != anchor.device:
             raise ValueError(f"{op}: {name} is on {x.device}, but {anchor_name} is on {anchor.device}")
 
 
+def integer(op: str, name: str, value: int) -> None:
+    if not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+
+
+def pair(op: str, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    """``(height, width)`` of a value that gives both, or one for both."""
+    sides = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(sides) != 2 or not all(isinstance(side, int | torch.SymInt) and side > 0 for side in sides):
+        raise ValueError(f"{op}: {name} must be a positive int or a pair of them, got {value!r}")
+    return sides
+
+
 def patch_size(op: str, value: int | tuple[int, int]) -> tuple[int, int]:
     """Normalise to ``(ph, pw)``."""
-    size = (value, value) if isinstance(value, int) else tuple(value)
-    if len(size) == 3:
-        raise ValueError(f"{op}: patch_size {size} has three dimensions; video and volumes are not supported yet")
-    if len(size) != 2 or not all(isinstance(p, int) and p > 0 for p in size):
-        raise ValueError(f"{op}: patch_size must be a positive int or a pair of them, got {value!r}")
-    return size
+    if isinstance(value, tuple | list) and len(value) == 3:
+        raise ValueError(f"{op}: patch_size {value} has three dimensions; video and volumes are not supported yet")
+    return pair(op, "patch_size", value)
 
 
 def images(op: str, x: Tensor, patch: tuple[int, int] | None) -> None:
@@ -76,6 +91,7 @@ def mean_std(op: str, mean, std, images: Tensor, dtype: torch.dtype) -> tuple[Te
 
 def _per_channel(op: str, name: str, values, images: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(values, Tensor):
+        values = [values] if isinstance(values, int | float) else values
         if name == "std" and not all(v > 0 for v in values):
             raise ValueError(f"{op}: std must be positive, got {list(values)}")
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -88,6 +104,8 @@ def _per_channel(op: str, name: str, values, images: Tensor, dtype: torch.dtype)
 
 
 def mask_ratio(op: str, value: float) -> None:
+    if not isinstance(value, int | float | torch.SymFloat):
+        raise TypeError(f"{op}: mask_ratio must be a number, got {type(value).__name__}")
     if not 0 < value < 1:  # NaN included
         raise ValueError(f"{op}: mask_ratio must lie strictly between 0 and 1, got {value}")
 
@@ -129,9 +147,8 @@ def id_values(op: str, name: str, x: Tensor, num_patches: int) -> None:
     outside = (x < 0) | (x >= num_patches)
     if outside.any():
         n, k = outside.nonzero()[0].tolist()
-        raise ValueError(
-            f"{op}: {name}[{n}, {k}] is {x[n, k].item()}, out of range for {num_patches} patches, 0 to {num_patches - 1}"
-        )
+        value, last = x[n, k].item(), num_patches - 1
+        raise ValueError(f"{op}: {name}[{n}, {k}] is {value}, out of range for {num_patches} patches, 0 to {last}")
     seen = x.new_zeros(x.shape[0], num_patches, dtype=torch.bool).scatter_(1, x, True)
     repeats = seen.sum(dim=1) < x.shape[1]
     if repeats.any():

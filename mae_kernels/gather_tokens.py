@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mae_kernels import backend, checks
-from mae_kernels.registration import define
+from mae_kernels.registration import define, differentiable, once
 from mae_kernels.rows import as_rows, row_ids
 
 
@@ -46,10 +45,9 @@ class _GatherTokens(torch.autograd.Function):
         ctx.num_tokens = tokens.shape[1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         (ids,) = ctx.saved_tensors
-        return _gather_tokens_backward(grad, ids, ctx.num_tokens), None
+        return once(_gather_tokens_backward, grad, ids, ctx.num_tokens), None
 
 
 def _gather_tokens_eager(tokens, ids):
@@ -87,3 +85,5 @@ _gather_tokens_backward = define(
     eager=_gather_tokens_backward_eager,
     fake=_gather_tokens_backward_fake,
 )
+
+differentiable(_gather_tokens, _GatherTokens)

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mae_kernels import backend, checks
 from mae_kernels.patchify import Layout, gather_patches, normalize_pixels
-from mae_kernels.registration import define
+from mae_kernels.registration import define, differentiable, once
 from mae_kernels.rows import as_rows, row_ids
 
 
@@ -66,8 +65,10 @@ def masked_mse(
     values = channels * patch[0] * patch[1]
     if mask is not None:
         checks.tensor(op, "mask", mask, (n, num_patches))
-        if mask.dtype != torch.bool:
-            checks.floating(op, "mask", mask)
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(
+                f"{op}: mask must be bool, or floating 0 and 1, got {checks.dtype_name(mask)}; call .bool()"
+            )
         rows = num_patches
     else:
         checks.ids(op, "ids_mask", ids_mask, n, num_patches)
@@ -75,6 +76,8 @@ def masked_mse(
     checks.tensor(op, "pred", pred, (n, rows, values))
     checks.floating(op, "pred", pred)
     checks.same_device(op, "pred", pred, images=images, mask=mask, ids_mask=ids_mask)
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps must not be negative, got {eps}")
     mean, std = checks.mean_std(op, mean, std, images, pred.dtype)
     backend.require(op, pred, images)
     needs_grad = torch.is_grad_enabled() and pred.requires_grad
@@ -95,10 +98,9 @@ class _MaskedMSE(torch.autograd.Function):
         ctx.dtype = inputs[0].dtype
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, _residual, _scale):
         residual, scale = ctx.saved_tensors
-        g_pred = _masked_mse_backward(grad, residual, scale, ctx.dtype)
+        g_pred = None if grad is None else once(_masked_mse_backward, grad, residual, scale, ctx.dtype)
         return g_pred, None, None, None, None, None, None, None, None, None, None
 
 
@@ -167,3 +169,5 @@ _masked_mse_backward = define(
     eager=_masked_mse_backward_eager,
     fake=_masked_mse_backward_fake,
 )
+
+differentiable(_masked_mse, _MaskedMSE)

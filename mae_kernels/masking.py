@@ -63,6 +63,8 @@ def random_masking(
     checks.mask_ratio(op, mask_ratio)
     if count not in ("visible", "masked"):
         raise ValueError(f"{op}: count must be 'visible' or 'masked', got {count!r}")
+    checks.integer(op, "batch_size", batch_size)
+    checks.integer(op, "num_patches", num_patches)
     if batch_size < 1 or num_patches < 1:
         raise ValueError(f"{op}: batch_size and num_patches must be positive, got {batch_size} and {num_patches}")
     visible = int(num_patches * (1 - mask_ratio)) if count == "visible" else num_patches - int(num_patches * mask_ratio)
@@ -112,7 +114,8 @@ def masking_from_mask(mask: Tensor) -> Masking:
     if len(set(counts)) > 1:
         n = next(n for n, masked in enumerate(counts) if masked != counts[0])
         raise ValueError(
-            f"{op}: every row must hide the same number of patches, but row 0 hides {counts[0]} and row {n} {counts[n]}"
+            f"{op}: every row must hide the same number of patches, but row 0 hides {counts[0]} "
+            f"and row {n} hides {counts[n]}"
         )
     visible = mask.shape[1] - counts[0]
     if not 0 < visible < mask.shape[1]:
@@ -122,12 +125,14 @@ def masking_from_mask(mask: Tensor) -> Masking:
 
 
 def _masking_eager(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ids_shuffle = torch.sort(noise, dim=1, stable=True).indices
+    ids_shuffle = torch.sort(noise.contiguous(), dim=1, stable=True).indices
     # The inverse of a permutation is a scatter of the positions: no second sort.
     positions = torch.arange(noise.shape[1], device=noise.device).expand_as(ids_shuffle)
     ids_restore = torch.empty_like(ids_shuffle).scatter_(1, ids_shuffle, positions)
-    ids_keep, ids_mask = ids_shuffle.tensor_split([num_keep], dim=1)
-    return ids_keep.contiguous(), ids_mask.contiguous(), ids_restore, ids_restore >= num_keep
+    ids_keep, ids_mask = (
+        part.clone(memory_format=torch.contiguous_format) for part in ids_shuffle.tensor_split([num_keep], dim=1)
+    )
+    return ids_keep, ids_mask, ids_restore, ids_restore >= num_keep
 
 
 def _masking_fake(noise, num_keep):

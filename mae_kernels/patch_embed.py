@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mae_kernels import backend, checks
 from mae_kernels.patchify import gather_patches, normalize_pixels, unpatchify
-from mae_kernels.registration import define
+from mae_kernels.registration import define, differentiable, once
 from mae_kernels.rows import row_ids
 
 
@@ -58,6 +57,7 @@ def patch_embed(
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; video and volumes are not supported yet")
     checks.tensor(op, "weight", weight, ("D", "C", "ph", "pw"))
     checks.floating(op, "weight", weight)
+    checks.not_empty(op, "weight", weight)
     embed_dim, channels, *patch = weight.shape
     checks.images(op, images, tuple(patch))
     if images.shape[1] != channels:
@@ -82,8 +82,8 @@ def patch_embed(
         out_dtype = compute_dtype
         for table in (pos_embed, prefix):
             out_dtype = out_dtype if table is None else torch.promote_types(out_dtype, table.dtype)
-    elif not out_dtype.is_floating_point:
-        raise TypeError(f"{op}: out_dtype must be a floating dtype, got {out_dtype}")
+    else:
+        checks.out_dtype(op, out_dtype)
     return _PatchEmbed.apply(images, weight, bias, pos_embed, ids_keep, prefix, mean, std, compute_dtype, out_dtype)
 
 
@@ -111,13 +111,12 @@ class _PatchEmbed(torch.autograd.Function):
         ctx.num_prefix = 0 if prefix is None else prefix.shape[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         images, weight, ids_keep, mean, std = ctx.saved_tensors
         needs_images, needs_weight, needs_bias, needs_pos, _, needs_prefix = ctx.needs_input_grad[:6]
         needs = [needs_images, needs_weight, needs_bias, needs_pos, needs_prefix]
-        grads = _patch_embed_backward(
-            grad, images, weight, ids_keep, mean, std, ctx.num_prefix, ctx.compute_dtype, needs
+        grads = once(
+            _patch_embed_backward, grad, images, weight, ids_keep, mean, std, ctx.num_prefix, ctx.compute_dtype, needs
         )
         g_images, g_weight, g_bias, g_pos, g_prefix = (
             g if need else None for g, need in zip(grads, needs, strict=True)
@@ -257,3 +256,5 @@ _patch_embed_backward = define(
     eager=_patch_embed_backward_eager,
     fake=_patch_embed_backward_fake,
 )
+
+differentiable(_patch_embed, _PatchEmbed)

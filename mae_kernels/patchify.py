@@ -60,7 +60,7 @@ def unpatchify(
     ph, pw = checks.patch_size(op, patch_size)
     checks.tensor(op, "patches", patches, ("N", "L", "E"))
     checks.layout(op, layout)
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = checks.pair(op, "image_size", image_size)
     if height % ph or width % pw or patches.shape[1] != (height // ph) * (width // pw):
         raise ValueError(
             f"{op}: patches has {patches.shape[1]} patches per sample, "
@@ -116,9 +116,9 @@ def normalize_pixels(
     if mean is not None:
         mean, std = mean.to(work), std.to(work)
         if layout == "pqc":
-            by_channel = patches.view(len(patches), -1, channels)  # [B, ph pw, C]
+            by_channel = patches.unflatten(1, (-1, channels))  # [B, ph pw, C]
         else:
-            by_channel = patches.view(len(patches), channels, -1)  # [B, C, ph pw]
+            by_channel = patches.unflatten(1, (channels, -1))  # [B, C, ph pw]
             mean, std = mean[:, None], std[:, None]
         patches = (by_channel - mean).div_(std).view_as(patches)
     return patches.to(dtype)

@@ -102,3 +102,20 @@ def masked_mse(
     mask = mask.to(target.dtype)
     loss = ((pred - target) ** 2).mean(dim=-1)
     return (loss * mask).sum() / mask.sum()
+
+
+def pretraining_loss(model, images, noise, mask_ratio=0.75):
+    """The whole pass, section 3, of any model whose parts have the published names; positions include the class row."""
+    masking = random_masking(*noise.shape, mask_ratio, noise=noise)
+    proj = model.patch_embed.proj
+    prefix = model.cls_token + model.pos_embed[:, :1]
+    x = patch_embed(images, proj.weight, proj.bias, model.pos_embed[:, 1:], masking.ids_keep, prefix=prefix)
+    for block in model.blocks:
+        x = block(x)
+    x = model.decoder_embed(model.norm(x))
+    x = scatter_mask_tokens(x, model.mask_token, masking.ids_restore, model.decoder_pos_embed)
+    for block in model.decoder_blocks:
+        x = block(x)
+    pred = model.decoder_pred(model.decoder_norm(x))[:, 1:]
+    config = model.config
+    return masked_mse(pred, images, patch_size=config.patch_size, mask=masking.mask, norm_pix=config.norm_pix_loss)

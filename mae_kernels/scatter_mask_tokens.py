@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mae_kernels import backend, checks
-from mae_kernels.registration import define
+from mae_kernels.registration import define, differentiable, once
 from mae_kernels.rows import as_rows, row_ids
 
 
@@ -46,6 +45,7 @@ def scatter_mask_tokens(
     checks.floating(op, "tokens", tokens)
     checks.not_empty(op, "tokens", tokens)
     n, num_tokens, d = tokens.shape
+    checks.integer(op, "num_prefix", num_prefix)
     if not 0 <= num_prefix < num_tokens:
         raise ValueError(f"{op}: num_prefix must be at least 0 and less than the {num_tokens} tokens, got {num_prefix}")
     checks.tensor(op, "mask_token", mask_token, (d,), (1, 1, d))
@@ -65,11 +65,15 @@ def scatter_mask_tokens(
     backend.require(op, tokens)
 
     if out_dtype is None:
-        out_dtype = torch.promote_types(tokens.dtype, mask_token.dtype)
-        out_dtype = out_dtype if pos_embed is None else torch.promote_types(out_dtype, pos_embed.dtype)
-    elif not out_dtype.is_floating_point:
-        raise TypeError(f"{op}: out_dtype must be a floating dtype, got {out_dtype}")
+        out_dtype = _promoted(tokens, mask_token, pos_embed)
+    else:
+        checks.out_dtype(op, out_dtype)
     return _ScatterMaskTokens.apply(tokens, mask_token.view(d), ids_restore, pos_embed, num_prefix, out_dtype)
+
+
+def _promoted(tokens: Tensor, mask_token: Tensor, pos_embed: Tensor | None) -> torch.dtype:
+    dtype = torch.promote_types(tokens.dtype, mask_token.dtype)
+    return dtype if pos_embed is None else torch.promote_types(dtype, pos_embed.dtype)
 
 
 class _ScatterMaskTokens(torch.autograd.Function):
@@ -86,13 +90,19 @@ class _ScatterMaskTokens(torch.autograd.Function):
         ctx.dtype = tokens.dtype
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         (ids_restore,) = ctx.saved_tensors
         needs_tokens, needs_mask_token, _, needs_pos = ctx.needs_input_grad[:4]
         needs = [needs_tokens, needs_mask_token, needs_pos]
-        grads = _scatter_mask_tokens_backward(
-            grad, ids_restore, ctx.num_tokens, ctx.num_prefix, ctx.pos_rows, ctx.dtype, needs
+        grads = once(
+            _scatter_mask_tokens_backward,
+            grad,
+            ids_restore,
+            ctx.num_tokens,
+            ctx.num_prefix,
+            ctx.pos_rows,
+            ctx.dtype,
+            needs,
         )
         g_tokens, g_mask_token, g_pos = (g if need else None for g, need in zip(grads, needs, strict=True))
         return g_tokens, g_mask_token, None, g_pos, None, None
@@ -103,7 +113,7 @@ def _scatter_mask_tokens_eager(tokens, mask_token, ids_restore, pos_embed, num_p
     num_patches = ids_restore.shape[1]
     checks.id_values("scatter_mask_tokens", "ids_restore", ids_restore, num_patches)
     # One table of all tokens and, behind them, the mask token: each row of the result is a row of it.
-    table = tokens.new_empty((n * num_tokens + 1, d), dtype=out_dtype)
+    table = tokens.new_empty((n * num_tokens + 1, d), dtype=_promoted(tokens, mask_token, pos_embed))
     table[:-1].view(n, num_tokens, d).copy_(tokens)
     table[-1] = mask_token
     starts = torch.arange(0, n * num_tokens, num_tokens, device=tokens.device)[:, None]  # [N, 1]
@@ -114,7 +124,7 @@ def _scatter_mask_tokens_eager(tokens, mask_token, ids_restore, pos_embed, num_p
     out = table.index_select(0, source.flatten()).view(n, -1, d)
     if pos_embed is not None:
         out[:, out.shape[1] - pos_embed.shape[0] :] += pos_embed
-    return out
+    return out.to(out_dtype)
 
 
 def _scatter_mask_tokens_fake(tokens, mask_token, ids_restore, pos_embed, num_prefix, out_dtype):
@@ -129,17 +139,18 @@ def _scatter_mask_tokens_backward_eager(grad, ids_restore, num_tokens, num_prefi
     sum_dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     g_tokens, g_mask_token, g_pos = (grad.new_empty(0) for _ in needs)
 
-    if needs_tokens:
+    if needs_tokens or needs_mask_token:
+        table, step = as_rows(grad)
         positions = torch.arange(ids_restore.shape[1], device=grad.device).expand_as(ids_restore)
         ids_shuffle = torch.empty_like(ids_restore).scatter_(1, ids_restore, positions)
+        ids_keep, ids_mask = ids_shuffle[:, :num_keep], ids_shuffle[:, num_keep:]
+    if needs_tokens:
         prefix = torch.arange(num_prefix, device=grad.device).expand(n, num_prefix)
-        source = torch.cat([prefix, ids_shuffle[:, :num_keep] + num_prefix], dim=1)  # [N, R + K]
-        table, step = as_rows(grad)
+        source = torch.cat([prefix, ids_keep + num_prefix], dim=1)  # [N, R + K]
         g_tokens = table.index_select(0, row_ids(source, step)).view(n, num_tokens, d).to(dtype)
     if needs_mask_token:
-        # A product with the 0/1 mask sums the masked rows without copying them out.
-        is_masked = (ids_restore >= num_keep).to(grad.dtype)[:, None]  # [N, 1, L]
-        g_mask_token = torch.bmm(is_masked, grad[:, num_prefix:]).sum((0, 1), dtype=sum_dtype)
+        # Summed in pairs: a product with the 0/1 mask needs no copy of the rows, but adds them in one long chain.
+        g_mask_token = table.index_select(0, row_ids(ids_mask, step, num_prefix)).sum(0, dtype=sum_dtype)
     if needs_pos:
         g_pos = grad[:, grad.shape[1] - pos_rows :].sum(0, dtype=sum_dtype)
     return g_tokens, g_mask_token, g_pos
@@ -167,3 +178,5 @@ _scatter_mask_tokens_backward = define(
     eager=_scatter_mask_tokens_backward_eager,
     fake=_scatter_mask_tokens_backward_fake,
 )
+
+differentiable(_scatter_mask_tokens, _ScatterMaskTokens)

@@ -1,0 +1,229 @@
+"""Inputs of the ops in every dtype and layout that a model hands over, and the rule that judges the results."""
+
+from collections.abc import Callable
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mae_kernels import random_masking
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# The fixture that poisons memory serves all examples of a test alike.
+any_size = settings(
+    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+GRIDS, PATCHES = st.tuples(*[st.integers(1, 5)] * 2), st.tuples(*[st.integers(1, 6)] * 2)
+SEEDS = st.integers(0, 2**32)
+
+# Built in their final dtype: a conversion would make slices contiguous.
+_TOKENS: dict[str, Callable] = {
+    "contiguous": lambda draw, n, t, d: draw(n, t, d),
+    "slice": lambda draw, n, t, d: draw(n, t + 1, d)[:, 1:],
+    "cat": lambda draw, n, t, d: draw(n, t + 5, d)[:, 2 : 2 + t],
+    "sum": lambda draw, n, t, d: draw(1, 1, 1).expand(n, t, d),
+    "one sample": lambda draw, n, t, d: draw(1, t, d).expand(n, t, d),
+    "one token": lambda draw, n, t, d: draw(n, 1, d).expand(n, t, d),
+    "permute": lambda draw, n, t, d: draw(n, d, t).permute(0, 2, 1),
+    "tokens first": lambda draw, n, t, d: draw(t, n, d).transpose(0, 1),
+    "every second value": lambda draw, n, t, d: draw(n, t, 2 * d)[..., ::2],
+    "part of the values": lambda draw, n, t, d: draw(n, t, d + 8)[..., 3 : 3 + d],
+    "every second token": lambda draw, n, t, d: draw(n, 2 * t, d)[:, ::2],
+    "padded samples": lambda draw, n, t, d: draw(n, t * d + 1)[:, 1:].unflatten(1, (t, d)),
+    "windows": lambda draw, n, t, d: draw(n + t, d).as_strided((n, t, d), (d, d, 1)),
+}
+TOKEN_STRIDES = tuple(_TOKENS)
+
+_IMAGES: dict[str, Callable] = {
+    "contiguous": lambda draw, n, c, h, w: draw(n, c, h, w),
+    "channels_last": lambda draw, n, c, h, w: draw(n, h, w, c).permute(0, 3, 1, 2),
+    "cropped": lambda draw, n, c, h, w: draw(n, c, h + 16, w)[:, :, 8 : 8 + h, :],
+    "cropped both": lambda draw, n, c, h, w: draw(n, c, h + 16, w + 6)[:, :, 8 : 8 + h, 3 : 3 + w],
+    "cropped channels_last": lambda draw, n, c, h, w: draw(n, h + 16, w, c)[:, 8 : 8 + h].permute(0, 3, 1, 2),
+    "some channels": lambda draw, n, c, h, w: draw(n, h, w, c + 1).permute(0, 3, 1, 2)[:, 1:],
+    "expanded": lambda draw, n, c, h, w: draw(1, c, h, w).expand(n, c, h, w),
+    "grey": lambda draw, n, c, h, w: draw(n, 1, h, w).expand(n, c, h, w),
+    "transposed": lambda draw, n, c, h, w: draw(n, c, w, h).transpose(2, 3),
+}
+IMAGE_STRIDES = tuple(_IMAGES)
+
+
+def tokens(n: int, t: int, d: int, dtype: torch.dtype = F32, strides: str = "contiguous") -> Tensor:
+    """``[N, T, D]``, normally distributed: token sequences, predictions, and the gradients of either."""
+    return _TOKENS[strides](lambda *shape: torch.randn(shape, dtype=dtype), n, t, d)
+
+
+def images(n: int, c: int, h: int, w: int, dtype: torch.dtype = F32, strides: str = "contiguous") -> Tensor:
+    """``[N, C, H, W]`` in [0, 1], or 0 to 255 for uint8."""
+    if dtype == torch.uint8:
+        return _IMAGES[strides](lambda *shape: torch.randint(256, shape, dtype=dtype), n, c, h, w)
+    return _IMAGES[strides](lambda *shape: torch.rand(shape, dtype=dtype), n, c, h, w)
+
+
+def ids(n: int, num_patches: int, k: int) -> Tensor:
+    """``[N, K]``: k different patches of each sample, in shuffled order."""
+    return torch.rand(n, num_patches).argsort(dim=1)[:, :k].contiguous()
+
+
+def mean_std(c: int) -> dict[str, list[float]]:
+    """A different mean and std for every channel, so that a swapped or a shared one is seen."""
+    return {"mean": [MEAN[i % 3] + 0.01 * i for i in range(c)], "std": [STD[i % 3] + 0.02 * i for i in range(c)]}
+
+
+def patch_embed_inputs(
+    n, grid, patch, c, d, *, dtype=F32, pixels=None, table=None, strides="contiguous", k=None, r=0, pos=True, norm=False
+) -> dict:
+    """Arguments of patch_embed: ``pixels`` and ``table`` are the dtypes of images and of pos_embed, prefix."""
+    num_patches, (ph, pw) = grid[0] * grid[1], patch
+    table = table or dtype
+    inputs = {
+        "images": images(n, c, grid[0] * ph, grid[1] * pw, pixels or dtype, strides),
+        "weight": (torch.randn(d, c, ph, pw) / (c * ph * pw) ** 0.5).to(dtype),
+        "bias": torch.randn(d).to(dtype),
+        "ids_keep": None if k is None else ids(n, num_patches, k),
+    }
+    if pos:
+        inputs["pos_embed"] = torch.randn(num_patches, d).to(table)
+    if r:
+        inputs["prefix"] = torch.randn(r, d).to(table)
+    return {**inputs, **(mean_std(c) if norm else {})}
+
+
+def scatter_inputs(n, num_patches, k, d, r, *, dtype=F32, table=None, pos=None, strides="contiguous") -> dict:
+    """Arguments of scatter_mask_tokens: ``pos`` is the number of rows of pos_embed."""
+    table = table or dtype
+    return {
+        "tokens": tokens(n, r + k, d, dtype, strides),
+        "mask_token": torch.randn(d).to(table),
+        "ids_restore": random_masking(n, num_patches, 0.5).ids_restore,
+        "pos_embed": None if pos is None else torch.randn(pos, d).to(table),
+        "num_prefix": r,
+    }
+
+
+def loss_inputs(
+    n, grid, patch, c, *, dtype=F32, pixels=None, strides="contiguous", image_strides="contiguous", masked=None,
+    by="mask", layout="pqc", norm_pix=True, norm=False,
+) -> dict:  # fmt: skip
+    """Arguments of masked_mse: ``masked`` patches per sample, as ``by`` = "mask", "float mask" or "ids_mask"."""
+    num_patches, values = grid[0] * grid[1], c * patch[0] * patch[1]
+    chosen = ids(n, num_patches, masked or max(1, 3 * num_patches // 4))
+    mask = torch.zeros(n, num_patches, dtype=torch.bool).scatter_(1, chosen, True)
+    which = {"mask": {"mask": mask}, "float mask": {"mask": mask.float()}, "ids_mask": {"ids_mask": chosen}}[by]
+    return {
+        "pred": tokens(n, chosen.shape[1] if by == "ids_mask" else num_patches, values, dtype, strides),
+        "images": images(n, c, grid[0] * patch[0], grid[1] * patch[1], pixels or dtype, image_strides),
+        "patch_size": patch,
+        "layout": layout,
+        "norm_pix": norm_pix,
+        **which,
+        **(mean_std(c) if norm else {}),
+    }
+
+
+def dispatcher_calls() -> list[tuple]:
+    """Op and arguments, for every op of torch.ops.mae_kernels: options given and left out, odd strides, one sample."""
+    ops = torch.ops.mae_kernels
+    mean, std = (torch.tensor(values) for values in mean_std(3).values())
+    last, plain = images(3, 3, 16, 32, torch.uint8, "channels_last"), images(1, 3, 16, 32)
+    table, weight, bias, token = torch.randn(8, 5), torch.randn(5, 3, 8, 8), torch.randn(5), torch.randn(5)
+    keep, keep1, restore, restore1 = ids(3, 8, 2), ids(1, 8, 2), ids(3, 8, 8), ids(1, 8, 8)
+    mask, residual, scale = torch.rand(3, 8) < 0.5, tokens(3, 8, 192), torch.tensor(0.1)
+    norm, patch, no, yes = (mean, std), [8, 8], False, True
+    return [
+        (ops.masking, torch.rand(3, 8), 2),
+        (ops.masking, torch.rand(1, 8), 2),
+        (ops.masking, torch.rand(8, 3).t(), 2),
+        (ops.masking, mask, 5),
+        (ops.gather_tokens, tokens(3, 8, 5, strides="slice"), keep),
+        (ops.gather_tokens, tokens(1, 8, 5, BF16, "permute"), keep1),
+        (ops.gather_tokens_backward, tokens(3, 2, 5, strides="sum"), keep, 8),
+        (ops.gather_tokens_backward, tokens(1, 2, 5, strides="permute"), keep1, 8),
+        (ops.scatter_mask_tokens, tokens(3, 3, 5, BF16), token, restore, table, 1, F32),
+        (ops.scatter_mask_tokens, tokens(1, 2, 5, strides="permute"), token, restore1, None, 0, F16),
+        (ops.scatter_mask_tokens_backward, tokens(3, 9, 5), restore, 3, 1, 9, F32, [yes, yes, yes]),
+        (ops.scatter_mask_tokens_backward, tokens(1, 9, 5, strides="permute"), restore1, 3, 1, 8, BF16, [yes, no, no]),
+        (ops.scatter_mask_tokens_backward, tokens(3, 9, 5, strides="sum"), restore, 3, 1, 0, F32, [no, yes, yes]),
+        (ops.masked_mse, tokens(3, 8, 192, BF16), last, mask, None, patch, yes, *norm, 1e-6, "pqc", yes),
+        (ops.masked_mse, tokens(1, 2, 192), plain, None, keep1, patch, yes, None, None, 1e-6, "cpq", yes),
+        (ops.masked_mse, tokens(3, 2, 192, F64), last, None, keep, patch, no, None, None, 1e-6, "cpq", no),
+        (ops.masked_mse, tokens(3, 8, 192), last, mask * 0.0, None, patch, no, *norm, 1e-6, "pqc", yes),
+        (ops.masked_mse_backward, torch.tensor(2.0), residual, scale, F16),
+        (ops.masked_mse_backward, torch.tensor(2.0).expand(()), residual[:1], scale, F32),
+        (ops.patch_embed, last, weight, bias, table, keep, torch.randn(2, 5), *norm, BF16, F32),
+        (ops.patch_embed, plain, weight, None, None, None, None, None, None, F32, F32),
+        (ops.patch_embed, plain, weight, None, None, keep1, None, None, None, F32, F16),
+        (ops.patch_embed_backward, tokens(3, 4, 5), last, weight, keep, *norm, 2, F32, [no, yes, yes, yes, yes]),
+        (ops.patch_embed_backward, tokens(1, 8, 5, strides="permute"), plain, weight, None, None, None, 0, F32,
+         [yes, yes, yes, yes, no]),
+        (ops.patch_embed_backward, tokens(1, 2, 5, BF16, "sum"), plain, weight, keep1, *norm, 0, BF16,
+         [yes, yes, yes, yes, no]),
+        (ops.patch_embed_backward, tokens(1, 2, 5), plain[:, :1, :, :8], weight[:, :1], ids(1, 2, 2), None, None, 0,
+         F32, [yes, no, no, no, no]),
+    ]  # fmt: skip
+
+
+def run(op: Callable, inputs: dict, grad: Tensor | None = None, wrt: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The value of ``op(**inputs)`` and, for the output's gradient grad, the gradients of the inputs in wrt."""
+    leaves = {name: x.detach().requires_grad_() if name in wrt else x for name, x in inputs.items()}
+    out = op(**leaves)
+    grads = torch.autograd.grad(out, [leaves[name] for name in wrt], grad) if wrt else ()
+    return {"value": out.detach(), **dict(zip(wrt, grads, strict=True))}
+
+
+def cast(inputs: dict, dtype: torch.dtype) -> dict:
+    """The same inputs with every floating tensor in dtype."""
+    return {name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def compare(
+    op: Callable,
+    reference: Callable,
+    inputs: dict,
+    grad: Tensor | None,
+    wrt: tuple[str, ...] = (),
+    *,
+    peer: dict | None = None,
+    exact: tuple[str, ...] = (),
+) -> dict[str, Tensor]:
+    """Hold value and gradients of op against the reference in float64 and in the same dtype, or on ``peer`` instead.
+
+    Results named in ``exact`` are copies and equal the reference's. The inputs are unchanged afterwards.
+    """
+    before = {name: x.clone() for name, x in inputs.items() if isinstance(x, Tensor)}
+    ours = run(op, inputs, grad, wrt)
+    for name, x in before.items():
+        torch.testing.assert_close(inputs[name], x, rtol=0, atol=0, equal_nan=True, msg=f"{name} was modified")
+
+    same = run(reference, peer or inputs, grad if peer is None else grad.to(F32), wrt)
+    gold = run(reference, cast(inputs, F64), None if grad is None else grad.double(), wrt)
+    for name, result in ours.items():
+        if name in exact:
+            assert result.dtype == same[name].dtype
+            assert torch.equal(result, same[name]), f"{name} differs from the reference"
+        else:
+            peer_result = same[name] if peer is None else same[name].to(result.dtype)
+            assert_no_worse(result, peer_result, gold[name], name)
+    return ours
+
+
+def assert_no_worse(ours: Tensor, same: Tensor, gold: Tensor, name: str = "result") -> None:
+    """Error of ours <= 2 x error of the reference in the same dtype + 4 ulp of the largest value.
+
+    Both errors are largest differences from the float64 reference. The factor 2 allows another order of summation,
+    the 4 ulp are for results in which the reference happens to be exact. In float64 the reference is its own gold and
+    has no error to double, so the ulp carry it all: a sum of E random terms, in 8 lanes, strays by about sqrt(E) / 10
+    ulp of the largest such sum, 4 ulp at E = 1664; 16 leave the same factor of room for a second one.
+    """
+    assert ours.shape == gold.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(gold.shape)}"
+    assert ours.dtype == same.dtype, f"{name}: {ours.dtype}, expected {same.dtype}"
+    error, peer_error = ((x.double() - gold).abs().max().item() for x in (ours, same))
+    ulp = torch.finfo(ours.dtype).eps * gold.abs().max().item()
+    allowed = 2 * peer_error + (16 if ours.dtype == F64 else 4) * ulp
+    assert error <= allowed, (
+        f"{name}: error {error:.3g}, allowed {allowed:.3g}, reference in {same.dtype} {peer_error:.3g}"
+    )

@@ -1,0 +1,266 @@
+"""``python -m mae`` as a person uses it: real pictures, broken files, Ctrl-C, and clear words when it cannot go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from pictures import good_folder, readable_oddities, unreadable_files
+from PIL import Image
+
+from mae import load_checkpoint
+from mae.__main__ import main
+from mae.demo import DemoConfig, fashion_mnist, run_demo
+from mae.train import TrainConfig, TrainingStopped, train
+
+SMALL = [
+    "--model",
+    "mae_vit_tiny_patch16",
+    "--image-size",
+    "32",
+    "--batch-size",
+    "4",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+]
+
+
+def metrics(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on a folder of good and bad files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    good_folder(folder)
+    readable_oddities(folder / "odd")
+    unreadable_files(folder / "bad")
+    run = tmp_path_factory.mktemp("run")
+    main(["pretrain", "--data", str(folder), "--out", str(run), *SMALL, "--steps", "12", "--log-every", "4"])
+    return run, folder
+
+
+def test_pretrain_leaves_a_whole_run_folder(run):
+    folder, _ = run
+    assert sorted(f.name for f in folder.iterdir()) == [
+        "config.json", "loss.png", "metrics.jsonl", "model.safetensors", "reconstructions.png",
+    ]  # fmt: skip
+    entries = metrics(folder)
+    assert [entry["step"] for entry in entries] == [4, 8, 12]
+    assert set(entries[0]) == {"step", "loss", "lr", "images_per_second", "seconds"}
+    assert load_checkpoint(folder).config.image_size == (32, 32)
+    for name in ("loss.png", "reconstructions.png"):
+        assert Image.open(folder / name).convert("L").getextrema()[0] < 128  # not an empty page
+
+
+def test_pretrain_counts_broken_files(tmp_path, capsys):
+    good_folder(tmp_path / "data", 6)
+    bad = unreadable_files(tmp_path / "data")
+    main(["pretrain", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *SMALL, "--steps", "10"])
+    output = capsys.readouterr()
+    assert f"Warning: passed over {len(bad)} files that cannot be read; latest: cannot read " in output.out + output.err
+    assert load_checkpoint(tmp_path / "run")
+
+
+def test_reconstruct_and_its_words(run, tmp_path, capsys):
+    folder, pictures = run
+    picture = tmp_path / "new" / "out.png"
+    main(
+        [
+            "reconstruct",
+            "--checkpoint",
+            str(folder),
+            "--images",
+            str(pictures),
+            "--out",
+            str(picture),
+            "--device",
+            "cpu",
+        ]
+    )
+    output = capsys.readouterr()
+    assert f"Wrote 17 reconstructions to {picture}" in output.out
+    assert "The model was trained on normalised pixels" in output.out
+    assert "Warning: 4 of 21 files cannot be read" in output.err
+    assert Image.open(picture).size[0] > 400
+
+
+def test_linprobe(run, tmp_path, capsys):
+    folder, _ = run
+    for part in ("fit", "test"):
+        for name, colour in (("dark", 40), ("light", 200)):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(6):
+                Image.new("RGB", (32, 32), (colour + i, colour, colour)).save(tmp_path / part / name / f"{i}.png")
+    (tmp_path / "fit" / "dark" / "broken.png").touch()
+    arguments = ["--checkpoint", str(folder), "--data", str(tmp_path / "fit"), "--test", str(tmp_path / "test")]
+    main(["linprobe", *arguments, "--device", "cpu"])
+    output = capsys.readouterr()
+    assert "pre-trained encoder       100.0%" in output.out
+    assert "untrained encoder" in output.out
+    assert "Warning: 1 of 13 files cannot be read" in output.err
+
+
+def test_the_same_seed_gives_the_same_numbers(tmp_path):
+    data = good_folder(tmp_path / "data", 6)
+
+    def losses(name: str, seed: int) -> list[float]:
+        out = tmp_path / name
+        main(
+            [
+                "pretrain",
+                "--data",
+                str(data),
+                "--out",
+                str(out),
+                *SMALL,
+                "--steps",
+                "4",
+                "--log-every",
+                "1",
+                "--seed",
+                str(seed),
+            ]
+        )
+        return [entry["loss"] for entry in metrics(out)]
+
+    first = losses("a", 3)
+    assert losses("b", 3) == first
+    assert losses("c", 4) != first
+
+
+def test_demo_in_short(tmp_path, capsys):
+    accuracies = run_demo(DemoConfig(out=tmp_path, steps=12))
+    assert set(accuracies) == {"raw pixels", "untrained encoder", "pre-trained encoder"}
+    assert 0.5 < accuracies["untrained encoder"] < accuracies["raw pixels"] < 0.9
+    output = capsys.readouterr().out
+    assert "python -m mae pretrain --data FOLDER" in output
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "config.json", "loss.png", "metrics.jsonl", "model.safetensors", "reconstructions.png",
+    ]  # fmt: skip
+
+
+def test_fashion_mnist_is_what_it_says():
+    images, labels = fashion_mnist("train_5000")
+    assert images.shape == (5000, 1, 28, 28)
+    assert images.dtype == torch.uint8
+    assert [int((labels == c).sum()) for c in range(10)] == [500] * 10
+    mean, std = (images / 255).mean(), (images / 255).std()
+    assert mean.item() == pytest.approx(0.286, abs=0.005)
+    assert std.item() == pytest.approx(0.353, abs=0.005)
+    assert fashion_mnist("test_2000")[0].shape == (2000, 1, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("pretrain --data {d}/none", "there is no folder {d}/none"),
+        ("pretrain --data {d}/empty", "found no image below {d}/empty; looked for .bmp, .gif, .jpeg, .jpg"),
+        ("pretrain --data {d}/bad", "none of the 4 files can be read; first: cannot read {d}/bad/"),
+        (
+            "pretrain --data {d}/good --image-size 33",
+            "MAEConfig: image height 33 is not a multiple of the patch height 16",
+        ),
+        (
+            "pretrain --data {d}/good --mask-ratio 1",
+            "random_masking: mask_ratio must lie strictly between 0 and 1, got 1.0",
+        ),
+        ("pretrain --data {d}/good --device abacus", "device 'abacus' cannot be used here: Expected one of"),
+        ("reconstruct --checkpoint {d}/none --images {d}/good", "there is no checkpoint at {d}/none"),
+        ("reconstruct --checkpoint {run} --images {d}/bad", "none of the 4 files can be read"),
+        (
+            "linprobe --checkpoint {run} --data {d}/good --test {d}",
+            "{d}/good must hold one sub-folder of images per class",
+        ),
+    ],
+)
+def test_it_stops_with_one_clear_sentence(run, tmp_path, command, sentence):
+    good_folder(tmp_path / "good", 3)
+    unreadable_files(tmp_path / "bad")
+    (tmp_path / "empty").mkdir()
+    places = {"d": tmp_path, "run": run[0]}
+    arguments = command.format(**places).split()
+    if arguments[0] == "pretrain":
+        defaults = [*SMALL, "--out", str(tmp_path / "run"), "--steps", "2"]
+        arguments = [arguments[0], *defaults, *arguments[1:]]  # the last of two equal options counts
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    message = stop.value.code
+    assert message.startswith("mae: " + sentence.format(**places))
+    assert "\n" not in message
+
+
+def test_help_explains_every_option(capsys):
+    for command in ("pretrain", "reconstruct", "linprobe", "demo"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert text.count("--") >= 3
+    assert "Optimizer steps" in text
+
+
+def test_control_c_leaves_a_usable_checkpoint(tmp_path):
+    data = good_folder(tmp_path / "data", 6)
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "mae", "pretrain", "--data", str(data), "--out", str(out), *SMALL]
+    command += ["--steps", "100000", "--log-every", "1", "--workers", "1"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    waited = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 2:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < waited
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith("mae: stopped after step ")
+    assert errors.splitlines()[-1].endswith(f" of 100000. The checkpoint is in {out}")
+    assert "Traceback" not in errors
+    step = metrics(out)[-1]["step"]
+    assert f"step {step} of" in errors.splitlines()[-1]
+    assert load_checkpoint(out).config.image_size == (32, 32)
+
+
+def small_run(batches, tmp_path, **options):
+    from mae import mae_vit_demo_patch7
+
+    model = mae_vit_demo_patch7()
+    config = TrainConfig(device="cpu", log_every=1, **options)
+    return train(model, batches, config, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    good = torch.rand(4, 1, 28, 28)
+    with pytest.raises(TrainingStopped) as stop:
+        small_run([good, good, good * float("inf")], tmp_path, steps=5, save_every=1)
+    assert str(stop.value) == (
+        f"stopped: the loss became nan near step 3. A checkpoint from before it, if there is one, is in {tmp_path}. "
+        "Try a lower learning rate or precision float32"
+    )
+    assert all(x.isfinite().all() for x in load_checkpoint(tmp_path).state_dict().values())
+
+
+def test_data_that_ends_early_keeps_the_work(tmp_path):
+    with pytest.raises(TrainingStopped) as stop:
+        small_run([torch.rand(4, 1, 28, 28)] * 3, tmp_path, steps=5)
+    assert str(stop.value) == f"stopped after step 3 of 5. The checkpoint is in {tmp_path}"
+    assert load_checkpoint(tmp_path)
+
+
+def test_learning_rate_rises_and_falls(tmp_path):
+    history = small_run([torch.rand(4, 1, 28, 28)] * 20, tmp_path, steps=20, batch_size=256, warmup=0.2, base_lr=1e-3)
+    rates = [entry["lr"] for entry in history]
+    assert rates[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    assert rates[4] == pytest.approx(1e-3)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0 < rates[-1] < 2e-5

@@ -1,0 +1,184 @@
+"""Reading what people have in their folders."""
+
+import numpy as np
+import pytest
+import torch
+from pictures import good_folder, photographs, readable_oddities, unreadable_files
+from PIL import Image
+
+from mae.data import (
+    Batches,
+    DataError,
+    TrainingImages,
+    find_images,
+    find_labelled_images,
+    random_resized_crop,
+    read_image,
+    resize_and_crop,
+    to_tensor,
+)
+
+
+def test_finds_images_below_a_folder(tmp_path):
+    good_folder(tmp_path / "b", 3)
+    good_folder(tmp_path / "a" / "deep", 2)
+    (tmp_path / "a" / ".hidden.png").touch()
+    (tmp_path / "notes.txt").write_text("no picture")
+    names = [str(f.relative_to(tmp_path)) for f in find_images(tmp_path)]
+    assert names == [
+        "a/deep/photo_00.jpg",
+        "a/deep/photo_01.png",
+        "b/photo_00.jpg",
+        "b/photo_01.png",
+        "b/photo_02.webp",
+    ]
+
+
+def test_folders_without_images_are_refused(tmp_path):
+    with pytest.raises(DataError) as error:
+        find_images(tmp_path)
+    assert str(error.value) == (
+        f"found no image below {tmp_path}; looked for .bmp, .gif, .jpeg, .jpg, .png, .ppm, .tif, .tiff, .webp"
+    )
+    with pytest.raises(DataError) as error:
+        find_images(tmp_path / "missing")
+    assert str(error.value) == f"there is no folder {tmp_path / 'missing'}"
+    with pytest.raises(DataError) as error:
+        find_labelled_images(tmp_path)
+    assert str(error.value) == f"{tmp_path} must hold one sub-folder of images per class, found 0"
+
+
+def test_labels_are_sub_folders(tmp_path):
+    good_folder(tmp_path / "cat", 2)
+    good_folder(tmp_path / "ant", 1)
+    files, labels, classes = find_labelled_images(tmp_path)
+    assert classes == ["ant", "cat"]
+    assert [(f.parent.name, label) for f, label in zip(files, labels, strict=True)] == [
+        ("ant", 0),
+        ("cat", 1),
+        ("cat", 1),
+    ]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_oddities_show_the_photograph(tmp_path, channels):
+    photo = np.asarray(photographs(1)[0].convert("L" if channels == 1 else "RGB"), dtype=float)
+    for name, file in readable_oddities(tmp_path).items():
+        image = read_image(file, channels)
+        assert image.mode == ("L" if channels == 1 else "RGB")
+        pixels = np.asarray(image, dtype=float)
+        if name == "one.png":
+            assert abs(pixels - photo.mean((0, 1))).max() < 20
+        elif name == "palette.png":
+            transparent = np.asarray(Image.open(file)) == 0
+            assert (pixels[transparent] == 255).all()
+            assert abs(pixels[~transparent] - photo[~transparent]).mean() < 20
+        else:
+            grey = channels == 3 and name in ("deep.png", "moving.gif")
+            expected = np.asarray(photographs(1)[0].convert("L"), dtype=float)[..., None] if grey else photo
+            assert abs(pixels - expected).mean() < 6, name
+
+
+def test_a_photograph_held_sideways_is_turned_upright(tmp_path):
+    photo = photographs(1)[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees to the right
+    photo.save(tmp_path / "phone.png", exif=exif)
+    assert read_image(tmp_path / "phone.png", 3).size == (photo.height, photo.width)
+
+
+def test_unreadable_files_name_themselves(tmp_path):
+    for name, file in unreadable_files(tmp_path).items():
+        with pytest.raises(DataError) as error:
+            read_image(file, 3)
+        assert str(error.value).startswith(f"cannot read {file}: "), name
+
+
+def test_tensors_hold_the_pixels():
+    photo = photographs(1)[0]
+    tensor = to_tensor(photo)
+    assert tensor.dtype == torch.uint8
+    assert tensor.is_contiguous()
+    assert tuple(tensor[:, 5, 7].tolist()) == photo.getpixel((7, 5))
+    assert to_tensor(photo.convert("L")).shape == (1, 120, 160)
+
+
+def test_crops():
+    photo = photographs(1)[0]
+    centre = photo.resize((60, 60), Image.Resampling.BICUBIC, box=(20, 0, 140, 120))
+    assert resize_and_crop(photo, (60, 60)).tobytes() == centre.tobytes()
+    torch.manual_seed(0)
+    crops = [random_resized_crop(photo, (32, 48)) for _ in range(40)]
+    assert {crop.size for crop in crops} == {(48, 32)}
+    assert len({crop.tobytes() for crop in crops}) == 40
+    assert random_resized_crop(photo.resize((400, 1)), (8, 8)).size == (8, 8)
+
+
+def test_crops_cover_the_published_range(monkeypatch):
+    boxes, mirrored = [], []
+    photo = photographs(1)[0]
+    resize = Image.Image.resize
+
+    def record(self, size, *args, box=None, **kwargs):
+        boxes.append(box)
+        return resize(self, size, *args, box=box, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", record)
+    monkeypatch.setattr("mae.data.ImageOps.mirror", lambda image: mirrored.append(1) or image)
+    torch.manual_seed(0)
+    for _ in range(400):
+        random_resized_crop(photo, (8, 8))
+    areas = [(right - left) * (bottom - top) / (160 * 120) for left, top, right, bottom in boxes]
+    ratios = [(right - left) / (bottom - top) for left, top, right, bottom in boxes]
+    assert 0.19 < min(areas) < 0.25
+    assert 0.9 < max(areas) <= 1
+    assert 0.73 < min(ratios) < 0.8
+    assert 1.25 < max(ratios) < 1.36
+    assert 150 < len(mirrored) < 250
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_pass_over_broken_files_and_count_them(tmp_path, workers):
+    good_folder(tmp_path, 5)
+    bad = unreadable_files(tmp_path)
+    readable_oddities(tmp_path)
+    images = TrainingImages(find_images(tmp_path), (16, 16), 3)
+    batches = Batches(images, steps=8, batch_size=7, workers=workers, seed=0)
+    shapes = [batch.shape for batch in batches]
+    assert shapes == [(7, 3, 16, 16)] * 8
+    assert len(batches.unreadable) == len(bad)
+    assert all(any(str(file) in problem for problem in batches.unreadable) for file in bad.values())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_of_nothing_but_broken_files_is_refused(tmp_path, workers):
+    unreadable_files(tmp_path)
+    batches = Batches(
+        TrainingImages(find_images(tmp_path), (16, 16), 3), steps=1, batch_size=2, workers=workers, seed=0
+    )
+    with pytest.raises(DataError, match=r"^none of the 4 files can be read; first: cannot read "):
+        list(batches)
+
+
+def test_the_seed_fixes_the_batches(tmp_path):
+    files = find_images(good_folder(tmp_path))
+
+    def run(seed: int, workers: int = 1) -> torch.Tensor:
+        images = TrainingImages(files, (16, 16), 3)
+        return torch.stack(list(Batches(images, steps=4, batch_size=5, workers=workers, seed=seed)))
+
+    assert torch.equal(run(0), run(0))
+    assert not torch.equal(run(0), run(1))
+
+
+def test_an_epoch_shows_every_image_once(tmp_path):
+    files = find_images(good_folder(tmp_path, 6))
+    seen: list[int] = []
+
+    class Recorder(TrainingImages):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    list(Batches(Recorder(files, (8, 8), 3), steps=4, batch_size=3, workers=0, seed=0))
+    assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))

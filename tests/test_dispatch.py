@@ -1,0 +1,418 @@
+"""How the ops reach PyTorch: fakes, compilers, autocast, functional transforms, checkpointing, back-ends, any shape."""
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from cases import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    cast,
+    compare,
+    dispatcher_calls,
+    ids,
+    images,
+    loss_inputs,
+    patch_embed_inputs,
+    run,
+    scatter_inputs,
+    tokens,
+)  # fmt: skip
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import mae_kernels
+from mae_kernels import (
+    gather_tokens,
+    masked_mse,
+    masking_from_mask,
+    patch_embed,
+    random_masking,
+    reference,
+    scatter_mask_tokens,
+    use_backend,
+    why_not_triton,
+)  # fmt: skip
+
+OPS = torch.ops.mae_kernels
+U8 = torch.uint8
+
+
+CALLS = [
+    pytest.param(op, args, id=f"{i} {op._qualified_op_name.split('::')[1]}")
+    for i, (op, *args) in enumerate(dispatcher_calls())
+]
+
+
+def test_every_op_is_called():
+    defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mae_kernels::")}
+    assert defined == {op._qualified_op_name for op, *_ in dispatcher_calls()}
+
+
+@pytest.mark.parametrize(("op", "args"), CALLS)
+def test_opcheck(op, args):
+    torch.library.opcheck(op.default, tuple(args))
+
+
+@pytest.mark.parametrize(("op", "args"), CALLS)
+def test_fakes_foretell_shape_dtype_and_strides(op, args):
+    def described(results):
+        return [(x.shape, x.dtype, x.device, x.stride() if x.numel() else None) for x in tree_leaves(results)]
+
+    real = described(op(*args))
+    with FakeTensorMode() as mode:
+        fake = op(*tree_map(lambda x: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x, args))
+    assert described(fake) == real
+
+
+def masking_for_compile(noise):
+    return torch.cat([x.double() for x in random_masking(*noise.shape, 0.7, noise=noise)], dim=1)
+
+
+# Op, inputs for a batch of n, inputs with a gradient. No batch size equals another size: they would share a symbol.
+GRID, PATCH = (6, 8), (8, 16)
+COMPILED = {
+    "masking": (masking_for_compile, lambda n: {"noise": torch.rand(n, 49)}, ()),
+    "gather": (gather_tokens, lambda n: {"tokens": tokens(n, 49, 24), "ids": ids(n, 49, 12)}, ("tokens",)),
+    "scatter": (
+        scatter_mask_tokens,
+        lambda n: scatter_inputs(n, 49, 12, 24, 2, pos=51),
+        ("tokens", "mask_token", "pos_embed"),
+    ),
+    "scatter, no table": (scatter_mask_tokens, lambda n: scatter_inputs(n, 49, 12, 24, 0), ("tokens", "mask_token")),
+    "loss, mask": (masked_mse, lambda n: loss_inputs(n, GRID, PATCH, 3, norm=True), ("pred",)),
+    "loss, ids": (
+        masked_mse,
+        lambda n: loss_inputs(n, GRID, PATCH, 3, by="ids_mask", pixels=U8, layout="cpq"),
+        ("pred",),
+    ),
+    "embed": (
+        patch_embed,
+        lambda n: patch_embed_inputs(n, GRID, PATCH, 3, 24, k=12, r=2, norm=True),
+        ("images", "weight", "bias", "pos_embed", "prefix"),
+    ),
+    "embed, uint8": (
+        patch_embed,
+        lambda n: patch_embed_inputs(n, GRID, PATCH, 3, 24, pixels=U8, pos=False),
+        ("weight", "bias"),
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile(name, dynamic):
+    op, build, wrt = COMPILED[name]
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        compiled = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for n in (5, 7, 11) if dynamic else (5, 5):
+            inputs = build(n)
+            expected = op(**inputs)
+            grad = torch.randn_like(expected) if wrt else None
+            expected, ours = run(op, inputs, grad, wrt), run(compiled, inputs, grad, wrt)
+            assert all(torch.equal(ours[key], expected[key]) for key in expected)
+
+
+class Tiny(torch.nn.Module):
+    """Every op once, around a linear encoder and decoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(24, 3, 8, 16) / 20)
+        self.bias = torch.nn.Parameter(torch.randn(24))
+        self.prefix = torch.nn.Parameter(torch.randn(1, 1, 24))
+        self.mask_token = torch.nn.Parameter(torch.randn(1, 1, 24))
+        self.register_buffer("pos_embed", torch.randn(1, 49, 24))
+        self.encoder = torch.nn.Linear(24, 24)
+        self.head = torch.nn.Linear(24, 384)
+
+    def forward(self, images, noise):
+        masking = random_masking(images.shape[0], 48, noise=noise)
+        x = patch_embed(images, self.weight, self.bias, self.pos_embed[:, 1:], masking.ids_keep, prefix=self.prefix)
+        x = scatter_mask_tokens(self.encoder(x), self.mask_token, masking.ids_restore, self.pos_embed)
+        pred = self.head(x)[:, 1:]
+        hidden = gather_tokens(pred, masking.ids_mask)
+        first = masked_mse(pred, images, patch_size=(8, 16), mask=masking.mask)
+        return first + masked_mse(hidden, images, patch_size=(8, 16), ids_mask=masking.ids_mask, norm_pix=False)
+
+
+def tiny_inputs(n):
+    return images(n, 3, 48, 128), torch.rand(n, 48)
+
+
+def loss_and_gradients(model, *args):
+    loss = model(*args)
+    return loss.detach(), torch.autograd.grad(loss, list(model.parameters()))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler")
+def test_inductor():
+    model, args = Tiny(), tiny_inputs(5)
+    torch._dynamo.reset()
+    torch.testing.assert_close(
+        loss_and_gradients(torch.compile(model, fullgraph=True), *args), loss_and_gradients(model, *args)
+    )
+
+
+def exported(model):
+    batch = torch.export.Dim("n", min=2, max=64)
+    return torch.export.export(model, tiny_inputs(5), dynamic_shapes=({0: batch}, {0: batch}))
+
+
+def test_export():
+    model = Tiny()
+    program = exported(model)
+    called = [node.target for node in program.graph.nodes if "mae_kernels" in str(node.target)]
+    names = ("masking", "patch_embed", "scatter_mask_tokens", "gather_tokens", "masked_mse", "masked_mse")
+    assert called == [getattr(OPS, name).default for name in names]
+    with torch.no_grad():
+        for args in (tiny_inputs(5), tiny_inputs(11)):
+            assert torch.equal(program.module()(*args), model(*args))
+
+
+def test_exported_program_with_gradients_enabled():
+    model, args = Tiny(), tiny_inputs(5)
+    assert torch.equal(exported(model).module()(*args).detach(), model(*args).detach())
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(("table", "pixels"), [(True, F32), (False, F32), (True, U8), (True, BF16)])
+def test_autocast_of_the_projection(table, pixels, dtype):
+    inputs = patch_embed_inputs(3, (7, 7), (8, 16), 3, 24, pixels=pixels, k=12, r=int(table), pos=table)
+    wrt = ("weight", "bias", "pos_embed", "prefix") if table else ("weight", "bias")
+
+    def under_autocast(op, **kwargs):
+        if kwargs["weight"].dtype == F64:
+            return op(**kwargs)
+        with torch.autocast("cpu", dtype=dtype):
+            return op(**kwargs)
+
+    grad = tokens(3, 12 + int(table), 24, F32 if table else dtype)
+    ops = [partial(under_autocast, op) for op in (patch_embed, reference.patch_embed)]
+    result = compare(*ops, inputs, grad, wrt)
+    assert result["value"].dtype == (F32 if table else dtype)  # the frozen float32 table promotes, as published
+    with torch.autocast("cpu", dtype=dtype):
+        inside = run(patch_embed, inputs, grad, wrt)
+    assert all(torch.equal(inside[name], result[name]) for name in result)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+@pytest.mark.parametrize("name", ["gather", "scatter", "scatter, no table", "loss, mask", "loss, ids"])
+def test_autocast_leaves_the_other_ops_alone(name, dtype):
+    op, build, wrt = COMPILED[name]
+    inputs = cast(build(3), dtype)
+    grad = torch.randn_like(op(**inputs))
+    outside = run(op, inputs, grad, wrt)
+    with torch.autocast("cpu", dtype=BF16):
+        inside = run(op, inputs, grad, wrt)
+    for key, x in outside.items():
+        assert inside[key].dtype == x.dtype
+        assert torch.equal(inside[key], x)
+
+
+def test_autocast_keeps_float64():
+    inputs = patch_embed_inputs(3, (7, 7), (8, 16), 3, 24, dtype=F64, k=12)
+    with torch.autocast("cpu", dtype=BF16):
+        inside = patch_embed(**inputs)
+    assert torch.equal(inside, patch_embed(**inputs))
+
+
+def test_autocast_and_compile():
+    model, args = Tiny(), tiny_inputs(5)
+    torch._dynamo.reset()
+    with torch.autocast("cpu", dtype=BF16):
+        expected, ours = model(*args), torch.compile(model, fullgraph=True, backend="aot_eager")(*args)
+    assert ours.dtype == expected.dtype == F32
+    torch.testing.assert_close(ours, expected, rtol=2**-7, atol=0)  # a compiler may round to bfloat16 elsewhere
+
+
+DIFFERENTIABLE = [name for name in COMPILED if COMPILED[name][2]]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_functional_gradient(name):
+    op, build, wrt = COMPILED[name]
+    inputs = build(3)
+    grad = torch.randn_like(op(**inputs))
+    expected = run(op, inputs, grad, wrt)
+    ours = torch.func.grad(lambda leaves: (op(**{**inputs, **leaves}) * grad).sum())({key: inputs[key] for key in wrt})
+    assert all(torch.equal(ours[key], expected[key]) for key in wrt)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_double_backward_is_refused(name):
+    op, build, wrt = COMPILED[name]
+    inputs = build(3)
+    leaf = inputs[wrt[0]].requires_grad_()
+    loss = op(**inputs).pow(2).sum()
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.pow(2).sum(), leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        (loss + grad.pow(2).sum()).backward()
+
+
+@pytest.mark.parametrize("name", ["gather", "scatter", "loss, mask", "embed"])
+def test_functional_double_backward_is_refused(name):
+    op, build, wrt = COMPILED[name]
+    inputs = build(3)
+
+    def loss(x):
+        return op(**{**inputs, wrt[0]: x}).pow(2).sum()
+
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).pow(2).sum())(inputs[wrt[0]])
+
+
+@pytest.mark.parametrize("name", ["gather", "scatter", "loss, mask", "embed"])
+def test_gradient_penalty_is_refused(name):
+    op, build, wrt = COMPILED[name]
+    inputs = build(3)
+    leaf = inputs[wrt[0]].requires_grad_()
+    loss = op(**inputs).pow(2).sum()
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(loss + grad.pow(2).sum(), leaf)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_inference_mode(name):
+    op, build, wrt = COMPILED[name]
+    inputs = build(3)
+    expected = run(op, inputs)["value"]
+    for key in wrt:
+        inputs[key].requires_grad_()
+    with torch.inference_mode():
+        out = op(**inputs)
+    assert out.is_inference()
+    assert torch.equal(out, expected)
+
+
+class CountPatchEmbed(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is OPS.patch_embed.default
+        return func(*args, **(kwargs or {}))
+
+
+def keep_patch_embed(ctx, op, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if op is OPS.patch_embed.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize(("policy", "runs"), [(None, 2), (keep_patch_embed, 1)], ids=["all", "selective"])
+def test_checkpointing(policy, runs):
+    model, args = Tiny(), tiny_inputs(5)
+    expected = loss_and_gradients(model, *args)
+    context = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if policy else {}
+    with CountPatchEmbed() as counter:
+        loss = checkpoint(model, *args, use_reentrant=False, **context)
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+    assert counter.count == runs
+    assert torch.equal(loss, expected[0])
+    assert all(torch.equal(x, y) for x, y in zip(grads, expected[1], strict=True))
+
+
+def selected():
+    return "eager" if any("'eager'" in reason for reason in why_not_triton()) else "other"
+
+
+def test_use_backend():
+    before = selected()
+    with use_backend("eager"):
+        assert selected() == "eager"
+        with use_backend("auto"):
+            assert selected() == "other"
+        assert selected() == "eager"
+    with pytest.raises(KeyError), use_backend("eager"):
+        raise KeyError
+    assert selected() == before
+    call = use_backend("eager")
+    try:
+        assert selected() == "eager"
+    finally:
+        call.__exit__()
+    with pytest.raises(ValueError), use_backend("cuda"):
+        pass
+    assert selected() == before
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_triton_is_refused_with_every_reason(name):
+    op, build, _ = COMPILED[name]
+    inputs = build(3)
+    with use_backend("triton"), pytest.raises(RuntimeError) as error:
+        op(**inputs)
+    message = str(error.value)
+    assert "use_backend('triton') was asked for, but" in message
+    assert "tensor 0 is on cpu, not on a CUDA or ROCm device" in message
+    op(**inputs)
+
+
+def test_triton_is_refused_for_a_mask_of_the_user():
+    with use_backend("triton"), pytest.raises(RuntimeError, match=r"^masking_from_mask: use_backend"):
+        masking_from_mask(torch.tensor([[True, False]]))
+
+
+def test_why_not_triton():
+    reasons = why_not_triton(torch.zeros(2, dtype=F64), torch.zeros(2, device="meta"))
+    assert "tensor 0 is on cpu, not on a CUDA or ROCm device" in reasons
+    assert "tensor 0 is torch.float64" in reasons
+    assert "tensor 1 is on meta, not on a CUDA or ROCm device" in reasons
+    with use_backend("eager"):
+        assert set(why_not_triton()) == {*why_not_triton(), "the selected back-end is 'eager'"}
+
+
+def python(code, **environment):
+    command = [sys.executable, "-c", f"import torch, sys\n{code}"]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "error"),
+    [
+        ("eager", "assert any(\"'eager'\" in reason for reason in mae_kernels.why_not_triton())", ""),
+        (
+            "triton",
+            "mae_kernels.random_masking(2, 4)",
+            "RuntimeError: random_masking: use_backend('triton') was asked for, but",
+        ),
+        (
+            "cuda",
+            "",
+            "ValueError: the environment variable MAE_KERNELS_BACKEND must be one of 'auto', 'triton', 'eager', got",
+        ),
+    ],
+    ids=["eager", "triton", "unknown"],
+)
+def test_backend_of_the_environment(name, code, error):
+    result = python(f"import mae_kernels\n{code}", MAE_KERNELS_BACKEND=name)
+    assert result.returncode == (1 if error else 0), result.stderr
+    assert error in result.stderr
+
+
+def test_importing_and_running_needs_no_triton():
+    code = """
+before = "triton" in sys.modules
+import mae_kernels
+ids = mae_kernels.random_masking(2, 4).ids_keep
+assert ("triton" in sys.modules) == before, "mae_kernels imported triton"
+sys.modules["triton"] = None
+assert mae_kernels.gather_tokens(torch.ones(2, 4, 3), ids).sum() == 6
+assert "the package triton is not installed" in mae_kernels.why_not_triton()
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_public_names_exist():
+    assert all(hasattr(mae_kernels, name) for name in mae_kernels.__all__)

@@ -1,0 +1,246 @@
+"""The model: its keys, its initial values, and what its methods promise."""
+
+import math
+
+import pytest
+import torch
+
+from mae import MODELS, MAEConfig, MaskedAutoencoder, mae_vit_demo_patch7
+from mae.model import sincos_pos_embed
+from mae_kernels import masking_from_mask, patchify, random_masking
+
+TINY = MAEConfig(
+    image_size=(32, 48), patch_size=8, embed_dim=64, depth=2, num_heads=4, decoder_embed_dim=32, decoder_depth=1,
+    decoder_num_heads=2,
+)  # fmt: skip
+
+
+@pytest.fixture
+def model() -> MaskedAutoencoder:
+    return MaskedAutoencoder(TINY)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (3, 3, 32, 48), dtype=torch.uint8)
+
+
+def published_keys(depth: int, decoder_depth: int) -> set[str]:
+    block = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
+    modules = ["patch_embed.proj", "norm", "decoder_embed", "decoder_norm", "decoder_pred"]
+    modules += [f"blocks.{i}.{part}" for i in range(depth) for part in block]
+    modules += [f"decoder_blocks.{i}.{part}" for i in range(decoder_depth) for part in block]
+    tables = {"cls_token", "pos_embed", "mask_token", "decoder_pos_embed"}
+    return tables | {f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")}
+
+
+def test_keys_are_those_of_the_published_code(model):
+    assert set(model.state_dict()) == published_keys(depth=2, decoder_depth=1)
+
+
+# Parameters of the published models, position embeddings left out: they are not trained.
+@pytest.mark.parametrize(
+    ("name", "encoder", "total"),
+    [
+        ("mae_vit_base_patch16", 85_647_360, 111_655_680),
+        ("mae_vit_large_patch16", 303_099_904, 329_239_296),
+        ("mae_vit_huge_patch14", 630_435_840, 656_613_964),
+    ],
+)
+def test_published_sizes(name, encoder, total):
+    with torch.device("meta"):
+        # Position embeddings are computed, which needs values; the shapes are what counts here.
+        model = _without_values(MODELS[name])
+    trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    assert sum(trained.values()) == total
+    assert sum(n for name, n in trained.items() if not name.startswith(("decoder_", "mask_token"))) == encoder
+
+
+def _without_values(factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaskedAutoencoder, "initialize_weights", lambda self: None)
+        return factory()
+
+
+def test_initial_values(model):
+    assert torch.equal(model.pos_embed[0, 0], torch.zeros(64))
+    assert not model.pos_embed.requires_grad
+    assert not model.decoder_pos_embed.requires_grad
+    bound = math.sqrt(6 / (64 + 3 * 8 * 8))  # xavier of the projection seen as a matrix [D, C ph pw]
+    weight = model.patch_embed.proj.weight
+    assert 0.95 * bound < weight.abs().max() <= bound
+    large = MaskedAutoencoder(MAEConfig(depth=1, decoder_depth=1))
+    for token in (large.cls_token, large.mask_token):
+        assert token.std().item() == pytest.approx(0.02, rel=0.15)
+    assert all(block.attn.qkv.bias.abs().max() == 0 for block in model.blocks)
+    assert model.norm.eps == model.blocks[0].norm1.eps == 1e-6
+
+
+def test_position_embedding_encodes_the_column_first():
+    table = sincos_pos_embed(16, (2, 3))  # [6, 16]
+    for patch, (row, column) in enumerate((r, c) for r in range(2) for c in range(3)):
+        for half, position in ((0, column), (8, row)):
+            for i in range(4):
+                angle = position / 10000 ** (i / 4)
+                assert table[patch, half + i].item() == pytest.approx(math.sin(angle), abs=1e-7)
+                assert table[patch, half + 4 + i].item() == pytest.approx(math.cos(angle), abs=1e-7)
+
+
+def test_loss_is_the_same_with_and_without_predictions(model, images):
+    noise = torch.rand(3, TINY.num_patches)
+    short, full = model(images, noise=noise), model(images, noise=noise, return_pred=True)
+    assert short.pred is None
+    assert full.pred.shape == (3, TINY.num_patches, TINY.patch_values)
+    torch.testing.assert_close(short.loss, full.loss, rtol=1e-6, atol=0)
+    assert torch.equal(short.mask, full.mask)
+    grads = []
+    for output in (short, full):
+        model.zero_grad()
+        output.loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_every_trained_parameter_gets_a_gradient(model, images):
+    loss, pred, mask = model(images)
+    loss.backward()
+    assert pred is None
+    assert mask.sum(1).tolist() == [18, 18, 18]
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+def test_uint8_images_equal_normalised_ones(model, images):
+    mean, std = model.pixel_mean[:, None, None], model.pixel_std[:, None, None]
+    noise = torch.rand(3, TINY.num_patches)
+    floats = model((images / 255 - mean) / std, noise=noise)
+    torch.testing.assert_close(model(images, noise=noise).loss, floats.loss, rtol=1e-6, atol=0)
+
+
+def test_masking_from_any_source(model, images):
+    mask = torch.zeros(3, TINY.num_patches, dtype=torch.bool)
+    mask[:, 5:15] = True
+    output = model(images, masking=masking_from_mask(mask))
+    assert torch.equal(output.mask, mask)
+    with pytest.raises(ValueError) as error:
+        model(images, masking=masking_from_mask(mask), noise=torch.rand(3, TINY.num_patches))
+    assert str(error.value) == "MaskedAutoencoder: pass either noise or masking, got both"
+
+
+def test_hidden_patches_do_not_reach_the_encoder(model, images):
+    masking = random_masking(3, TINY.num_patches)
+    hidden = masking.mask.view(3, 4, 1, 6, 1).expand(-1, -1, 8, -1, 8).reshape(3, 1, 32, 48)
+    other = torch.where(hidden, 255 - images, images)
+    assert torch.equal(model.forward_encoder(images, masking.ids_keep), model.forward_encoder(other, masking.ids_keep))
+    assert not torch.equal(model.forward_features(images), model.forward_features(other))
+
+
+def test_features_equal_the_encoder_on_all_patches_in_order(model, images):
+    model.double()
+    ids = torch.arange(TINY.num_patches).expand(3, -1)
+    features = model.forward_features(images)
+    assert features.shape == (3, 1 + TINY.num_patches, 64)
+    torch.testing.assert_close(features, model.forward_encoder(images, ids), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_reconstruction(images, norm_pix):
+    model = MaskedAutoencoder(MAEConfig(**{**vars(TINY), "norm_pix_loss": norm_pix}))
+    masking = random_masking(3, TINY.num_patches)
+    pictures = model.reconstruct(images, masking=masking)
+    assert pictures.uses_true_statistics is norm_pix
+    torch.testing.assert_close(pictures.original, images / 255, rtol=0, atol=1e-6)
+    patches = {name: patchify(getattr(pictures, name), 8) for name in ("masked", "reconstruction", "original")}
+    hidden = masking.mask
+    assert (patches["masked"][hidden] == 0.5).all()
+    for name in ("masked", "reconstruction"):
+        assert torch.equal(patches[name][~hidden], patches["original"][~hidden])
+    assert not torch.equal(patches["reconstruction"][hidden], patches["original"][hidden])
+    if norm_pix:
+        # Prediction = (picture - mean) / std of the true patch, wherever the picture was not clipped at 0 or 1.
+        pred = model(images, masking=masking, return_pred=True).pred
+        truth = patchify((images / 255 - model.pixel_mean[:, None, None]) / model.pixel_std[:, None, None], 8)
+        mean, std = truth.mean(2, keepdim=True), (truth.var(2, keepdim=True) + 1e-6).sqrt()
+        channel = torch.arange(TINY.patch_values) % 3
+        expected = (pred * std + mean) * model.pixel_std[channel] + model.pixel_mean[channel]
+        inside = hidden[..., None] & (expected > 0) & (expected < 1)
+        torch.testing.assert_close(patches["reconstruction"][inside], expected[inside], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_reconstruction_of_a_perfect_prediction_is_the_original(images, norm_pix, monkeypatch):
+    """A head that outputs the true target must give the true picture back: order, statistics and scale undone."""
+    model = MaskedAutoencoder(MAEConfig(**{**vars(TINY), "norm_pix_loss": norm_pix}))
+    target = patchify((images / 255 - model.pixel_mean[:, None, None]) / model.pixel_std[:, None, None], 8)
+    if norm_pix:
+        target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
+    monkeypatch.setattr(model, "forward_decoder", lambda latent, ids: torch.zeros(3, 1 + TINY.num_patches, 32))
+    monkeypatch.setattr(model.decoder_pred, "forward", lambda x: torch.cat([target[:, :1], target], dim=1))
+    pictures = model.reconstruct(images)
+    torch.testing.assert_close(pictures.reconstruction, pictures.original, rtol=0, atol=1e-5)
+
+
+def test_wrong_image_size_is_refused(model):
+    with pytest.raises(ValueError) as error:
+        model(torch.zeros(1, 3, 32, 32))
+    assert str(error.value) == (
+        "MaskedAutoencoder: images must be [N, 3, 32, 48], got shape (1, 3, 32, 32); "
+        "resize them or build the model with another image_size"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 225}, "MAEConfig: image height 225 is not a multiple of the patch height 16"),
+        ({"embed_dim": 770}, "MAEConfig: embed_dim 770 must be a multiple of 4 and of its 12 heads"),
+        (
+            {"in_chans": 1},
+            "MAEConfig: pixel_mean and pixel_std need 1 values, one per channel, got 3 and 3",
+        ),
+    ],
+)
+def test_wrong_configurations_are_refused(options, message):
+    with pytest.raises(ValueError) as error:
+        MAEConfig(**options)
+    assert str(error.value) == message
+
+
+def test_compiles_as_one_graph(images):
+    model = MaskedAutoencoder(TINY)
+    noise = torch.rand(3, TINY.num_patches)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    eager = model(images, noise=noise).loss
+    loss = compiled(images, noise=noise).loss
+    torch.testing.assert_close(loss, eager, rtol=1e-6, atol=0)
+    expected = torch.autograd.grad(eager, model.cls_token)[0]
+    torch.testing.assert_close(torch.autograd.grad(loss, model.cls_token)[0], expected, rtol=1e-5, atol=1e-8)
+
+
+def test_autocast_keeps_the_residual_stream_in_float32(model, images):
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(images).loss
+        ids = random_masking(3, TINY.num_patches).ids_keep
+        proj = model.patch_embed.proj
+        stream = model.blocks[0](model.forward_encoder(images, ids))
+    assert loss.dtype == torch.float32
+    assert stream.dtype == torch.float32
+    loss.backward()
+    assert proj.weight.grad.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_it_learns():
+    """A memorised batch: the loss falls well below that of predicting the mean, which is about 1."""
+    torch.manual_seed(0)
+    model = mae_vit_demo_patch7()
+    images = torch.rand(8, 1, 4, 4).mul(255).byte().repeat_interleave(7, 2).repeat_interleave(7, 3)
+    images = images // 2 + torch.linspace(0, 120, 28).byte()  # a ramp inside every patch, predictable from any other
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(150):
+        loss = model(images).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
