@@ -21,8 +21,8 @@ lint: $(VENV)/dev.installed
 
 # Takes the packages of $(PYTHON) as they are when they suffice, so that a GPU machine needs no network.
 gpu:
-	@$(PYTHON) -c "import torch, triton, einops, pytest_benchmark" 2>/dev/null || $(MAKE) $(VENV)/test.installed
-	@python=$(PYTHON); [ ! -e $(VENV)/test.installed ] || python=$(VENV)/bin/python; \
+	@$(PYTHON) -c "import torch, triton, einops, pytest_benchmark, mae" 2>/dev/null || $(MAKE) $(VENV)/bench.installed
+	@python=$(PYTHON); [ ! -e $(VENV)/bench.installed ] || python=$(VENV)/bin/python; \
 	$$python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: PyTorch sees no GPU on this machine')" \
 	&& mkdir -p $(OUT) \
 	&& $$python -m pytest benchmarks/ --benchmark-only --size full --benchmark-json=$(OUT)/gpu.json

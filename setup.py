@@ -5,8 +5,8 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 
 model = ["matplotlib", "pillow", "safetensors", "scikit-learn", "tqdm", "tyro"]
-bench = ["pytest", "pytest-benchmark"]
-test = [*model, *bench, "hypothesis", "transformers>=5.17"]
+bench = [*model, "pytest", "pytest-benchmark"]
+test = [*bench, "hypothesis", "transformers>=5.17"]
 
 setup(
     name="mae_kernels",

@@ -18,7 +18,7 @@ def pytest_addoption(parser):
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_configure(config):
+def pytest_configure(config):  # before the plugin reads its options
     config.stash[ROWS] = []
     config.option.benchmark_columns = config.option.benchmark_columns or ["median", "iqr", "min", "rounds"]
 
@@ -31,7 +31,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def race(benchmark, request):
-    """Time one back-end, every round right after all the others, so that a busy machine slows them down alike."""
+    """Time one back-end, in every round right after all the others: a drift of the machine then meets them alike."""
 
     def run(shape, op, stage, backend, calls, *, dtype, logical_bytes, flops):
         benchmark.group, benchmark.name = f"{shape.id}, {op}, {stage}", backend
@@ -90,7 +90,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if not rows:
         return
     backends = {row["backend"] for row in rows}
-    only = backends.pop() if len(backends) == 1 else None
+    only = backends.pop() if len(backends) == 1 else None  # its name can then head the columns
     table = [[name.replace("ours", only or "ours") for name in COLUMNS]]
     for row in rows:
         table.append([
@@ -104,11 +104,11 @@ def pytest_terminal_summary(terminalreporter, config):
             f"{row['peak_mib']:.2f}",
         ])  # fmt: skip
 
-    facts = measure.conditions()
+    facts, rounds = measure.conditions(), min(row["rounds"] for row in rows)
     terminalreporter.section("mae_kernels against its reference")
     terminalreporter.write_line(
-        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, triton {facts['triton']}; "
-        f"medians of {min(row['rounds'] for row in rows)} or more interleaved rounds; peak memory of one call"
+        f"{facts['device']}, {facts['threads']} threads, load {facts['load']} before the run, torch {facts['torch']}, "
+        f"triton {facts['triton']}, float32 tensors; interleaved medians of {rounds} or more rounds"
     )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:

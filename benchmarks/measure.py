@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -105,12 +106,13 @@ def assert_accurate(ours: dict[str, Tensor], peer: dict[str, Tensor], gold: dict
 
 
 @cache
-def conditions() -> dict[str, str | int]:
-    """What a number depends on besides the code."""
+def conditions() -> dict[str, str | float]:
+    """What a number depends on besides the code. The load is that of the minute before the first row."""
     on_gpu = DEVICE.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(DEVICE) if on_gpu else cpuinfo.get_cpu_info().get("brand_raw", "CPU"),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "unknown",
         "torch": torch.__version__,
         "triton": version("triton") if importlib.util.find_spec("triton") else "none",
     }

@@ -111,7 +111,7 @@ def _masked_mse_eager(pred, images, mask, ids_mask, patch, norm_pix, mean, std, 
     if mask is None:
         checks.id_values("masked_mse", "ids_mask", ids_mask, num_patches)
         flat_ids = row_ids(ids_mask, num_patches)
-        pred_rows = pred.reshape(n * rows, values)
+        pred_rows = pred
     else:
         checks.mask_values("masked_mse", "mask", mask)
         mask = mask.flatten() != 0
@@ -128,8 +128,9 @@ def _masked_mse_eager(pred, images, mask, ids_mask, patch, norm_pix, mean, std, 
         target -= target.mean(dim=1, keepdim=True)
         variance = torch.linalg.vector_norm(target, dim=1, keepdim=True).square_().div_(values - 1)
         target *= variance.add_(eps).rsqrt_()
+    target = target.view(pred_rows.shape)  # [N, M, E] or [masked, E]
     residual = torch.sub(pred_rows, target, out=target)
-    loss = torch.linalg.vector_norm(residual, dim=1).square_().sum() * (scale / 2)
+    loss = torch.linalg.vector_norm(residual, dim=-1).square_().sum() * (scale / 2)
 
     if not needs_grad:
         return loss, loss.new_empty(0), scale

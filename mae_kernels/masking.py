@@ -125,13 +125,14 @@ def masking_from_mask(mask: Tensor) -> Masking:
 
 
 def _masking_eager(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ids_shuffle = torch.sort(noise.contiguous(), dim=1, stable=True).indices
+    ids_shuffle = torch.sort(noise.contiguous(), dim=1, stable=True).indices.tensor_split([num_keep], dim=1)
+    ids_keep, ids_mask = (part.clone(memory_format=torch.contiguous_format) for part in ids_shuffle)
+    del ids_shuffle
     # The inverse of a permutation is a scatter of the positions: no second sort.
-    positions = torch.arange(noise.shape[1], device=noise.device).expand_as(ids_shuffle)
-    ids_restore = torch.empty_like(ids_shuffle).scatter_(1, ids_shuffle, positions)
-    ids_keep, ids_mask = (
-        part.clone(memory_format=torch.contiguous_format) for part in ids_shuffle.tensor_split([num_keep], dim=1)
-    )
+    positions = torch.arange(noise.shape[1], device=noise.device)
+    ids_restore = torch.empty(noise.shape, dtype=torch.int64, device=noise.device)
+    ids_restore.scatter_(1, ids_keep, positions[:num_keep].expand_as(ids_keep))
+    ids_restore.scatter_(1, ids_mask, positions[num_keep:].expand_as(ids_mask))
     return ids_keep, ids_mask, ids_restore, ids_restore >= num_keep
 
 

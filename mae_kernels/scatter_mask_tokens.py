@@ -1,6 +1,7 @@
 """Put visible tokens back in their places, mask tokens in the others, and add positions."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mae_kernels import backend, checks
@@ -149,8 +150,10 @@ def _scatter_mask_tokens_backward_eager(grad, ids_restore, num_tokens, num_prefi
         source = torch.cat([prefix, ids_keep + num_prefix], dim=1)  # [N, R + K]
         g_tokens = table.index_select(0, row_ids(source, step)).view(n, num_tokens, d).to(dtype)
     if needs_mask_token:
-        # Summed in pairs: a product with the 0/1 mask needs no copy of the rows, but adds them in one long chain.
-        g_mask_token = table.index_select(0, row_ids(ids_mask, step, num_prefix)).sum(0, dtype=sum_dtype)
+        # Sums of 32 rows each, then their sum: one long chain of additions would lose three bits at 1568 patches.
+        masked = row_ids(ids_mask, step, num_prefix)
+        bags = torch.arange(0, len(masked), 32, device=grad.device)
+        g_mask_token = F.embedding_bag(masked, table.to(sum_dtype), bags, mode="sum").sum(0)
     if needs_pos:
         g_pos = grad[:, grad.shape[1] - pos_rows :].sum(0, dtype=sum_dtype)
     return g_tokens, g_mask_token, g_pos

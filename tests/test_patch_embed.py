@@ -319,3 +319,14 @@ def test_two_runs_are_bitwise_equal(dtype):
 def test_any_size(n, grid, patch, c, k, d, r, seed):
     torch.manual_seed(seed)
     check(patch_embed_inputs(n, grid, patch, c, d, k=min(k, grid[0] * grid[1]), r=r, norm=seed % 2 == 0))
+
+
+def test_accuracy_at_the_size_of_a_real_batch():
+    # With two threads and 1568 rows, a projection that PyTorch has to copy first sums in an order twice as far off.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(2, threads))
+    try:
+        inputs = patch_embed_inputs(32, (14, 14), (16, 16), 3, 768, k=49, r=1)
+        compare(patch_embed, reference.patch_embed, inputs, tokens(32, 50, 768), ("weight", "bias", "prefix"))
+    finally:
+        torch.set_num_threads(threads)
