@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -104,7 +105,10 @@ def _read(file: Path) -> dict[str, Tensor]:
     return state
 
 
-def _replace(target: Path, write) -> None:
+def _replace(target: Path, write: Callable[[Path], object]) -> None:
     temporary = target.with_name(target.name + ".tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
     write(temporary)
+    temporary.chmod(mode)  # safetensors makes its files private, whatever the umask says
     os.replace(temporary, target)

@@ -34,7 +34,10 @@ def test_round_trip(tmp_path):
         assert same_weights(loaded, model)
         assert not loaded.training
     assert load_checkpoint(tmp_path / "run", norm_pix_loss=True).config.norm_pix_loss
-    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["config.json", "model.safetensors"]
+    files = sorted((tmp_path / "run").iterdir())
+    assert [f.name for f in files] == ["config.json", "model.safetensors"]
+    (tmp_path / "other").touch()
+    assert {f.stat().st_mode for f in files} == {(tmp_path / "other").stat().st_mode}
 
 
 def test_a_failing_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def test_commands_take_their_options(command, capsys):
 
 def test_make_targets_exist():
     targets = [command[1] for command in COMMANDS if command[:1] == ["make"]]
-    assert targets == ["demo", "test"]
+    assert targets == ["demo", "test", "bench"]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert all(f"\n{target}: " in makefile for target in targets)
 
