@@ -1,5 +1,6 @@
 """A masked autoencoder learns on real pictures, on a laptop's CPU, within minutes."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -77,10 +78,16 @@ def run_demo(config: DemoConfig) -> dict[str, float]:
     print(
         f"\nLook at {config.out / 'reconstructions.png'} and {config.out / 'loss.png'}; the model is in {config.out}.\n"
         "Next, your own images (any folder of pictures; on a CPU start with the smallest model):\n"
-        "  python -m mae pretrain --data FOLDER --model mae_vit_tiny_patch16 --out runs/mine\n"
-        "  python -m mae reconstruct --checkpoint runs/mine --images FOLDER"
+        f"  {_python()} -m mae pretrain --data FOLDER --model mae_vit_tiny_patch16 --out runs/mine\n"
+        f"  {_python()} -m mae reconstruct --checkpoint runs/mine --images FOLDER"
     )
     return accuracies
+
+
+def _python() -> str:
+    """This interpreter as one would type it here: a virtual environment below this folder need not be active."""
+    executable = Path(sys.executable)
+    return str(executable.relative_to(Path.cwd())) if executable.is_relative_to(Path.cwd()) else "python"
 
 
 def _batches(images: Tensor, recipe: TrainConfig) -> Iterator[Tensor]:
