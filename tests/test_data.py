@@ -1,5 +1,9 @@
 """Reading what people have in their folders."""
 
+import multiprocessing
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -158,6 +162,15 @@ def test_a_folder_of_nothing_but_broken_files_is_refused(tmp_path, workers):
     )
     with pytest.raises(DataError, match=r"^none of the 4 files can be read; first: cannot read "):
         list(batches)
+
+
+def test_control_c_does_not_end_the_workers(tmp_path):
+    images = TrainingImages(find_images(good_folder(tmp_path, 3)), (16, 16), 3)
+    batches = iter(Batches(images, steps=30, batch_size=2, workers=1, seed=0))
+    next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(list(batches)) == 29
 
 
 def test_the_seed_fixes_the_batches(tmp_path):
