@@ -23,7 +23,7 @@ from mae.data import (
 )
 from mae.demo import DemoConfig, run_demo
 from mae.figures import save_loss, save_reconstructions
-from mae.model import MODELS, MaskedAutoencoder
+from mae.model import MODELS, MaskedAutoencoder, NoDecoderError
 from mae.probe import extract_features, linear_probe
 from mae.train import TrainConfig, TrainingStopped, choose_device, train
 
@@ -63,7 +63,8 @@ def pretrain(config: PretrainConfig) -> None:
     )
     history = train(model, batches, config.train, config.out)
     save_loss(history, config.out / "loss.png")
-    reconstruct(ReconstructConfig(config.out, (config.data,), config.out / "reconstructions.png"))
+    picture = config.out / "reconstructions.png"
+    reconstruct(ReconstructConfig(config.out, (config.data,), picture, device=config.train.device))
     print(f"The model is in {config.out}. Try it on images that it has not seen:")
     print(f"  python -m mae reconstruct --checkpoint {config.out} --images FOLDER")
 
@@ -159,16 +160,19 @@ def _features(model: MaskedAutoencoder, files: list[Path], labels: list[int], ba
                 waiting.clear()
         if waiting:
             yield torch.stack(waiting)
+        if not kept:
+            raise DataError(f"none of the {len(files)} files can be read")
 
     return extract_features(model, batches()), kept
 
 
 def _readable(files: list[Path], model: MaskedAutoencoder, most: int | None = None) -> Iterator[tuple[Tensor, int]]:
     """``[C, H, W]`` uint8 and the position in files of those that can be read; the others are named and counted."""
-    problems = taken = 0
+    problems = taken = seen = 0
     for index, file in enumerate(files):
         if taken == most:
             break
+        seen += 1
         try:
             image = read_image(file, model.config.in_chans)
         except DataError as error:
@@ -178,7 +182,7 @@ def _readable(files: list[Path], model: MaskedAutoencoder, most: int | None = No
         taken += 1
         yield to_tensor(resize_and_crop(image, model.config.image_size)), index
     if problems:
-        print(f"Warning: {problems} of {len(files)} files cannot be read", file=sys.stderr)
+        print(f"Warning: {problems} of {seen} files cannot be read", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -200,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     try:
         commands[type(config)](config)
-    except (CheckpointError, DataError, TrainingStopped, ValueError) as error:
+    except (CheckpointError, DataError, NoDecoderError, TrainingStopped, ValueError) as error:
         sys.exit(f"mae: {error}")
 
 

@@ -91,6 +91,10 @@ class Reconstruction(NamedTuple):
     uses_true_statistics: bool  # predictions un-normalised by the mean and variance of the hidden patches themselves
 
 
+class NoDecoderError(RuntimeError):
+    """The model's weights came from a checkpoint that holds the encoder alone."""
+
+
 class PatchEmbed(nn.Module):
     """Holds the projection's parameters under their published names; :func:`mae_kernels.patch_embed` applies them."""
 
@@ -242,7 +246,7 @@ class MaskedAutoencoder(nn.Module):
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
         """Hidden states of all tokens before the final norm: ``[N, 1 + K, D]`` -> ``[N, 1 + L, D']``."""
         if self.encoder_only:
-            raise RuntimeError(
+            raise NoDecoderError(
                 "MaskedAutoencoder: the checkpoint held the encoder alone, so there is nothing to reconstruct with; "
                 "load a checkpoint that includes the decoder (published ones are called *_full or mae_visualize_*)"
             )

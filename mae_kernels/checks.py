@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mae_kernels import backend
+from mae_kernels.precision import accumulation_dtype
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -60,7 +61,7 @@ def patch_size(op: str, value: int | tuple[int, int]) -> tuple[int, int]:
     return pair(op, "patch_size", value)
 
 
-def images(op: str, x: Tensor, patch: tuple[int, int] | None) -> None:
+def images(op: str, x: Tensor, patch: tuple[int, int]) -> None:
     """``[N, C, H, W]``, not empty, and divisible into patches."""
     if isinstance(x, Tensor) and x.ndim == 5:
         raise ValueError(
@@ -73,10 +74,9 @@ def images(op: str, x: Tensor, patch: tuple[int, int] | None) -> None:
     for size, dimension in zip(x.shape, ("batch", "channel dimension", "height", "width"), strict=True):
         if size == 0:
             raise ValueError(f"{op}: the {dimension} of images is empty, got shape {tuple(x.shape)}")
-    if patch is not None:
-        for size, p, side in zip(x.shape[2:], patch, ("height", "width"), strict=True):
-            if size % p:
-                raise ValueError(f"{op}: images {side} {size} is not a multiple of the patch {side} {p}")
+    for size, p, side in zip(x.shape[2:], patch, ("height", "width"), strict=True):
+        if size % p:
+            raise ValueError(f"{op}: images {side} {size} is not a multiple of the patch {side} {p}")
 
 
 def mean_std(op: str, mean, std, images: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -94,8 +94,7 @@ def _per_channel(op: str, name: str, values, images: Tensor, dtype: torch.dtype)
         values = [values] if isinstance(values, int | float) else values
         if name == "std" and not all(v > 0 for v in values):
             raise ValueError(f"{op}: std must be positive, got {list(values)}")
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        values = torch.tensor(values, dtype=dtype, device=images.device)
+        values = torch.tensor(values, dtype=accumulation_dtype(dtype), device=images.device)
     floating(op, name, values)
     same_device(op, "images", images, **{name: values})
     if values.numel() != images.shape[1]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mae_kernels import backend, checks
 from mae_kernels.patchify import Layout, gather_patches, normalize_pixels
+from mae_kernels.precision import accumulation_dtype
 from mae_kernels.registration import define, differentiable, once
 from mae_kernels.rows import as_rows, row_ids
 
@@ -106,7 +107,7 @@ class _MaskedMSE(torch.autograd.Function):
 
 def _masked_mse_eager(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad):
     n, rows, values = pred.shape
-    dtype = _loss_dtype(pred)
+    dtype = accumulation_dtype(pred.dtype)
     num_patches = (images.shape[2] // patch[0]) * (images.shape[3] // patch[1])
     if mask is None:
         checks.id_values("masked_mse", "ids_mask", ids_mask, num_patches)
@@ -141,7 +142,7 @@ def _masked_mse_eager(pred, images, mask, ids_mask, patch, norm_pix, mean, std, 
 
 
 def _masked_mse_fake(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad):
-    loss = pred.new_empty((), dtype=_loss_dtype(pred))
+    loss = pred.new_empty((), dtype=accumulation_dtype(pred.dtype))
     residual = loss.new_empty(pred.shape if needs_grad else 0)
     return loss, residual, torch.empty_like(loss)
 
@@ -152,10 +153,6 @@ def _masked_mse_backward_eager(grad, residual, scale, dtype):
 
 def _masked_mse_backward_fake(grad, residual, scale, dtype):
     return torch.empty_like(residual, dtype=dtype)
-
-
-def _loss_dtype(pred: Tensor) -> torch.dtype:
-    return torch.float64 if pred.dtype == torch.float64 else torch.float32
 
 
 _masked_mse = define(

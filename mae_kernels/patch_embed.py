@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mae_kernels import backend, checks
 from mae_kernels.patchify import gather_patches, normalize_pixels, unpatchify
+from mae_kernels.precision import accumulation_dtype
 from mae_kernels.registration import define, differentiable, once
 from mae_kernels.rows import row_ids
 
@@ -157,7 +158,7 @@ def _patch_embed_fake(images, weight, bias, pos_embed, ids_keep, prefix, mean, s
 def _patch_embed_backward_eager(grad, images, weight, ids_keep, mean, std, num_prefix, compute_dtype, needs):
     needs_images, needs_weight, needs_bias, needs_pos, needs_prefix = needs
     n, d, patch = images.shape[0], weight.shape[0], weight.shape[2:]
-    sum_dtype = _sum_dtype(grad)
+    sum_dtype = accumulation_dtype(grad.dtype)  # autograd casts once, to the dtype of the parameter
     num_patches = (images.shape[2] // patch[0]) * (images.shape[3] // patch[1])
     g_images, g_weight, g_bias, g_pos, g_prefix = (grad.new_empty(0, dtype=sum_dtype) for _ in needs)
 
@@ -190,7 +191,7 @@ def _patch_embed_backward_eager(grad, images, weight, ids_keep, mean, std, num_p
 
 
 def _patch_embed_backward_fake(grad, images, weight, ids_keep, mean, std, num_prefix, compute_dtype, needs):
-    sum_dtype = _sum_dtype(grad)
+    sum_dtype = accumulation_dtype(grad.dtype)
     d, _, ph, pw = weight.shape
     num_patches = (images.shape[2] // ph) * (images.shape[3] // pw)
     shapes = [images.shape, weight.shape, (d,), (num_patches, d), (num_prefix, d)]
@@ -199,11 +200,6 @@ def _patch_embed_backward_fake(grad, images, weight, ids_keep, mean, std, num_pr
         grad.new_empty(shape if need else 0, dtype=dtype if need else sum_dtype)
         for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
     )
-
-
-def _sum_dtype(grad: Tensor) -> torch.dtype:
-    # Parameter gradients are accumulated here; autograd casts them once, to the dtype of the parameter.
-    return torch.float64 if grad.dtype == torch.float64 else torch.float32
 
 
 def _visible_patches(images, ids_keep, patch, mean, std, dtype):

@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mae_kernels import checks
+from mae_kernels.precision import accumulation_dtype
 
 Layout = Literal["pqc", "cpq"]
 
@@ -111,7 +112,7 @@ def normalize_pixels(
     """
     if mean is None and patches.dtype != torch.uint8:
         return patches.to(dtype)
-    work = torch.float64 if dtype == torch.float64 else torch.float32
+    work = accumulation_dtype(dtype)
     patches = patches.to(work).div_(255) if patches.dtype == torch.uint8 else patches.to(work)
     if mean is not None:
         mean, std = mean.to(work), std.to(work)

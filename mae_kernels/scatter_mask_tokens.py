@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mae_kernels import backend, checks
+from mae_kernels.precision import accumulation_dtype
 from mae_kernels.registration import define, differentiable, once
 from mae_kernels.rows import as_rows, row_ids
 
@@ -137,7 +138,7 @@ def _scatter_mask_tokens_backward_eager(grad, ids_restore, num_tokens, num_prefi
     needs_tokens, needs_mask_token, needs_pos = needs
     n, d = grad.shape[0], grad.shape[2]
     num_keep = num_tokens - num_prefix
-    sum_dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    sum_dtype = accumulation_dtype(grad.dtype)
     g_tokens, g_mask_token, g_pos = (grad.new_empty(0) for _ in needs)
 
     if needs_tokens or needs_mask_token:
@@ -161,7 +162,7 @@ def _scatter_mask_tokens_backward_eager(grad, ids_restore, num_tokens, num_prefi
 
 def _scatter_mask_tokens_backward_fake(grad, ids_restore, num_tokens, num_prefix, pos_rows, dtype, needs):
     n, d = grad.shape[0], grad.shape[2]
-    sum_dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    sum_dtype = accumulation_dtype(grad.dtype)
     outputs = [((n, num_tokens, d), dtype), ((d,), sum_dtype), ((pos_rows, d), sum_dtype)]
     return tuple(
         grad.new_empty(shape, dtype=dtype) if need else grad.new_empty(0)

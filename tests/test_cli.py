@@ -11,6 +11,7 @@ import pytest
 import torch
 from pictures import good_folder, readable_oddities, unreadable_files
 from PIL import Image
+from safetensors.torch import save_file
 
 from mae import load_checkpoint
 from mae.__main__ import main
@@ -90,6 +91,36 @@ def test_reconstruct_and_its_words(run, tmp_path, capsys):
     assert "The model was trained on normalised pixels" in output.out
     assert "Warning: 4 of 21 files cannot be read" in output.err
     assert Image.open(picture).size[0] > 400
+
+
+def test_reconstruct_stops_reading_when_it_has_enough(run, tmp_path, capsys):
+    good_folder(tmp_path / "a" / "z", 5)
+    unreadable_files(tmp_path / "a" / "bad")
+    main(["reconstruct", "--checkpoint", str(run[0]), "--images", str(tmp_path / "a"), "--most", "2",
+          "--out", str(tmp_path / "out.png"), "--device", "cpu"])  # fmt: skip
+    output = capsys.readouterr()
+    assert "Wrote 2 reconstructions" in output.out
+    assert "Warning: 4 of 6 files cannot be read" in output.err
+
+
+def test_reconstruct_refuses_a_checkpoint_without_a_decoder_in_one_sentence(run, tmp_path):
+    state = load_checkpoint(run[0]).state_dict()
+    encoder = {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token"))}
+    (tmp_path / "config.json").write_text((run[0] / "config.json").read_text())
+    save_file(encoder, tmp_path / "model.safetensors")
+    with pytest.raises(SystemExit) as stop:
+        main(["reconstruct", "--checkpoint", str(tmp_path), "--images", str(good_folder(tmp_path / "x", 1))])
+    assert stop.value.code.startswith("mae: MaskedAutoencoder: the checkpoint held the encoder alone")
+
+
+def test_linprobe_refuses_classes_of_broken_files_in_one_sentence(run, tmp_path):
+    for name in ("one", "two"):
+        unreadable_files(tmp_path / "fit" / name)
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["linprobe", "--checkpoint", str(run[0]), "--data", str(tmp_path / "fit"), "--test", str(tmp_path / "fit")]
+        )
+    assert stop.value.code == "mae: none of the 8 files can be read"
 
 
 def test_linprobe(run, tmp_path, capsys):
