@@ -4,16 +4,19 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= benchmarks/results
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test bench faults gpu lint clean
 
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/python -m mae demo
 
 test: $(VENV)/test.installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2
 
 bench: $(VENV)/bench.installed
 	$(VENV)/bin/python -m pytest benchmarks/ --benchmark-only
+
+faults: $(VENV)/test.installed
+	$(VENV)/bin/python tests/faults.py
 
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .
@@ -21,11 +24,9 @@ lint: $(VENV)/dev.installed
 
 # Takes the packages of $(PYTHON) as they are when they suffice, so that a GPU machine needs no network.
 gpu:
-	@$(PYTHON) -c "import torch, triton, einops, pytest_benchmark, mae" 2>/dev/null || $(MAKE) $(VENV)/bench.installed
-	@python=$(PYTHON); [ ! -e $(VENV)/bench.installed ] || python=$(VENV)/bin/python; \
-	$$python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: PyTorch sees no GPU on this machine')" \
-	&& mkdir -p $(OUT) \
-	&& $$python -m pytest benchmarks/ --benchmark-only --size full --benchmark-json=$(OUT)/gpu.json
+	@if $(PYTHON) -c "import torch, triton, einops, hypothesis, pytest_benchmark" 2>/dev/null; then python=$(PYTHON); \
+	else $(MAKE) $(VENV)/test.installed && python=$(VENV)/bin/python; fi; \
+	$$python -m benchmarks.gpu --out $(OUT)
 
 $(VENV)/%.installed: setup.py constraints.txt
 	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ _selected = _checked(os.environ.get("MAE_KERNELS_BACKEND", "auto"), "the environ
 
 # Ids are read back and checked on the GPU too, which costs a device synchronisation per op.
 DEBUG = os.environ.get("MAE_KERNELS_DEBUG", "0") == "1"
+
+# Triton then runs its kernels in NumPy, on CPU tensors: slow, and exact enough to prove them without a GPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 class use_backend:
@@ -61,21 +65,43 @@ def why_not_triton(*tensors: Tensor) -> list[str]:
     Returns:
         One sentence per reason, each with the value that caused it.
     """
-    reasons = ["this version of mae_kernels has no Triton kernels yet"]
+    reasons = []
     if _selected == "eager":
         reasons.append("the selected back-end is 'eager'")
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_is_installed():
         reasons.append("the package triton is not installed")
     for i, x in enumerate(tensors):
-        if x.device.type != "cuda":
+        if x.device.type == "cuda":
+            capability = _capability(x.device)
+            if capability < (8, 0):
+                reasons.append(f"tensor {i} is on {x.device}, of compute capability {capability}, below (8, 0)")
+        elif not (x.device.type == "cpu" and _selected == "triton" and INTERPRETED):
             reasons.append(f"tensor {i} is on {x.device}, not on a CUDA or ROCm device")
         if x.dtype == torch.float64:
-            reasons.append(f"tensor {i} is torch.float64")
+            reasons.append(f"tensor {i} is torch.float64, but the kernels compute in float32")
     return reasons
 
 
-def require(op: str, *tensors: Tensor) -> None:
-    """Refuse, rather than fall back in silence, when ``"triton"`` was asked for and cannot run."""
-    if _selected == "triton":
-        reasons = "; ".join(why_not_triton(*tensors))
-        raise RuntimeError(f"{op}: use_backend('triton') was asked for, but {reasons}")
+def takes_triton(op: str, *args) -> bool:
+    """Whether a call of the op takes its Triton kernels.
+
+    Raises:
+        RuntimeError: it cannot, but ``"triton"`` was asked for: there is no fall-back in silence.
+    """
+    if _selected == "eager" or (_selected == "auto" and args[0].device.type == "cpu"):
+        return False
+    reasons = why_not_triton(*(x for x in args if isinstance(x, Tensor)))
+    if reasons and _selected == "triton":
+        raise RuntimeError(f"{op}: use_backend('triton') was asked for, but {'; '.join(reasons)}")
+    return not reasons
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    # ROCm reports its gfx number here: (9, 4) for gfx942.
+    return torch.cuda.get_device_capability(device)

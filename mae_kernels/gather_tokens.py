@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mae_kernels import backend, checks
+from mae_kernels import checks
 from mae_kernels.registration import define, differentiable, once
 from mae_kernels.rows import as_rows, row_ids
 
@@ -29,7 +29,6 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     checks.not_empty(op, "tokens", tokens)
     checks.ids(op, "ids", ids, tokens.shape[0], tokens.shape[1])
     checks.same_device(op, "tokens", tokens, ids=ids)
-    backend.require(op, tokens)
     return _GatherTokens.apply(tokens, ids)
 
 
@@ -50,8 +49,11 @@ class _GatherTokens(torch.autograd.Function):
         return once(_gather_tokens_backward, grad, ids, ctx.num_tokens), None
 
 
-def _gather_tokens_eager(tokens, ids):
+def _gather_tokens_check(tokens, ids):
     checks.id_values("gather_tokens", "ids", ids, tokens.shape[1])
+
+
+def _gather_tokens_eager(tokens, ids):
     table, step = as_rows(tokens)
     return table.index_select(0, row_ids(ids, step)).view(*ids.shape, -1)
 
@@ -79,6 +81,7 @@ _gather_tokens = define(
     "gather_tokens(Tensor tokens, Tensor ids) -> Tensor",
     eager=_gather_tokens_eager,
     fake=_gather_tokens_fake,
+    check=_gather_tokens_check,
 )
 _gather_tokens_backward = define(
     "gather_tokens_backward(Tensor grad, Tensor ids, SymInt num_tokens) -> Tensor",

@@ -1,12 +1,13 @@
 """Mean squared error between predictions and the pixels of the masked patches."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
-from mae_kernels import backend, checks
-from mae_kernels.patchify import Layout, gather_patches, normalize_pixels
+from mae_kernels import checks
+from mae_kernels.patchify import Layout, gather_patches, normalize_pixels, patch_grid
 from mae_kernels.precision import accumulation_dtype
 from mae_kernels.registration import define, differentiable, once
 from mae_kernels.rows import as_rows, row_ids
@@ -62,7 +63,7 @@ def masked_mse(
     if (mask is None) == (ids_mask is None):
         raise ValueError(f"{op}: pass exactly one of mask and ids_mask, got {'neither' if mask is None else 'both'}")
     n, channels = images.shape[:2]
-    num_patches = (images.shape[2] // patch[0]) * (images.shape[3] // patch[1])
+    num_patches = prod(patch_grid(images, patch))
     values = channels * patch[0] * patch[1]
     if mask is not None:
         checks.tensor(op, "mask", mask, (n, num_patches))
@@ -80,7 +81,6 @@ def masked_mse(
     if not eps >= 0:
         raise ValueError(f"{op}: eps must not be negative, got {eps}")
     mean, std = checks.mean_std(op, mean, std, images, pred.dtype)
-    backend.require(op, pred, images)
     needs_grad = torch.is_grad_enabled() and pred.requires_grad
     return _MaskedMSE.apply(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad)[0]
 
@@ -105,16 +105,21 @@ class _MaskedMSE(torch.autograd.Function):
         return g_pred, None, None, None, None, None, None, None, None, None, None
 
 
+def _masked_mse_check(pred, images, mask, ids_mask, patch, *_):
+    if mask is None:
+        checks.id_values("masked_mse", "ids_mask", ids_mask, prod(patch_grid(images, patch)))
+    else:
+        checks.mask_values("masked_mse", "mask", mask)
+
+
 def _masked_mse_eager(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad):
     n, rows, values = pred.shape
     dtype = accumulation_dtype(pred.dtype)
-    num_patches = (images.shape[2] // patch[0]) * (images.shape[3] // patch[1])
+    num_patches = prod(patch_grid(images, patch))
     if mask is None:
-        checks.id_values("masked_mse", "ids_mask", ids_mask, num_patches)
         flat_ids = row_ids(ids_mask, num_patches)
         pred_rows = pred
     else:
-        checks.mask_values("masked_mse", "mask", mask)
         mask = mask.flatten() != 0
         flat_ids = mask.nonzero()[:, 0]
         table, step = as_rows(pred)
@@ -134,16 +139,16 @@ def _masked_mse_eager(pred, images, mask, ids_mask, patch, norm_pix, mean, std, 
     loss = torch.linalg.vector_norm(residual, dim=-1).square_().sum() * (scale / 2)
 
     if not needs_grad:
-        return loss, loss.new_empty(0), scale
+        return loss, pred.new_empty(0), scale
     if mask is not None:
-        compact, residual = residual, residual.new_empty((n * rows, values))
+        compact, residual = residual.to(pred.dtype), pred.new_empty((n * rows, values))
         residual.index_copy_(0, flat_ids, compact).index_fill_(0, mask.logical_not().nonzero()[:, 0], 0)
-    return loss, residual.view(n, rows, values), scale
+    return loss, residual.to(pred.dtype).view(n, rows, values), scale
 
 
 def _masked_mse_fake(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad):
     loss = pred.new_empty((), dtype=accumulation_dtype(pred.dtype))
-    residual = loss.new_empty(pred.shape if needs_grad else 0)
+    residual = pred.new_empty(pred.shape if needs_grad else 0)
     return loss, residual, torch.empty_like(loss)
 
 
@@ -161,6 +166,7 @@ _masked_mse = define(
     "-> (Tensor loss, Tensor residual, Tensor scale)",
     eager=_masked_mse_eager,
     fake=_masked_mse_fake,
+    check=_masked_mse_check,
 )
 _masked_mse_backward = define(
     "masked_mse_backward(Tensor grad, Tensor residual, Tensor scale, ScalarType dtype) -> Tensor",

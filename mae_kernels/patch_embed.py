@@ -1,13 +1,14 @@
 """Patchify, normalise, project, add positions and prefix tokens: for the visible patches only."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mae_kernels import backend, checks
-from mae_kernels.patchify import gather_patches, normalize_pixels, unpatchify
+from mae_kernels import checks
+from mae_kernels.patchify import gather_patches, normalize_pixels, patch_grid, unpatchify
 from mae_kernels.precision import accumulation_dtype
 from mae_kernels.registration import define, differentiable, once
 from mae_kernels.rows import row_ids
@@ -63,7 +64,7 @@ def patch_embed(
     checks.images(op, images, tuple(patch))
     if images.shape[1] != channels:
         raise ValueError(f"{op}: images have {images.shape[1]} channels, but weight expects {channels}")
-    num_patches = (images.shape[2] // patch[0]) * (images.shape[3] // patch[1])
+    num_patches = prod(patch_grid(images, patch))
     if bias is not None:
         checks.tensor(op, "bias", bias, (embed_dim,))
         checks.floating(op, "bias", bias)
@@ -76,7 +77,6 @@ def patch_embed(
     checks.same_device(op, "images", images, weight=weight, bias=bias, pos_embed=pos_embed, ids_keep=ids_keep)
     checks.same_device(op, "images", images, prefix=prefix)
     mean, std = checks.mean_std(op, mean, std, images, weight.dtype)
-    backend.require(op, images, weight)
 
     compute_dtype = _compute_dtype(op, images, weight)
     if out_dtype is None:
@@ -125,11 +125,13 @@ class _PatchEmbed(torch.autograd.Function):
         return g_images, g_weight, g_bias, g_pos, None, g_prefix, None, None, None, None
 
 
+def _patch_embed_check(images, weight, bias, pos_embed, ids_keep, *_):
+    if ids_keep is not None:
+        checks.id_values("patch_embed", "ids_keep", ids_keep, prod(patch_grid(images, weight.shape[2:])))
+
+
 def _patch_embed_eager(images, weight, bias, pos_embed, ids_keep, prefix, mean, std, compute_dtype, out_dtype):
     n, (d, _, *patch) = images.shape[0], weight.shape
-    num_patches = (images.shape[2] // patch[0]) * (images.shape[3] // patch[1])
-    if ids_keep is not None:
-        checks.id_values("patch_embed", "ids_keep", ids_keep, num_patches)
     patches = _visible_patches(images, ids_keep, patch, mean, std, compute_dtype)  # [N K, E]
     bias = None if bias is None else bias.to(compute_dtype)
     tokens = _project(patches, weight.to(compute_dtype).flatten(1), bias).reshape(n, -1, d)  # [N, K, D]
@@ -151,7 +153,7 @@ def _patch_embed_eager(images, weight, bias, pos_embed, ids_keep, prefix, mean, 
 def _patch_embed_fake(images, weight, bias, pos_embed, ids_keep, prefix, mean, std, compute_dtype, out_dtype):
     d, _, ph, pw = weight.shape
     num_prefix = 0 if prefix is None else prefix.shape[0]
-    visible = (images.shape[2] // ph) * (images.shape[3] // pw) if ids_keep is None else ids_keep.shape[1]
+    visible = prod(patch_grid(images, (ph, pw))) if ids_keep is None else ids_keep.shape[1]
     return images.new_empty((images.shape[0], num_prefix + visible, d), dtype=out_dtype)
 
 
@@ -159,7 +161,7 @@ def _patch_embed_backward_eager(grad, images, weight, ids_keep, mean, std, num_p
     needs_images, needs_weight, needs_bias, needs_pos, needs_prefix = needs
     n, d, patch = images.shape[0], weight.shape[0], weight.shape[2:]
     sum_dtype = accumulation_dtype(grad.dtype)  # autograd casts once, to the dtype of the parameter
-    num_patches = (images.shape[2] // patch[0]) * (images.shape[3] // patch[1])
+    num_patches = prod(patch_grid(images, patch))
     g_images, g_weight, g_bias, g_pos, g_prefix = (grad.new_empty(0, dtype=sum_dtype) for _ in needs)
 
     if needs_prefix:
@@ -193,7 +195,7 @@ def _patch_embed_backward_eager(grad, images, weight, ids_keep, mean, std, num_p
 def _patch_embed_backward_fake(grad, images, weight, ids_keep, mean, std, num_prefix, compute_dtype, needs):
     sum_dtype = accumulation_dtype(grad.dtype)
     d, _, ph, pw = weight.shape
-    num_patches = (images.shape[2] // ph) * (images.shape[3] // pw)
+    num_patches = prod(patch_grid(images, (ph, pw)))
     shapes = [images.shape, weight.shape, (d,), (num_patches, d), (num_prefix, d)]
     dtypes = [images.dtype] + [sum_dtype] * 4
     return tuple(
@@ -203,7 +205,7 @@ def _patch_embed_backward_fake(grad, images, weight, ids_keep, mean, std, num_pr
 
 
 def _visible_patches(images, ids_keep, patch, mean, std, dtype):
-    num_patches = (images.shape[2] // patch[0]) * (images.shape[3] // patch[1])
+    num_patches = prod(patch_grid(images, patch))
     flat_ids = None if ids_keep is None else row_ids(ids_keep, num_patches)
     patches = gather_patches(images, flat_ids, patch, "cpq")
     return normalize_pixels(patches, images.shape[1], mean, std, dtype, "cpq")
@@ -245,6 +247,7 @@ _patch_embed = define(
     "Tensor? mean, Tensor? std, ScalarType compute_dtype, ScalarType out_dtype) -> Tensor",
     eager=_patch_embed_eager,
     fake=_patch_embed_fake,
+    check=_patch_embed_check,
 )
 _patch_embed_backward = define(
     "patch_embed_backward(Tensor grad, Tensor images, Tensor weight, Tensor? ids_keep, Tensor? mean, Tensor? std, "

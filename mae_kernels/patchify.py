@@ -1,5 +1,6 @@
 """Images as patches and back; and the rows of pixels that belong to chosen patches."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -72,14 +73,19 @@ def unpatchify(
     return rearrange(patches, _IMAGES[layout], h=height // ph, p=ph, q=pw)
 
 
+def patch_grid(images: Tensor, patch_size: Sequence[int]) -> tuple[int, ...]:
+    """Patches along each side of ``[N, C, H, W]``; L is their product."""
+    return tuple(size // p for size, p in zip(images.shape[2:], patch_size, strict=True))
+
+
 def gather_patches(images: Tensor, flat_ids: Tensor | None, patch_size: list[int], layout: Layout) -> Tensor:
     """The patches at ``flat_ids = n * L + l`` (all of them for None) as ``[len(flat_ids), E]``, in the images' dtype.
 
     A patch is read as whole rows of pixels: the index has one entry per row of a patch, and each row is one copy.
     """
     ph, pw = patch_size
-    n, c, height, width = images.shape
-    gh, gw = height // ph, width // pw
+    n, c, height, _ = images.shape
+    gh, gw = patch_grid(images, patch_size)
     if flat_ids is None:
         return rearrange(images, _PATCHES[layout], p=ph, q=pw).reshape(n * gh * gw, c * ph * pw)
 

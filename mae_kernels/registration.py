@@ -1,22 +1,33 @@
-"""How an op reaches PyTorch's dispatcher: one schema, one eager implementation, one fake."""
+"""How an op reaches PyTorch's dispatcher: one schema, an eager and a Triton implementation, one fake."""
 
+import importlib
 from collections.abc import Callable
-from functools import wraps
 
 import torch
 from torch import Tensor
 
+from mae_kernels import backend
+
 _LIBRARY = torch.library.Library("mae_kernels", "DEF")
 
 
-def define(schema: str, *, eager: Callable, fake: Callable) -> torch._ops.OpOverload:
+def define(schema: str, *, eager: Callable, fake: Callable, check: Callable | None = None) -> torch._ops.OpOverload:
     """Register ``mae_kernels::<name>`` and return its overload.
 
-    The eager implementation serves every device; a kernel registered for one device key takes precedence there.
+    Each call takes the function of that name in ``mae_kernels.kernels``, or the eager implementation, which serves
+    every device: see :func:`mae_kernels.backend.takes_triton`. Before either, ``check`` refuses wrong values.
     """
     name = schema.partition("(")[0]
+
+    def run(first: Tensor, *rest):
+        if check is not None:
+            check(first, *rest)
+        if backend.takes_triton(name, first, *rest):
+            return _run_kernels(name, first, *rest)
+        return _outside_autocast(eager, first, *rest)
+
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, _outside_autocast(eager), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mae_kernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.mae_kernels, name).default
 
@@ -49,14 +60,18 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(f"{ctx.op.name()} cannot be differentiated: second derivatives are not supported")
 
 
-def _outside_autocast(implementation: Callable) -> Callable:
-    # The public functions decide the dtypes; without this, autocast would cast again inside the implementation.
-    @wraps(implementation)
-    def run(first, *rest):
-        device_type = first.device.type
-        if not torch.is_autocast_enabled(device_type):
-            return implementation(first, *rest)
-        with torch.autocast(device_type, enabled=False):
-            return implementation(first, *rest)
+def _run_kernels(name: str, first: Tensor, *rest):
+    implementation = getattr(importlib.import_module("mae_kernels.kernels"), name)
+    if first.device.type == "cpu" or first.device.index == torch.cuda.current_device():
+        return _outside_autocast(implementation, first, *rest)
+    with torch.cuda.device(first.device):  # Triton launches on the current device
+        return _outside_autocast(implementation, first, *rest)
 
-    return run
+
+def _outside_autocast(implementation: Callable, first: Tensor, *rest):
+    # The public functions decide the dtypes; without this, autocast would cast again inside the implementation.
+    device_type = first.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return implementation(first, *rest)
+    with torch.autocast(device_type, enabled=False):
+        return implementation(first, *rest)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mae_kernels import backend, checks
+from mae_kernels import checks
 from mae_kernels.precision import accumulation_dtype
 from mae_kernels.registration import define, differentiable, once
 from mae_kernels.rows import as_rows, row_ids
@@ -64,7 +64,6 @@ def scatter_mask_tokens(
         with_prefix = isinstance(pos_embed, Tensor) and pos_embed.ndim >= 2 and pos_embed.shape[-2] != num_patches
         pos_embed = checks.table(op, "pos_embed", pos_embed, num_patches + (num_prefix if with_prefix else 0), d)
     checks.same_device(op, "tokens", tokens, mask_token=mask_token, ids_restore=ids_restore, pos_embed=pos_embed)
-    backend.require(op, tokens)
 
     if out_dtype is None:
         out_dtype = _promoted(tokens, mask_token, pos_embed)
@@ -110,10 +109,13 @@ class _ScatterMaskTokens(torch.autograd.Function):
         return g_tokens, g_mask_token, None, g_pos, None, None
 
 
+def _scatter_mask_tokens_check(tokens, mask_token, ids_restore, *_):
+    checks.id_values("scatter_mask_tokens", "ids_restore", ids_restore, ids_restore.shape[1])
+
+
 def _scatter_mask_tokens_eager(tokens, mask_token, ids_restore, pos_embed, num_prefix, out_dtype):
     n, num_tokens, d = tokens.shape
     num_patches = ids_restore.shape[1]
-    checks.id_values("scatter_mask_tokens", "ids_restore", ids_restore, num_patches)
     # One table of all tokens and, behind them, the mask token: each row of the result is a row of it.
     table = tokens.new_empty((n * num_tokens + 1, d), dtype=_promoted(tokens, mask_token, pos_embed))
     table[:-1].view(n, num_tokens, d).copy_(tokens)
@@ -175,6 +177,7 @@ _scatter_mask_tokens = define(
     "SymInt num_prefix, ScalarType out_dtype) -> Tensor",
     eager=_scatter_mask_tokens_eager,
     fake=_scatter_mask_tokens_fake,
+    check=_scatter_mask_tokens_check,
 )
 _scatter_mask_tokens_backward = define(
     "scatter_mask_tokens_backward(Tensor grad, Tensor ids_restore, SymInt num_tokens, SymInt num_prefix, "

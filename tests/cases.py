@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mae_kernels import random_masking
+from mae_kernels import reference
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -99,7 +99,7 @@ def scatter_inputs(n, num_patches, k, d, r, *, dtype=F32, table=None, pos=None, 
     return {
         "tokens": tokens(n, r + k, d, dtype, strides),
         "mask_token": torch.randn(d).to(table),
-        "ids_restore": random_masking(n, num_patches, 0.5).ids_restore,
+        "ids_restore": reference.random_masking(n, num_patches, 0.5).ids_restore.contiguous(),
         "pos_embed": None if pos is None else torch.randn(pos, d).to(table),
         "num_prefix": r,
     }

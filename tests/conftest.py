@@ -1,9 +1,33 @@
-"""What every test shares: one seed, readable names, and memory that shows what an op forgot to write."""
+"""What tests share: one seed, readable names, both back-ends, and memory that shows what an op forgot to write."""
 
 import functools
+import os
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":  # before Triton is imported: its kernels then run in NumPy
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "eager: says nothing about the kernels, such as float64, which they leave to eager PyTorch"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    def is_left_to_eager(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        in_float64 = torch.float64 in params.values() or item.get_closest_marker("eager")
+        return params.get("backend") == "triton" and in_float64
+
+    config.hook.pytest_deselected(items=[item for item in items if is_left_to_eager(item)])
+    items[:] = [item for item in items if not is_left_to_eager(item)]
 
 
 def pytest_make_parametrize_id(val):
@@ -17,6 +41,15 @@ def pytest_make_parametrize_id(val):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["eager", "triton"])
+def backend(request):
+    """The test runs in each back-end: on the GPU where there is one, else Triton's interpreter runs the kernels."""
+    from mae_kernels import use_backend
+
+    with torch.device(DEVICE), use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture

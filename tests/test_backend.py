@@ -6,8 +6,10 @@ import sys
 
 import pytest
 import torch
+from conftest import DEVICE
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mae_kernels import masking_from_mask, use_backend, why_not_triton
+from mae_kernels import gather_tokens, kernels, reference, use_backend, why_not_triton
 
 
 def selected():
@@ -34,23 +36,55 @@ def test_use_backend():
     assert selected() == before
 
 
-def test_triton_is_refused_for_a_mask_of_the_user():
-    with use_backend("triton"), pytest.raises(RuntimeError, match=r"^masking_from_mask: use_backend"):
-        masking_from_mask(torch.tensor([[True, False]]))
-
-
 def test_why_not_triton():
-    reasons = why_not_triton(torch.zeros(2, dtype=torch.float64), torch.zeros(2, device="meta"))
-    assert "tensor 0 is on cpu, not on a CUDA or ROCm device" in reasons
-    assert "tensor 0 is torch.float64" in reasons
-    assert "tensor 1 is on meta, not on a CUDA or ROCm device" in reasons
+    assert why_not_triton() == []
+    on_cpu = torch.zeros(2, dtype=torch.float64)
+    assert why_not_triton(on_cpu, torch.zeros(2, device="meta")) == [
+        "tensor 0 is on cpu, not on a CUDA or ROCm device",
+        "tensor 0 is torch.float64, but the kernels compute in float32",
+        "tensor 1 is on meta, not on a CUDA or ROCm device",
+    ]
     with use_backend("eager"):
-        assert set(why_not_triton()) == {*why_not_triton(), "the selected back-end is 'eager'"}
+        assert why_not_triton() == ["the selected back-end is 'eager'"]
+
+
+def test_why_not_triton_on_an_old_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with FakeTensorMode():
+        old = torch.empty(2, device="cuda:7")
+    assert why_not_triton(old) == ["tensor 0 is on cuda:7, of compute capability (7, 5), below (8, 0)"]
+
+
+def test_float64_goes_to_eager_pytorch_with_a_reason():
+    x, ids = torch.rand(2, 4, 3, dtype=torch.float64), torch.tensor([[0, 1], [2, 3]])
+    assert torch.equal(gather_tokens(x, ids), reference.gather_tokens(x, ids))
+    with (
+        use_backend("triton"),
+        pytest.raises(RuntimeError, match=r"^gather_tokens: .* torch.float64, but the kernels compute in float32$"),
+    ):
+        gather_tokens(x, ids)
+
+
+def test_the_kernels_run_when_asked_for():
+    x, ids = torch.rand(2, 4, 3, device=DEVICE), torch.tensor([[0, 1], [2, 3]], device=DEVICE)
+    calls = []
+    original = kernels.gather_tokens
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "gather_tokens", lambda *args: calls.append(args) or original(*args))
+        with use_backend("eager"):
+            eager = gather_tokens(x, ids)
+        assert not calls
+        with use_backend("triton"):
+            triton = gather_tokens(x, ids)
+    assert len(calls) == 1
+    assert torch.equal(eager, triton)
 
 
 def python(code, **environment):
     command = [sys.executable, "-c", f"import torch, sys\n{code}"]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "0", **environment}, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,7 +94,7 @@ def python(code, **environment):
         (
             "triton",
             "mae_kernels.random_masking(2, 4)",
-            "RuntimeError: random_masking: use_backend('triton') was asked for, but",
+            "RuntimeError: masking: use_backend('triton') was asked for, but tensor 0 is on cpu",
         ),
         (
             "cuda",
@@ -82,6 +116,7 @@ before = "triton" in sys.modules
 import mae_kernels
 ids = mae_kernels.random_masking(2, 4).ids_keep
 assert ("triton" in sys.modules) == before, "mae_kernels imported triton"
+assert "mae_kernels.kernels" not in sys.modules
 sys.modules["triton"] = None
 assert mae_kernels.gather_tokens(torch.ones(2, 4, 3), ids).sum() == 6
 assert "the package triton is not installed" in mae_kernels.why_not_triton()

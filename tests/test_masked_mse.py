@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae_kernels import masked_mse, patchify, reference
 
-pytestmark = pytest.mark.usefixtures("poisoned_empty")
+pytestmark = pytest.mark.usefixtures("poisoned_empty", "backend")
 
 U8 = torch.uint8
 
@@ -152,6 +152,7 @@ def test_no_gradient_arrives():
     assert pred.grad is None or pred.grad.count_nonzero() == 0
 
 
+@pytest.mark.eager
 def test_mask_and_ids_agree():
     by_ids = loss_inputs(3, (7, 7), (8, 8), 3, by="ids_mask", masked=37, dtype=F64)
     chosen = by_ids.pop("ids_mask")
@@ -214,6 +215,7 @@ def test_flat_patches(dtype):
     )
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("eps", [1e-6, 1e-2, 1.0])
 def test_eps_is_inside_the_root(eps):
     inputs = loss_inputs(1, (1, 1), (8, 8), 1, masked=1, dtype=F64)
@@ -306,6 +308,7 @@ def test_a_residual_is_kept_for_gradients_only(by):
         assert torch.equal(masked_mse(**with_grad), expected)
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("norm_pix", [False, True])
 @pytest.mark.parametrize(("by", "layout"), [("mask", "pqc"), ("ids_mask", "cpq"), ("float mask", "cpq")])
 def test_gradcheck(by, layout, norm_pix):
@@ -316,7 +319,7 @@ def test_gradcheck(by, layout, norm_pix):
 
 @pytest.mark.parametrize("by", ["mask", "ids_mask"])
 def test_two_runs_are_bitwise_equal(by):
-    inputs = loss_inputs(3, (14, 14), (16, 16), 3, by=by, norm=True)
+    inputs = loss_inputs(3, (5, 7), (16, 16), 3, by=by, norm=True)
     inputs["pred"] = tokens(*inputs["pred"].shape)
     first, second = (run(masked_mse, inputs, torch.tensor(1.0), ("pred",)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from mae_kernels import patch_embed, reference
 
-pytestmark = pytest.mark.usefixtures("poisoned_empty")
+pytestmark = pytest.mark.usefixtures("poisoned_empty", "backend")
 
 U8 = torch.uint8
 ALL = ("images", "weight", "bias", "pos_embed", "prefix")
@@ -160,6 +160,7 @@ def test_prefix_rows_are_copies():
     assert torch.equal(out[:, 2:], patch_embed(**{**inputs, "prefix": None}))
 
 
+@pytest.mark.eager
 def test_a_patch_alone_and_among_others():
     inputs = patch_embed_inputs(3, (7, 7), (8, 8), 3, 64, k=49, r=0, dtype=F64)
     every, order = patch_embed(**{**inputs, "ids_keep": None}), inputs["ids_keep"]
@@ -253,7 +254,7 @@ def test_parameter_gradients_are_summed_in_float32(k):
         torch.testing.assert_close(result[name], gold[name], rtol=2e-6, atol=0)
 
 
-def test_gradients_of_some_inputs_only():
+def test_gradients_of_some_inputs_only(backend):
     inputs, grad = patch_embed_inputs(2, (3, 4), (8, 16), 3, 64, k=5, r=1), tokens(2, 6, 64)
     full = run(patch_embed, inputs, grad, ALL)
     for wrt in chain.from_iterable(combinations(ALL, size) for size in range(5)):
@@ -263,7 +264,12 @@ def test_gradients_of_some_inputs_only():
         if wrt:
             out.backward(grad)
         for name in ALL:
-            assert torch.equal(leaves[name].grad, full[name]) if name in wrt else leaves[name].grad is None
+            if name not in wrt:
+                assert leaves[name].grad is None
+            elif name == "bias" and "weight" not in wrt and backend == "triton":  # otherwise summed beside the weight's
+                torch.testing.assert_close(leaves[name].grad, full[name], rtol=1e-6, atol=1e-6)
+            else:
+                assert torch.equal(leaves[name].grad, full[name])
 
 
 @pytest.mark.parametrize("strides", ["contiguous", "channels_last"])
@@ -285,6 +291,7 @@ def test_non_finite_pixels_reach_their_own_token_only():
     assert patch_embed(**inputs).isfinite().all(dim=2).tolist() == [[True, True, True, False, True]]
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("k", [None, 3])
 @pytest.mark.parametrize("norm", [False, True])
 def test_gradcheck(norm, k):
@@ -321,6 +328,7 @@ def test_any_size(n, grid, patch, c, k, d, r, seed):
     check(patch_embed_inputs(n, grid, patch, c, d, k=min(k, grid[0] * grid[1]), r=r, norm=seed % 2 == 0))
 
 
+@pytest.mark.eager
 def test_accuracy_at_the_size_of_a_real_batch():
     # With two threads and 1568 rows, a projection that PyTorch has to copy first sums in an order twice as far off.
     threads = torch.get_num_threads()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mae_kernels import random_masking, reference, scatter_mask_tokens
 
-pytestmark = pytest.mark.usefixtures("poisoned_empty")
+pytestmark = pytest.mark.usefixtures("poisoned_empty", "backend")
 
 ALL = ("tokens", "mask_token", "pos_embed")
 WITHOUT_POS = ("tokens", "mask_token")
@@ -172,7 +172,7 @@ def test_parameter_gradients_are_summed_in_float32(dtype):
 @pytest.mark.parametrize("seed", range(8))
 def test_mask_token_gradient_of_many_tokens(seed):
     torch.manual_seed(seed)  # in one long chain of additions, 4233 terms lose three bits more than in pairs
-    inputs, grad = scatter_inputs(3, 1568, 157, 192, 1), tokens(3, 1569, 192)
+    inputs, grad = scatter_inputs(3, 1568, 157, 16, 1), tokens(3, 1569, 16)
     compare(scatter_mask_tokens, reference.scatter_mask_tokens, inputs, grad, WITHOUT_POS)
 
 
@@ -205,6 +205,7 @@ def test_non_finite_tokens_stay_where_they_are():
     assert torch.equal(out.isfinite().all(dim=2), expected)
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize(("r", "rows"), [(0, 5), (1, 6), (2, 5)])
 def test_gradcheck(r, rows):
     inputs = scatter_inputs(2, 5, 3, 4, r, dtype=F64, pos=rows)
@@ -216,7 +217,7 @@ def test_gradcheck(r, rows):
 
 
 def test_two_runs_are_bitwise_equal():
-    inputs, grad = scatter_inputs(3, 1568, 392, 192, 1, pos=1569), tokens(3, 1569, 192)
+    inputs, grad = scatter_inputs(3, 196, 49, 192, 1, pos=197), tokens(3, 197, 192)
     first, second = (run(scatter_mask_tokens, inputs, grad, ALL) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

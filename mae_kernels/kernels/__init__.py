@@ -1,0 +1,19 @@
+"""The Triton implementations of the ops, under the ops' names. Imported when an op first takes one, never before."""
+
+from mae_kernels.kernels.gather_tokens import gather_tokens, gather_tokens_backward
+from mae_kernels.kernels.masked_mse import masked_mse, masked_mse_backward
+from mae_kernels.kernels.masking import masking
+from mae_kernels.kernels.patch_embed import patch_embed, patch_embed_backward
+from mae_kernels.kernels.scatter_mask_tokens import scatter_mask_tokens, scatter_mask_tokens_backward
+
+__all__ = [
+    "gather_tokens",
+    "gather_tokens_backward",
+    "masked_mse",
+    "masked_mse_backward",
+    "masking",
+    "patch_embed",
+    "patch_embed_backward",
+    "scatter_mask_tokens",
+    "scatter_mask_tokens_backward",
+]

@@ -1,0 +1,218 @@
+"""The loss: targets are read from the images into registers, and only their difference from pred is written."""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mae_kernels.kernels.numerics import rounded
+from mae_kernels.kernels.pixels import load_patches, patch_offsets
+from mae_kernels.patchify import patch_grid
+
+
+@triton.jit
+def _write_residual(
+    p_pred, p_residual, target, rows, o_pred, o_residual, m_row, m_pred, s_pe,
+    C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, COLS: tl.constexpr, PQC: tl.constexpr,
+):  # fmt: skip
+    # Sum over the rows of (pred - target)^2 [B]; the residual is zero where m_pred is not set.
+    cols = tl.arange(0, COLS)
+    if PQC:
+        e = (rows % PH * (PW * C) + rows // PH)[:, None] + (cols * C)[None, :]  # [R, COLS]
+    else:
+        e = (rows * PW)[:, None] + cols[None, :]
+    m_e = ((rows < C * PH)[:, None] & (cols < PW)[None, :])[None, :, :]
+    m_value = m_pred[:, None, None] & m_e
+    pred = tl.load(p_pred + o_pred[:, None, None] + (e.to(tl.int64) * s_pe)[None, :, :], mask=m_value, other=0)
+    residual = tl.where(m_value, pred.to(tl.float32) - target, 0)  # [B, R, COLS]
+    if p_residual is not None:
+        kept = rounded(residual, p_residual.dtype.element_ty)
+        tl.store(p_residual + o_residual[:, None, None] + e[None, :, :], kept, mask=m_row[:, None, None] & m_e)
+    return tl.sum(tl.sum(residual * residual, axis=2), axis=1)
+
+
+@triton.jit
+def _moment(
+    x, mean, rows, POWER: tl.constexpr,
+    C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    # Sum over the rows of (x - mean)^POWER, POWER 1 or 2: [B].
+    m_e = (rows < C * PH)[:, None] & (tl.arange(0, COLS) < PW)[None, :]
+    x = tl.where(m_e[None, :, :], x - mean[:, None, None], 0)
+    if POWER == 2:
+        x *= x
+    return tl.sum(tl.sum(x, axis=2), axis=1)
+
+
+@triton.jit
+def masked_mse_kernel(
+    p_pred, p_images, p_mean, p_std, p_mask, p_ids_mask, p_residual, p_sums, p_counts,
+    num_rows, rows_per_sample, num_patches, grid_width, blocks_per_program, eps,
+    s_pn, s_pl, s_pe, s_xn, s_xc, s_xh, s_xw, s_in, s_il,
+    C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    NORM_PIX: tl.constexpr, PQC: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """residual = pred - target on masked patches; partial sums of residual^2, and of the mask."""
+    E: tl.constexpr = C * PH * PW
+    pid = tl.program_id(0)
+    rows = tl.arange(0, ROWS)  # row c * PH + p of a patch; a patch with more of them is read in several turns
+    total = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.int32)
+    for turn in range(blocks_per_program):
+        i = (pid * blocks_per_program + turn) * BLOCK + tl.arange(0, BLOCK)  # [B], row n * rows_per_sample + j
+        m_i = i < num_rows
+        n = (i // rows_per_sample).to(tl.int64)
+        j = (i % rows_per_sample).to(tl.int64)
+        if p_ids_mask is not None:
+            patch = tl.load(p_ids_mask + n * s_in + j * s_il, mask=m_i, other=0)
+            m_pred = m_i & (patch >= 0) & (patch < num_patches)
+        else:
+            patch = j
+            m_pred = m_i & (tl.load(p_mask + n * s_in + j * s_il, mask=m_i, other=0) != 0)
+            count += m_pred.to(tl.int32)
+        o_patch = n * s_xn + patch_offsets(patch, grid_width, s_xh, s_xw, PH, PW)
+        o_pred = n * s_pn + j * s_pl
+        o_residual = i.to(tl.int64) * E
+
+        x = load_patches(
+            p_images, p_mean, p_std, o_patch, m_pred, rows, s_xc, s_xh, s_xw, C, PH, PW, COLS, tl.float32
+        )  # [B, R, COLS]
+        mean = tl.zeros([BLOCK], tl.float32)
+        scale = tl.full([BLOCK], 1, tl.float32)
+        if NORM_PIX:
+            # Two passes: the variance is never a difference of two large sums.
+            for power in tl.static_range(1, 3):
+                moment = _moment(x, mean, rows, power, C, PH, PW, COLS)
+                for first in range(ROWS, C * PH, ROWS):
+                    more = load_patches(
+                        p_images, p_mean, p_std, o_patch, m_pred, first + rows, s_xc, s_xh, s_xw,
+                        C, PH, PW, COLS, tl.float32,
+                    )  # fmt: skip
+                    moment += _moment(more, mean, first + rows, power, C, PH, PW, COLS)
+                if power == 1:
+                    mean = moment / E
+                else:
+                    scale = 1 / tl.sqrt_rn(moment / (E - 1) + eps)
+        target = (x - mean[:, None, None]) * scale[:, None, None]
+        total += _write_residual(
+            p_pred, p_residual, target, rows, o_pred, o_residual, m_i, m_pred, s_pe, C, PH, PW, COLS, PQC
+        )
+        for first in range(ROWS, C * PH, ROWS):
+            more = load_patches(
+                p_images, p_mean, p_std, o_patch, m_pred, first + rows, s_xc, s_xh, s_xw, C, PH, PW, COLS, tl.float32
+            )
+            target = (more - mean[:, None, None]) * scale[:, None, None]
+            total += _write_residual(
+                p_pred, p_residual, target, first + rows, o_pred, o_residual, m_i, m_pred, s_pe, C, PH, PW, COLS, PQC
+            )
+    tl.store(p_sums + pid, tl.sum(total))
+    if p_counts is not None:
+        tl.store(p_counts + pid, tl.sum(count))
+
+
+@triton.jit
+def loss_and_scale_kernel(
+    p_sums, p_counts, p_loss, p_scale,
+    num_sums, count,
+    E: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """loss = sum / (count * E); scale = 2 / (count * E), the factor from the residual to the gradient."""
+    i = tl.arange(0, BLOCK)  # [BLOCK]
+    total = tl.zeros([BLOCK], tl.float32)
+    counts = tl.zeros([BLOCK], tl.int64)
+    for first in range(0, num_sums, BLOCK):
+        total += tl.load(p_sums + first + i, mask=first + i < num_sums, other=0)
+        if p_counts is not None:
+            counts += tl.load(p_counts + first + i, mask=first + i < num_sums, other=0).to(tl.int64)
+    values = tl.full([], count, tl.int64) * E
+    if p_counts is not None:
+        values = tl.maximum(tl.sum(counts), 1) * E
+    tl.store(p_loss, tl.sum(total) / values.to(tl.float32))
+    tl.store(p_scale, 2 / values.to(tl.float32))
+
+
+@triton.jit
+def masked_mse_backward_kernel(
+    p_grad, p_residual, p_scale, p_out,
+    num_values,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = grad * scale * residual."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    factor = tl.load(p_grad).to(tl.float32) * tl.load(p_scale)
+    residual = tl.load(p_residual + i, mask=i < num_values, other=0).to(tl.float32)
+    tl.store(p_out + i, rounded(factor * residual, p_out.dtype.element_ty), mask=i < num_values)
+
+
+@dataclass(frozen=True)
+class LossTiles:
+    """A program turns ``turns`` times to ``patches`` patches, of which it holds ``rows`` rows of ``cols`` pixels."""
+
+    patches: int
+    rows: int
+    cols: int
+    turns: int
+    num_warps: int
+
+
+def loss_tiles(num_patches: int, channels: int, patch: list[int]) -> LossTiles:
+    """Blocks of about 1024 values a warp; enough programs to fill a chip, few enough for one to add their sums.
+
+    From the inspector, 2026-11; not measured on a GPU: a patch of 3 x 16 x 16 in one warp is 24 values a lane, in 56 to
+    110 registers, without a barrier. More than 8192 values would spill: such patches are read three times, from the L1
+    cache.
+    """
+    cols = triton.next_power_of_2(patch[1])
+    rows = min(triton.next_power_of_2(channels * patch[0]), max(8192 // cols, 1))
+    patches = max(1, 512 // (rows * cols))
+    turns = min(max(num_patches // (16384 * patches), 1), 16)
+    return LossTiles(patches, rows, cols, turns, num_warps=min(max(patches * rows * cols // 1024, 1), 8))
+
+
+def masked_mse(
+    pred: Tensor,
+    images: Tensor,
+    mask: Tensor | None,
+    ids_mask: Tensor | None,
+    patch: list[int],
+    norm_pix: bool,
+    mean: Tensor | None,
+    std: Tensor | None,
+    eps: float,
+    layout: str,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, rows, values = pred.shape
+    channels, (ph, pw) = images.shape[1], patch
+    grid = patch_grid(images, patch)
+    tiles = loss_tiles(n * rows, channels, patch)
+    programs = triton.cdiv(n * rows, tiles.patches * tiles.turns)
+    residual = pred.new_empty(pred.shape if needs_grad else 0)
+    sums = pred.new_empty(programs, dtype=torch.float32)
+    counts = None if mask is None else pred.new_empty(programs, dtype=torch.int32)
+    masked_mse_kernel[(programs,)](
+        pred, images, mean, std, mask, ids_mask, residual if needs_grad else None, sums, counts,
+        n * rows, rows, prod(grid), grid[1], tiles.turns, eps,
+        *pred.stride(), *images.stride(), *(ids_mask if mask is None else mask).stride(),
+        C=channels, PH=ph, PW=pw, NORM_PIX=norm_pix, PQC=layout == "pqc",
+        BLOCK=tiles.patches, ROWS=tiles.rows, COLS=tiles.cols, num_warps=tiles.num_warps,
+    )  # fmt: skip
+    loss, scale = (pred.new_empty((), dtype=torch.float32) for _ in range(2))
+    loss_and_scale_kernel[(1,)](
+        sums, counts, loss, scale, programs, n * rows,
+        E=values, BLOCK=min(max(triton.next_power_of_2(programs), 16), 4096), num_warps=8,
+    )  # fmt: skip
+    return loss, residual, scale
+
+
+def masked_mse_backward(grad: Tensor, residual: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    out = residual.new_empty(residual.shape, dtype=dtype)
+    block = 4096  # two 128-bit loads a thread in bfloat16
+    masked_mse_backward_kernel[(triton.cdiv(residual.numel(), block),)](
+        grad, residual, scale, out, residual.numel(), BLOCK=block, num_warps=8
+    )
+    return out

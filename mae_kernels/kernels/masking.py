@@ -1,0 +1,84 @@
+"""Random masking: a stable argsort of the noise and its inverse in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Larger rows are sorted by PyTorch: the sort of 4096 keys takes seconds to compile already, that of 8192 minutes.
+MAX_PATCHES = 4096
+
+
+@triton.jit
+def _write_ids(
+    p_ids_keep, p_ids_mask, p_ids_restore, p_mask,
+    n, i, patch, num_patches, num_keep,
+):  # fmt: skip
+    # Patch number ``patch`` of sample n stands at place i of the shuffled order.
+    m_i = i < num_patches
+    tl.store(p_ids_keep + n * num_keep + i, patch, mask=i < num_keep)
+    tl.store(p_ids_mask + n * (num_patches - num_keep) + (i - num_keep), patch, mask=m_i & (i >= num_keep))
+    tl.store(p_ids_restore + n * num_patches + patch, i.to(tl.int64), mask=m_i)
+    tl.store(p_mask + n * num_patches + patch, i >= num_keep, mask=m_i)
+
+
+@triton.jit
+def masking_kernel(
+    p_noise, p_ids_keep, p_ids_mask, p_ids_restore, p_mask,
+    num_patches, num_keep,
+    s_n, s_l,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ids_shuffle = argsort(noise), stable; ids_restore = its inverse; mask = ids_restore >= num_keep."""
+    n = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)  # [BLOCK]
+    m_i = i < num_patches
+    noise = tl.load(p_noise + n * s_n + i * s_l, mask=m_i, other=0).to(tl.float32) + 0.0  # -0.0 ties with 0.0
+    # Flipped bits order like the numbers; NaN sorts last, padding behind it.
+    bits = noise.to(tl.uint32, bitcast=True)
+    bits = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    bits = tl.where(m_i & (noise == noise), bits, 0xFFFFFFFF)
+    # The index in the low half makes every key unique, hence the order stable.
+    key = tl.sort((bits.to(tl.uint64) << 32) | i.to(tl.uint64))
+    patch = (key & 0xFFFFFFFF).to(tl.int64)
+    _write_ids(p_ids_keep, p_ids_mask, p_ids_restore, p_mask, n, i, patch, num_patches, num_keep)
+
+
+@triton.jit
+def masking_of_order_kernel(
+    p_ids_shuffle, p_ids_keep, p_ids_mask, p_ids_restore, p_mask,
+    num_patches, num_keep,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same results from a given ids_shuffle."""
+    n = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    patch = tl.load(p_ids_shuffle + n * num_patches + i, mask=i < num_patches, other=0)
+    _write_ids(p_ids_keep, p_ids_mask, p_ids_restore, p_mask, n, i, patch, num_patches, num_keep)
+
+
+def masking(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, num_patches = noise.shape
+    ids_keep = noise.new_empty((n, num_keep), dtype=torch.int64)
+    ids_mask = noise.new_empty((n, num_patches - num_keep), dtype=torch.int64)
+    ids_restore = noise.new_empty((n, num_patches), dtype=torch.int64)
+    mask = noise.new_empty((n, num_patches), dtype=torch.bool)
+    results = (ids_keep, ids_mask, ids_restore, mask)
+    if num_patches > MAX_PATCHES:
+        ids_shuffle = torch.sort(noise.contiguous(), dim=1, stable=True).indices
+        block = 1024
+        masking_of_order_kernel[(n, triton.cdiv(num_patches, block))](
+            ids_shuffle, *results, num_patches, num_keep, BLOCK=block, num_warps=4
+        )
+        return results
+    block = max(triton.next_power_of_2(num_patches), 16)
+    masking_kernel[(n,)](
+        noise, *results, num_patches, num_keep, *noise.stride(), BLOCK=block, num_warps=_num_warps(block)
+    )
+    return results
+
+
+def _num_warps(block: int) -> int:
+    # From the inspector, 2026-11: 64 keys a warp up to 4 warps, then 256 a warp, take at most 64 registers. 2048 keys
+    # in one warp spill.
+    return min(max(block // 64, 1), 4) if block <= 1024 else block // 256

@@ -1,0 +1,65 @@
+"""``make gpu`` where there is no GPU: it refuses to claim anything, and its record holds what a number needs."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import gpu
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_nothing_runs(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["--out", str(tmp_path)])
+    assert stop.value.code == 1
+    assert "no GPU on this machine: nothing was run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_step_names_files_and_tests_that_exist(tmp_path):
+    commands = gpu.steps(tmp_path / "raw.json", "full")
+    assert list(commands) == ["native tests", "memcheck", "racecheck", "benchmarks"]
+    named = {word for command in commands.values() for word in command if word.startswith(("tests/", "benchmarks/"))}
+    assert {"tests/test_kernels.py", "tests/test_masked_mse.py"} < named
+    assert all((gpu.ROOT / name).exists() for name in named)
+    assert f"def test_{gpu.SMALL[-1]}" in (gpu.ROOT / gpu.SMALL[0]).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (pretended)")
+
+
+def test_the_record(pretended_gpu, monkeypatch, tmp_path, capsys):
+    raw = {"benchmarks": [{"extra_info": {"op": "masking", "median_ms": 1.0}, "stats": {"data": [0.0] * 500}}]}
+    commands = {
+        "good": [sys.executable, "-c", "print('3 passed')"],
+        "bad": [sys.executable, "-c", "print('1 failed'); raise SystemExit(1)"],
+        "missing": ["no-such-program"],
+        "benchmarks": [sys.executable, "-c", f"import sys; open(sys.argv[1], 'w').write({json.dumps(raw)!r})"],
+    }
+    monkeypatch.setattr(
+        gpu, "steps", lambda path, size: {**commands, "benchmarks": [*commands["benchmarks"], str(path)]}
+    )
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("nvidia-h200-pretended-")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert {"commit", "date", "gpu", "driver", "python", "torch", "triton", "uncommitted_changes"} < record.keys()
+    assert [(step["step"], step["passed"], step["last_line"]) for step in record["steps"]] == [
+        ("good", True, "3 passed"),
+        ("bad", False, "1 failed"),
+        ("missing", False, "no-such-program is not on the PATH"),
+        ("benchmarks", True, ""),
+    ]
+    assert record["rows"] == [{"op": "masking", "median_ms": 1.0}]
+    printed = capsys.readouterr().out
+    assert "FAILED  bad" in printed
+    assert "passed  good" in printed
+
+    assert gpu.main(["--out", str(tmp_path), "--step", "good"]) == 0
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--step", "unknown"])

@@ -1,0 +1,336 @@
+"""What only the kernels can get wrong: memory outside the outputs, tiles, splits, ids out of range, roundings."""
+
+import importlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from cases import (
+    BF16,
+    F16,
+    F32,
+    TOKEN_STRIDES,
+    assert_no_worse,
+    cast,
+    compare,
+    dispatcher_calls,
+    ids,
+    images,
+    loss_inputs,
+    patch_embed_inputs,
+    run,
+    scatter_inputs,
+    tokens,
+)
+from conftest import DEVICE
+from faults import FAULTS, plant
+from torch.utils._pytree import tree_leaves, tree_map
+
+from mae_kernels import (
+    checks,
+    gather_tokens,
+    kernels,
+    masked_mse,
+    patch_embed,
+    random_masking,
+    reference,
+    scatter_mask_tokens,
+    use_backend,
+)
+from mae_kernels.kernels.numerics import dot, rounded
+from mae_kernels.kernels.rows import row_tiles, split_samples
+
+# The functions of the same names hide the modules in the package.
+loss_kernels = importlib.import_module("mae_kernels.kernels.masked_mse")
+scatter_kernels = importlib.import_module("mae_kernels.kernels.scatter_mask_tokens")
+embed_kernels = importlib.import_module("mae_kernels.kernels.patch_embed")
+
+U8 = torch.uint8
+ALL = ("images", "weight", "bias", "pos_embed", "prefix")
+
+
+@pytest.fixture(autouse=True)
+def on_triton():
+    with torch.device(DEVICE), use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def guarded_empty(monkeypatch):
+    """New memory lies between guards; the returned function says whether all of them are as they were."""
+    buffers = []
+    guard = 4096  # elements on either side
+    allocate = torch.Tensor.new_empty
+
+    def guarded(self, *size, dtype=None, **kwargs):
+        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        dtype = dtype or self.dtype
+        buffer = allocate(self, shape.numel() + 2 * guard, dtype=dtype, **kwargs)
+        buffer.view(torch.uint8).fill_(0xA5)
+        buffers.append((buffer, shape.numel()))
+        return buffer[guard : guard + shape.numel()].view(shape)
+
+    def intact():
+        edges = (part for x, size in buffers for part in (x[:guard], x[guard + size :]))
+        return all((edge.view(torch.uint8) == 0xA5).all() for edge in edges)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
+    intact.buffers = buffers
+    return intact
+
+
+CALLS = [
+    pytest.param(op._qualified_op_name.split("::")[1], args, id=f"{i} {op._qualified_op_name.split('::')[1]}")
+    for i, (op, *args) in enumerate(dispatcher_calls())
+    if not any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in args)
+]
+
+
+@pytest.mark.parametrize(("name", "args"), CALLS)
+def test_nothing_is_written_outside_the_outputs(name, args, guarded_empty):
+    args = tree_map(lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) else x, args)
+    before = [x.clone() for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+    getattr(kernels, name)(*args)
+    assert guarded_empty.buffers
+    assert guarded_empty()
+    after = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+    assert all(torch.equal(x, y) for x, y in zip(after, before, strict=True)), "an input was modified"
+
+
+def test_the_guards_notice(guarded_empty):
+    x = torch.zeros(3).new_empty(5)
+    x.as_strided((6,), (1,))[5] = 1
+    assert not guarded_empty()
+
+
+OUTSIDE = [-1, 4, 2**31, -(2**31), 2**40, -(2**62)]  # of 4 patches
+
+
+@pytest.mark.parametrize("bad", OUTSIDE)
+def test_ids_out_of_range_stay_inside_memory(bad, monkeypatch, guarded_empty):
+    # Unchecked on a GPU, for the sake of a device synchronisation: harmless there.
+    monkeypatch.setattr(checks, "id_values", lambda *args: None)
+    chosen = torch.tensor([[0, bad, 3], [2, 1, bad]])
+    good, is_good = chosen.clamp(0, 3), chosen != bad
+    x = tokens(2, 4, 5)
+    out = kernels.gather_tokens(x, chosen)
+    assert torch.equal(out, reference.gather_tokens(x, good) * is_good[..., None])
+    back = kernels.gather_tokens_backward(tokens(2, 3, 5), chosen, 4)
+    assert torch.equal(back[0, [1, 2]], torch.zeros(2, 5))
+
+    restore = torch.tensor([[0, bad, 3, 1], [2, 1, bad, 0]])
+    scatter = kernels.scatter_mask_tokens(x[:, :3], torch.ones(5), restore, None, 1, F32)
+    is_token = (restore >= 0) & (restore < 2)
+    assert torch.equal((scatter[:, 1:] == 1).all(dim=2), ~is_token)
+    grads = kernels.scatter_mask_tokens_backward(tokens(2, 5, 5), restore, 3, 1, 5, F32, [True, True, True])
+    assert all(g.isfinite().all() for g in grads[1:])
+
+    pixels, pred = images(2, 3, 16, 16), tokens(2, 3, 192)
+    loss, residual, _ = kernels.masked_mse(pred, pixels, None, chosen, [8, 8], True, None, None, 1e-6, "pqc", True)
+    assert loss.isfinite()
+    assert torch.equal(residual.count_nonzero(dim=2) > 0, is_good)
+
+    inputs = patch_embed_inputs(2, (2, 2), (8, 8), 3, 5, k=3, r=1)
+    inputs["ids_keep"] = chosen
+    arguments = [inputs[key] for key in ("images", "weight", "bias", "pos_embed", "ids_keep", "prefix")]
+    embedded = kernels.patch_embed(*arguments, None, None, F32, F32)
+    assert torch.equal(embedded[:, 1:][~is_good], inputs["bias"].expand(int((~is_good).sum()), 5))
+    needs = [True] * 5
+    grad, weight = tokens(2, 4, 5), inputs["weight"]
+    g_images, *_, g_pos, _ = kernels.patch_embed_backward(
+        grad, inputs["images"], weight, chosen, None, None, 1, F32, needs
+    )
+    in_use = (chosen[:, :, None] == torch.arange(4)).any(dim=1)
+    assert torch.equal(reference.patchify(g_images, 8).count_nonzero(dim=2) > 0, in_use)
+    assert g_pos.isfinite().all()
+    assert guarded_empty()
+
+
+@pytest.mark.parametrize("num_patches", [4097, 5000])
+@pytest.mark.parametrize("levels", [3, 10**6])
+def test_masks_of_more_patches_than_one_launch_sorts(num_patches, levels):
+    noise = torch.randint(levels, (2, num_patches)).float()
+    for ours, expected in zip(
+        random_masking(2, num_patches, noise=noise), reference.random_masking(2, num_patches, noise=noise), strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
+def test_noise_of_any_value_is_ordered_as_by_pytorch():
+    special = [0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), float("nan"), -float("nan"), 1e-45, -1e-45, 3e38]
+    noise = torch.tensor([special * 3, (special * 3)[::-1]])
+    ours, expected = (op(*noise.shape, 0.5, noise=noise) for op in (random_masking, reference.random_masking))
+    assert torch.equal(ours.ids_restore, expected.ids_restore)
+
+
+# 40 x 64 pixels of 5 channels are held in two turns, 40 x 64 of 13 in five.
+@pytest.mark.parametrize(("c", "turns"), [(5, 2), (13, 5)])
+@pytest.mark.parametrize(("layout", "by"), [("pqc", "mask"), ("cpq", "ids_mask")])
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_patches_larger_than_the_registers(c, turns, layout, by, norm_pix):
+    tiles = loss_kernels.loss_tiles(4, c, [40, 64])
+    assert -(-c * 40 // tiles.rows) == turns
+    inputs = loss_inputs(2, (1, 2), (40, 64), c, layout=layout, by=by, masked=1, norm_pix=norm_pix, norm=True)
+    compare(masked_mse, reference.masked_mse, inputs, torch.tensor(1.0), ("pred",))
+
+
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        loss_kernels.LossTiles(patches=1, rows=32, cols=16, turns=3, num_warps=1),
+        loss_kernels.LossTiles(patches=4, rows=32, cols=16, turns=1, num_warps=4),
+        loss_kernels.LossTiles(patches=8, rows=8, cols=16, turns=2, num_warps=4),
+    ],
+    ids=["turns", "patches", "both"],
+)
+@pytest.mark.parametrize("by", ["mask", "ids_mask"])
+def test_any_tiles_of_the_loss(by, tiles, monkeypatch):
+    monkeypatch.setattr(loss_kernels, "loss_tiles", lambda *args: tiles)
+    inputs = loss_inputs(3, (3, 5), (8, 14), 3, by=by, pixels=U8, norm=True)
+    compare(masked_mse, reference.masked_mse, inputs, torch.tensor(1.0), ("pred",))
+
+
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        embed_kernels.GemmTiles(tokens=16, width=32, rows=2, cols=16, num_warps=4, num_stages=2),
+        embed_kernels.GemmTiles(tokens=64, width=16, rows=8, cols=16, num_warps=4, num_stages=3),
+        embed_kernels.GemmTiles(tokens=32, width=64, rows=32, cols=16, num_warps=8, num_stages=2),
+    ],
+    ids=["small", "tall", "wide"],
+)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_any_tiles_of_the_projection(dtype, tiles, monkeypatch):
+    monkeypatch.setattr(embed_kernels, "projection_tiles", lambda *args: tiles)
+    monkeypatch.setattr(embed_kernels, "gradient_tiles", lambda *args: tiles)
+    inputs = patch_embed_inputs(3, (5, 7), (6, 14), 3, 40, dtype=dtype, k=9, r=2, norm=True)
+    compare(patch_embed, reference.patch_embed, inputs, tokens(3, 11, 40, dtype), ALL)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_weight_gradient_in_several_splits(dtype):
+    # 3 x 400 tokens are 4 splits of at least four blocks in bfloat16, 9 in float32.
+    inputs = patch_embed_inputs(3, (20, 20), (2, 4), 3, 24, dtype=dtype, r=1)
+    compare(patch_embed, reference.patch_embed, inputs, tokens(3, 401, 24, dtype), ("weight", "bias"))
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 8])
+def test_sums_over_samples_in_several_splits(n, monkeypatch):
+    for module in (scatter_kernels, embed_kernels):
+        monkeypatch.setattr(module, "split_samples", lambda n, blocks: (-(-n // 3), 3))
+    inputs = scatter_inputs(n, 4, 2, 5, 1, pos=5)
+    grad = tokens(n, 5, 5)
+    wrt = ("tokens", "mask_token", "pos_embed")
+    compare(scatter_mask_tokens, reference.scatter_mask_tokens, inputs, grad, wrt, exact=("value", "tokens"))
+    inputs = patch_embed_inputs(n, (1, 4), (1, 2), 1, 5, k=2)
+    compare(patch_embed, reference.patch_embed, inputs, tokens(n, 2, 5), ("pos_embed",))
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 50, 3000])
+@pytest.mark.parametrize("n", [1, 2, 49, 256, 1024, 2047, 2049, 4100])
+def test_split_samples(n, blocks):
+    splits, per_split = split_samples(n, blocks)
+    assert (splits - 1) * per_split < n <= splits * per_split  # every sample in one split, none of them empty
+    assert splits * blocks <= max(2048, blocks)
+
+
+@pytest.mark.parametrize("d", [1, 7, 16, 64, 100, 192, 384, 512, 768, 1000, 1024, 1280, 4096])
+def test_row_tiles(d):
+    tiles = row_tiles(d)
+    assert tiles.rows * tiles.width == 2048
+    assert -(-d // tiles.width) * tiles.width - d < max(64, d)
+    if d % 64 == 0:
+        assert d % tiles.width == 0, "a width that pads where none has to"
+
+
+# Central differences of linear and quadratic functions are exact, so that large steps drown the float32 rounding.
+STEP = {"eps": 0.5, "atol": 2e-4, "rtol": 2e-4, "nondet_tol": 0.0}
+
+
+@pytest.mark.filterwarnings("ignore:Input .* requires gradient and is not a double precision")
+def test_gradcheck_of_the_kernels():
+    chosen = ids(2, 4, 3)
+    assert torch.autograd.gradcheck(lambda x: gather_tokens(x, chosen), tokens(2, 4, 3).requires_grad_(), **STEP)
+
+    inputs = scatter_inputs(2, 4, 2, 3, 1, pos=5)
+    leaves = [inputs.pop(key).requires_grad_() for key in ("tokens", "mask_token", "pos_embed")]
+    restore = inputs["ids_restore"]
+    assert torch.autograd.gradcheck(lambda x, mask, pos: scatter_mask_tokens(x, mask, restore, pos), leaves, **STEP)
+
+    for by, layout in (("mask", "pqc"), ("ids_mask", "cpq")):
+        inputs = loss_inputs(2, (1, 2), (2, 3), 2, by=by, layout=layout, norm=True)
+        pred = inputs.pop("pred").requires_grad_()
+        assert torch.autograd.gradcheck(lambda x, inputs=inputs: masked_mse(x, **inputs), pred, **STEP)
+
+    inputs = patch_embed_inputs(2, (1, 2), (1, 2), 2, 3, k=1, r=1, norm=True)
+    leaves = [inputs.pop(key).requires_grad_() for key in ALL]
+
+    def embed(images, weight, bias, pos_embed, prefix):
+        return patch_embed(images, weight, bias, pos_embed, prefix=prefix, **inputs)
+
+    assert torch.autograd.gradcheck(embed, leaves, **STEP)
+
+
+@triton.jit
+def _dot_kernel(p_a, p_b, p_out, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    o = i[:, None] * BLOCK + i[None, :]
+    a, b = rounded(tl.load(p_a + o), DTYPE), rounded(tl.load(p_b + o), DTYPE)
+    tl.store(p_out + o, dot(a, b, tl.zeros([BLOCK, BLOCK], tl.float32), "ieee"))
+
+
+@triton.jit
+def _round_kernel(p_x, p_out, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(p_out + i, rounded(tl.load(p_x + i), p_out.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_half_precision_products(dtype):
+    a, b = torch.randn(2, 32, 32)
+    out = torch.empty(32, 32)
+    _dot_kernel[(1,)](a, b, out, DTYPE={BF16: tl.bfloat16, F16: tl.float16}[dtype], BLOCK=32)
+    gold = a.to(dtype).double() @ b.to(dtype).double()
+    assert_no_worse(out, (a.to(dtype).float() @ b.to(dtype).float()), gold)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_half_precision_rounding(dtype):
+    bits = torch.randint(-(2**31), 2**31, (2**16,), dtype=torch.int64).to(torch.int32)
+    ties = torch.arange(0x3F800000, 0x3F800000 + 2**23, 2**15, dtype=torch.int64).to(torch.int32)  # halfway, and exact
+    x = torch.cat([bits, ties, bits[: 2**10 - len(ties) % 2**10]]).view(F32)
+    x = x[: len(x) // 1024 * 1024]
+    out = torch.empty(len(x), dtype=dtype)
+    _round_kernel[(len(x) // 1024,)](x, out, BLOCK=1024)
+    torch.testing.assert_close(out, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("strides", TOKEN_STRIDES)
+def test_the_backward_of_the_loss_takes_any_gradient(strides):
+    residual = tokens(2, 3, 8, BF16, strides).contiguous()
+    out = kernels.masked_mse_backward(torch.tensor(3.0).expand(()), residual, torch.tensor(0.5), F32)
+    assert torch.equal(out, residual.float() * 1.5)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_both_back_ends_agree(dtype):
+    """The same op, the same dtype, two implementations: neither is further from float64 than twice the other."""
+    inputs = patch_embed_inputs(3, (4, 5), (8, 8), 3, 40, dtype=dtype, k=6, r=1, norm=True)
+    grad = tokens(3, 7, 40, dtype)
+    triton_result = run(patch_embed, inputs, grad, ALL)
+    with use_backend("eager"):
+        eager_result = run(patch_embed, inputs, grad, ALL)
+    gold = run(reference.patch_embed, cast(inputs, torch.float64), grad.double(), ALL)
+    for name in gold:
+        assert_no_worse(triton_result[name], eager_result[name], gold[name], name)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_the_planted_faults_still_fit_the_code(fault, tmp_path):
+    folder = tmp_path / "mae_kernels" / "kernels"
+    folder.mkdir(parents=True)
+    shutil.copy(Path(kernels.__file__).parent / f"{fault.file}.py", folder)
+    plant(fault, tmp_path)
