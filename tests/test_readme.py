@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from faults import FAULTS
 
 from mae.__main__ import main
 
@@ -44,9 +45,10 @@ def test_commands_take_their_options(command, capsys):
 
 def test_make_targets_exist():
     targets = [command[1] for command in COMMANDS if command[:1] == ["make"]]
-    assert targets == ["demo", "test", "bench"]
+    assert sorted(targets) == ["bench", "demo", "faults", "gpu", "test"]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert all(f"\n{target}: " in makefile for target in targets)
+    assert all(f"\n{target}:" in makefile for target in targets)
+    assert f"plants {len(FAULTS)} faults" in README
 
 
 def test_linked_and_listed_files_exist():
