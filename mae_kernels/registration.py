@@ -1,6 +1,5 @@
 """How an op reaches PyTorch's dispatcher: one schema, an eager and a Triton implementation, one fake."""
 
-import importlib
 from collections.abc import Callable
 
 import torch
@@ -61,7 +60,9 @@ class _Once(torch.autograd.Function):
 
 
 def _run_kernels(name: str, first: Tensor, *rest):
-    implementation = getattr(importlib.import_module("mae_kernels.kernels"), name)
+    from mae_kernels import kernels  # needs Triton, which machines without a GPU need not have
+
+    implementation = getattr(kernels, name)
     if first.device.type == "cpu" or first.device.index == torch.cuda.current_device():
         return _outside_autocast(implementation, first, *rest)
     with torch.cuda.device(first.device):  # Triton launches on the current device

@@ -12,7 +12,6 @@ from cases import (
     BF16,
     F16,
     F32,
-    TOKEN_STRIDES,
     assert_no_worse,
     cast,
     compare,
@@ -30,7 +29,6 @@ from faults import FAULTS, plant
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mae_kernels import (
-    checks,
     gather_tokens,
     kernels,
     masked_mse,
@@ -110,9 +108,8 @@ OUTSIDE = [-1, 4, 2**31, -(2**31), 2**40, -(2**62)]  # of 4 patches
 
 
 @pytest.mark.parametrize("bad", OUTSIDE)
-def test_ids_out_of_range_stay_inside_memory(bad, monkeypatch, guarded_empty):
-    # Unchecked on a GPU, for the sake of a device synchronisation: harmless there.
-    monkeypatch.setattr(checks, "id_values", lambda *args: None)
+def test_ids_out_of_range_stay_inside_memory(bad, guarded_empty):
+    # The op checks ids before it launches, but on a GPU only with MAE_KERNELS_DEBUG=1.
     chosen = torch.tensor([[0, bad, 3], [2, 1, bad]])
     good, is_good = chosen.clamp(0, 3), chosen != bad
     x = tokens(2, 4, 5)
@@ -308,10 +305,9 @@ def test_half_precision_rounding(dtype):
     torch.testing.assert_close(out, x.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("strides", TOKEN_STRIDES)
-def test_the_backward_of_the_loss_takes_any_gradient(strides):
-    residual = tokens(2, 3, 8, BF16, strides).contiguous()
-    out = kernels.masked_mse_backward(torch.tensor(3.0).expand(()), residual, torch.tensor(0.5), F32)
+def test_the_backward_of_the_loss_scales_the_residual():
+    residual = tokens(2, 1500, 3, BF16)  # three programs, the last one in part
+    out = kernels.masked_mse_backward(torch.tensor(3.0), residual, torch.tensor(0.5), F32)
     assert torch.equal(out, residual.float() * 1.5)
 
 
