@@ -9,17 +9,21 @@ from benchmarks import measure, shapes
 
 ROWS = pytest.StashKey[list[dict]]()
 COLUMNS = ("shape", "op", "pass", "reference ms", "ours ms", "speed-up", "reference MiB", "ours MiB")
+STEP_COLUMNS = ("shape", "contender", "ms", "images/s", "of matrix rate", "peak MiB", "saved MB/image", "launches",
+                "syncs", "kB/image shipped")  # fmt: skip
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("benchmarks of mae_kernels")
     group.addoption("--size", choices=["small", "full"], default="small", help="small: minutes on two CPU cores")
     group.addoption("--rounds", type=int, default=10, help="at least; short calls get more, two seconds in all")
+    group.addoption("--contenders", default="abcCdef" if measure.DEVICE.type == "cuda" else "acd", help="of the step")
+    group.addoption("--step-rounds", type=int, default=5, help="timed steps of each contender")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):  # before the plugin reads its options
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[measure.STEP_ROWS] = [], []
     config.option.benchmark_columns = config.option.benchmark_columns or ["median", "iqr", "min", "rounds"]
 
 
@@ -86,9 +90,18 @@ def race(benchmark, request):
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[ROWS]
-    if not rows:
-        return
+    facts = measure.conditions()
+    machine = (
+        f"{facts['device']}, {facts['threads']} threads, load {facts['load']} before the run, torch {facts['torch']}, "
+        f"triton {facts['triton']}"
+    )
+    if config.stash[ROWS]:
+        _write_ops(terminalreporter, config.stash[ROWS], machine)
+    if config.stash[measure.STEP_ROWS]:
+        _write_steps(terminalreporter, config.stash[measure.STEP_ROWS], machine)
+
+
+def _write_ops(reporter, rows, machine):
     backends = {row["backend"] for row in rows}
     only = backends.pop() if len(backends) == 1 else None  # its name can then head the columns
     table = [[name.replace("ours", only or "ours") for name in COLUMNS]]
@@ -103,17 +116,41 @@ def pytest_terminal_summary(terminalreporter, config):
             f"{row['reference_peak_mib']:.2f}",
             f"{row['peak_mib']:.2f}",
         ])  # fmt: skip
+    reporter.section("mae_kernels against its reference")
+    rounds = min(row["rounds"] for row in rows)
+    reporter.write_line(f"{machine}, float32 tensors; interleaved medians of {rounds} or more rounds")
+    _write_table(reporter, table, names=3)
 
-    facts, rounds = measure.conditions(), min(row["rounds"] for row in rows)
-    terminalreporter.section("mae_kernels against its reference")
-    terminalreporter.write_line(
-        f"{facts['device']}, {facts['threads']} threads, load {facts['load']} before the run, torch {facts['torch']}, "
-        f"triton {facts['triton']}, float32 tensors; interleaved medians of {rounds} or more rounds"
+
+def _write_steps(reporter, rows, machine):
+    table = [list(STEP_COLUMNS)]
+    for row in rows:
+        table.append([
+            f"{row['shape']}, {row['dtype']}",
+            row["contender"],
+            f"{row['median_ms']:.0f}",
+            f"{row['images_per_s']:.1f}",
+            f"{row['mfu']:.0%}",
+            f"{row['peak_mib']:.0f}",
+            f"{row['saved_bytes_per_image'] / 1e6:.1f}",
+            str(row["launches"]),
+            str(row["host_syncs"]),
+            f"{row['shipped_bytes_per_image'] / 1e3:.0f}",
+        ])  # fmt: skip
+    reporter.section("the whole training step")
+    rates = {row["dtype"]: f"{row['matrix_tflops']:.2f} TFLOP/s in {row['dtype']}" for row in rows}
+    reporter.write_line(
+        f"{machine}; interleaved medians of {rows[0]['rounds']} steps; share of the rate of a large matrix product in "
+        f"the same run, {', '.join(rates.values())}"
     )
+    _write_table(reporter, table, names=2)
+
+
+def _write_table(reporter, table, names):
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         cells = [
-            cell.ljust(width) if name in COLUMNS[:3] else cell.rjust(width)
-            for cell, width, name in zip(line, widths, COLUMNS, strict=True)
+            cell.ljust(width) if i < names else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
-        terminalreporter.write_line(" | ".join(cells).rstrip())
+        reporter.write_line(" | ".join(cells).rstrip())

@@ -10,6 +10,7 @@ from functools import cache
 from importlib.metadata import version
 
 import cpuinfo
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFERENCE = "reference"
 OURS = ["eager"] if why_not_triton(torch.empty(0, device=DEVICE)) else ["eager", "triton"]
 MIB = 2**20
+STEP_ROWS = pytest.StashKey[list[dict]]()
 
 # On a GPU convolutions would round their inputs to TF32 and matrix products would not; float32 rows mean float32.
 torch.backends.cudnn.allow_tf32 = False
@@ -49,6 +51,20 @@ def seconds(call: Callable[[], object]) -> float:
         duration = time.perf_counter() - begin
     _total += duration
     return duration
+
+
+def replay(duration: float) -> None:
+    """Let the clock show a duration that was measured before, interleaved with those of others."""
+    global _total
+    _total += duration
+
+
+def matrix_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of one large product of PyTorch's: the ceiling of a step in this dtype, measured when it is asked for."""
+    rows, width = (32768, 4096) if DEVICE.type == "cuda" else (4096, 2048)
+    a, b = (torch.ones(n, width, dtype=dtype, device=DEVICE) for n in (rows, width))
+    torch.nn.functional.linear(a, b)
+    return 2 * rows * width**2 / min(seconds(lambda: torch.nn.functional.linear(a, b)) for _ in range(3))
 
 
 def rotated(make: Callable[[], dict]) -> Iterator[dict]:

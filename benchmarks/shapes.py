@@ -57,4 +57,4 @@ def _huge(batch: int) -> Shape:
 
 
 OPS = {"small": [_base(32)], "full": [_base(128), _large(128), _huge(128)]}
-STEP = {"small": [_tiny(4)], "full": [_base(64), _large(32), _huge(16)]}
+STEP = {"small": [_tiny(8)], "full": [_base(64), _large(32), _huge(16)]}

@@ -1,62 +1,112 @@
-"""One training step of the whole model, forward and backward, against the published pipeline on the same weights."""
+"""The whole training step, forward, backward and optimizer, of every contender in one interleaved run."""
 
-import copy
-from contextlib import nullcontext
+import time
+from functools import cache
+from statistics import median, quantiles
 
 import pytest
 import torch
 
-from benchmarks.measure import DEVICE, OURS, REFERENCE, as_double, assert_accurate, clock, rotated
-from benchmarks.shapes import Shape
-from mae_kernels import reference, use_backend
+from benchmarks import measure
+from benchmarks.measure import DEVICE
 
 mae = pytest.importorskip("mae")  # its requirements are more than those of the ops
+pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.benchmark(timer=clock)
+from benchmarks.contenders import LABELS, OURS, contenders  # noqa: E402 (needs both)
+from mae.profile import training_flops  # noqa: E402
+
+pytestmark = pytest.mark.benchmark(timer=measure.clock)
 
 
-@pytest.mark.parametrize("backend", [REFERENCE, *OURS])
-def test_step(race, step_shape, backend):
-    s = step_shape
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", LABELS)
+def test_step(name, dtype, step_shape, benchmark, request):
+    options = request.config.option
+    if name not in options.contenders:
+        pytest.skip("not asked for, see --contenders")
+    rows, samples = _measured(step_shape, dtype, options.contenders, options.step_rounds)
+    if name not in rows:
+        pytest.skip("CUDA graphs need CUDA")
+    row = rows[name]
+    benchmark.group, benchmark.name = f"{step_shape.id}, {dtype}", row["contender"]
+    benchmark.pedantic(measure.replay, setup=_one_after_another(samples[name]), rounds=len(samples[name]))
+    benchmark.extra_info.update(row)
+    request.config.stash[measure.STEP_ROWS].append(row)
+
+
+def _one_after_another(samples: list[float]):
+    waiting = iter(samples)
+    return lambda: ((next(waiting),), {})
+
+
+@cache
+def _measured(s, dtype: str, names: str, rounds: int) -> tuple[dict[str, dict], dict[str, list[float]]]:
+    """Rows and times of all contenders. In every round each runs once, so that a drift of the machine meets all."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
     model = getattr(mae, s.model)().to(DEVICE)
+    images = torch.randint(0, 256, (s.batch, s.channels, s.image, s.image), dtype=torch.uint8)
+    noise = torch.rand(s.batch, s.num_patches, device=DEVICE)
+    runners = contenders(names, model, images, noise, dtype == "bfloat16")
+    _assert_same_loss(runners, dtype)
+    saved = {runner.name: runner.saved_bytes() for runner in runners}
+    model.zero_grad()
+    rates, samples = [], {runner.name: [] for runner in runners}
+    for number in range(2 + rounds):  # the first two compile and warm up
+        rate = measure.matrix_rate(getattr(torch, dtype))
+        times = {runner.name: _seconds(runner.step) for runner in runners}
+        if number >= 2:
+            rates.append(rate)
+            for name, value in times.items():
+                samples[name].append(value)
+    flops, matrix_rate, rows = training_flops(model.config, s.mask_ratio) * s.batch, median(rates), {}
+    for runner in runners:
+        time_taken = median(samples[runner.name])
+        p20, *_, p80 = quantiles(samples[runner.name], n=5)
+        peak = measure.peak_mib(runner.step)
+        launches, syncs = runner.launches_and_syncs()
+        rows[runner.name] = {
+            "shape": s.id,
+            "op": "training step",
+            "contender": f"({runner.name}) {LABELS[runner.name]}",
+            "dtype": dtype,
+            "rounds": rounds,
+            "median_ms": time_taken * 1e3,
+            "p20_ms": p20 * 1e3,
+            "p80_ms": p80 * 1e3,
+            "images_per_s": s.batch / time_taken,
+            "flops": flops,
+            "tflops": flops / time_taken / 1e12,
+            "matrix_tflops": matrix_rate / 1e12,
+            "mfu": flops / time_taken / matrix_rate,
+            "peak_mib": peak,
+            "saved_bytes_per_image": saved[runner.name] / s.batch,
+            "launches": launches,
+            "host_syncs": syncs,
+            "shipped_bytes_per_image": runner.images.nbytes // s.batch,
+            **measure.conditions(),
+        }
+    return rows, samples
 
-    def make():
-        images = torch.randn(s.batch, s.channels, s.image, s.image, device=DEVICE)
-        return {"images": images, "noise": torch.rand(s.batch, s.num_patches, device=DEVICE)}
 
-    def run(name, model, images, noise):
-        with nullcontext() if name == REFERENCE else use_backend(name):
-            if name == REFERENCE:
-                loss = reference.pretraining_loss(model, images, noise, s.mask_ratio)
-            else:
-                loss = model(images, s.mask_ratio, noise=noise).loss
-            trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
-            grads = torch.autograd.grad(loss, [*trained.values()])
-        return {"the loss": loss} | {f"the gradient of {k}": g for k, g in zip(trained, grads, strict=True)}
-
-    inputs = rotated(make)
-    if backend != REFERENCE:
-        one = next(inputs)
-        gold = run(REFERENCE, copy.deepcopy(model).double(), **as_double(one))
-        assert_accurate(run(backend, model, **one), run(REFERENCE, model, **one), gold)
-    calls = {name: lambda name=name: run(name, model, **next(inputs)) for name in (REFERENCE, *OURS)}
-    race(
-        s, "training step", "forward+backward", backend, calls,
-        dtype="float32", logical_bytes=_bytes(s, model), flops=_flops(s),
-    )  # fmt: skip
+def _seconds(step) -> float:
+    """Of one step, as a user waits for it: on a GPU the mean of four that follow each other."""
+    if DEVICE.type == "cpu":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(4):
+        step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / 4
 
 
-def _bytes(s: Shape, model: torch.nn.Module) -> int:
-    """Images and parameters in, gradients out."""
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return 4 * (s.batch * s.channels * s.image**2 + 2 * parameters)
-
-
-def _flops(s: Shape) -> int:
-    """A block of T tokens: 24 T D² for its linears and 4 T² D for attention. A backward costs two forwards."""
-    d, decoder_dim, encoder_tokens, decoder_tokens = s.embed_dim, s.decoder_dim, 1 + s.num_keep, 1 + s.num_patches
-    blocks = ((s.depth, encoder_tokens, d), (s.decoder_depth, decoder_tokens, decoder_dim))
-    forward = sum(depth * (24 * t * dim**2 + 4 * t**2 * dim) for depth, t, dim in blocks)
-    forward += 2 * encoder_tokens * d * decoder_dim  # decoder_embed
-    ends = 2 * s.patch_values * (s.num_keep * d + s.num_masked * decoder_dim)  # patch embedding and head
-    return s.batch * (3 * (forward + ends) - 2 * s.patch_values * s.num_keep * d)  # images have no gradient
+def _assert_same_loss(runners, dtype: str) -> None:
+    """Ours and the published pipeline on the same weights, images and masks. Hugging Face's model has other weights."""
+    losses = {runner.name: runner.loss().item() for runner in runners if runner.name in f"ab{OURS}"}
+    tolerance = 1e-5 if dtype == "float32" else 2e-3
+    first = next(iter(losses.values()), None)
+    assert all(abs(loss - first) <= tolerance * first for loss in losses.values()), f"losses differ: {losses}"

@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -158,3 +158,19 @@ def _collate(samples: list[tuple[Tensor | None, list[str]]]) -> tuple[Tensor | N
 def _ignore_interrupt(worker: int) -> None:
     # Ctrl-C reaches the workers too; the main process decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def on_device(batches: Iterable, device: torch.device) -> Iterator[Tensor]:
+    """Each batch on the device. On CUDA it is copied on a stream of its own, while the step before it still runs."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    copying = torch.cuda.Stream(device)
+    for batch in batches:  # the host is here as soon as it has launched the step before
+        with torch.cuda.stream(copying):
+            images = batch.to(device, non_blocking=True)
+        training = torch.cuda.current_stream(device)
+        training.wait_stream(copying)
+        images.record_stream(training)  # its memory may only be used again once the step is done with it
+        yield images

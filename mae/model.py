@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
+from mae.attention import attention
+from mae.layers import gelu_linear, norm_linear
 from mae_kernels import (
     Masking,
     gather_tokens,
@@ -104,28 +105,22 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
+    """Holds parameters under their published names; :class:`Block` applies them."""
+
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, D]
-        q, k, v = (
-            self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # each [N, heads, T, D/heads]
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
-
 
 class Mlp(nn.Module):
+    """Holds parameters under their published names; :class:`Block` applies them."""
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, D]
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -136,9 +131,21 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, D]
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:  # [N, T, D] -> [N, T, D], or [N, S, D] with ids
+        """All tokens, or those at ids ``[N, S]`` alone; either way they attend to all."""
+        dim, heads = x.shape[2], self.attn.num_heads
+        weight, bias = self.attn.qkv.weight, self.attn.qkv.bias
+        queries = None
+        if ids is None:
+            packed = norm_linear(x, self.norm1, weight, bias)  # [N, T, 3 D]
+        else:
+            packed = norm_linear(x, self.norm1, weight[dim:], bias[dim:])  # [N, T, 2 D]
+            x = gather_tokens(x, ids)  # [N, S, D]
+            queries = norm_linear(x, self.norm1, weight[:dim], bias[:dim]).unflatten(2, (heads, -1))
+        attended = attention(packed.unflatten(2, (-1, heads, dim // heads)), queries).flatten(2)
+        x = x + self.attn.proj(attended)
+        hidden = norm_linear(x, self.norm2, self.mlp.fc1.weight, self.mlp.fc1.bias)  # [N, S, 4 D]
+        return x + gelu_linear(hidden, self.mlp.fc2.weight, self.mlp.fc2.bias)
 
 
 class MaskedAutoencoder(nn.Module):
@@ -146,6 +153,9 @@ class MaskedAutoencoder(nn.Module):
 
     Images are ``[N, C, H, W]``: uint8 as they come from a file (normalised inside the ops by the config's pixel_mean
     and pixel_std), or floating and already normalised.
+
+    ``residual_dtype`` is the dtype in which tokens travel between the blocks. None promotes as the published code does:
+    float32 under autocast, since the position embeddings are. ``torch.bfloat16`` halves that traffic, and is not exact.
     """
 
     def __init__(self, config: MAEConfig):
@@ -170,6 +180,7 @@ class MaskedAutoencoder(nn.Module):
 
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std), persistent=False)
+        self.residual_dtype: torch.dtype | None = None
         self.encoder_only = False  # set when the weights came from a checkpoint without a decoder
         self.initialize_weights()
 
@@ -211,54 +222,71 @@ class MaskedAutoencoder(nn.Module):
             :class:`MAEOutput`; the loss is the same number with and without return_pred.
         """
         masking = self._masking(images, mask_ratio, noise, masking)
-        latent = self.forward_encoder(images, masking.ids_keep)  # [N, 1 + K, D]
-        hidden = self.forward_decoder(latent, masking.ids_restore)  # [N, 1 + L, D']
-        options = {"patch_size": self.config.patch_size, "norm_pix": self.config.norm_pix_loss, **self._stats(images)}
+        latent = self.encode(self.embed(images, masking.ids_keep))  # [N, 1 + K, D]
+        tokens = self.unshuffle(latent, masking.ids_restore)  # [N, 1 + L, D']
         if return_pred:
-            pred = self.decoder_pred(self.decoder_norm(hidden))[:, 1:]  # [N, L, E]
-            return MAEOutput(masked_mse(pred, images, mask=masking.mask, **options), pred, masking.mask)
-        hidden = gather_tokens(hidden, masking.ids_mask + 1)  # [N, M, D']
-        pred = self.decoder_pred(self.decoder_norm(hidden))  # [N, M, E]
-        return MAEOutput(masked_mse(pred, images, ids_mask=masking.ids_mask, **options), None, masking.mask)
+            hidden = self.decoder_norm(self.decode(tokens))  # [N, 1 + L, D']
+            pred = self.decoder_pred(hidden)[:, 1:]  # [N, L, E]
+            loss = masked_mse(pred, images, mask=masking.mask, **self._target(images))
+            return MAEOutput(loss, pred, masking.mask)
+        hidden = self.decode(tokens, masking.ids_mask)  # [N, M, D']
+        return MAEOutput(self.loss(hidden, images, masking.ids_mask), None, masking.mask)
 
-    def forward_encoder(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Class token and visible patches (all of them for None), encoded: ``[N, 1 + K, D]``."""
+    def embed(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Class token and visible patches (all of them for None): ``[N, 1 + K, D]``."""
         if tuple(images.shape[2:]) != self.config.image_size:
             height, width = self.config.image_size
             raise ValueError(
                 f"MaskedAutoencoder: images must be [N, {self.config.in_chans}, {height}, {width}], "
                 f"got shape {tuple(images.shape)}; resize them or build the model with another image_size"
             )
-        proj = self.patch_embed.proj
-        x = patch_embed(
+        return patch_embed(
             images,
-            proj.weight,
-            proj.bias,
+            self.patch_embed.proj.weight,
+            self.patch_embed.proj.bias,
             self.pos_embed[:, 1:],
             ids_keep,
             prefix=self.cls_token + self.pos_embed[:, :1],
+            out_dtype=self.residual_dtype,
             **self._stats(images),
         )
+
+    def encode(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, D]
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
-    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """Hidden states of all tokens before the final norm: ``[N, 1 + K, D]`` -> ``[N, 1 + L, D']``."""
+    def unshuffle(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """The decoder's input, mask tokens in place: ``[N, 1 + K, D]`` -> ``[N, 1 + L, D']``."""
         if self.encoder_only:
             raise NoDecoderError(
                 "MaskedAutoencoder: the checkpoint held the encoder alone, so there is nothing to reconstruct with; "
                 "load a checkpoint that includes the decoder (published ones are called *_full or mae_visualize_*)"
             )
         x = self.decoder_embed(latent)
-        x = scatter_mask_tokens(x, self.mask_token, ids_restore, self.decoder_pos_embed)
-        for block in self.decoder_blocks:
-            x = block(x)
-        return x
+        return scatter_mask_tokens(
+            x, self.mask_token, ids_restore, self.decoder_pos_embed, out_dtype=self.residual_dtype
+        )
+
+    def decode(self, x: Tensor, ids_mask: Tensor | None = None) -> Tensor:
+        """Hidden states before the final norm, of all tokens ``[N, 1 + L, D']``, or of the patches ids_mask ``[N, M]``.
+
+        For the latter the last block computes keys and values of all tokens, and everything else for these alone.
+        """
+        ids = None if ids_mask is None else ids_mask + 1  # behind the class token
+        last = len(self.decoder_blocks) - 1
+        for i, block in enumerate(self.decoder_blocks):
+            x = block(x, ids if i == last else None)
+        return gather_tokens(x, ids) if last < 0 and ids is not None else x
+
+    def loss(self, hidden: Tensor, images: Tensor, ids_mask: Tensor) -> Tensor:
+        """Norm, head and squared error of the hidden patches ``[N, M, D']``: scalar float32."""
+        pred = self.decoder_pred(self.decoder_norm(hidden))  # [N, M, E]
+        return masked_mse(pred, images, ids_mask=ids_mask, **self._target(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Features of whole images for downstream use, nothing masked: ``[N, 1 + L, D]``, class token first."""
-        return self.forward_encoder(images)
+        return self.encode(self.embed(images))
 
     @torch.no_grad()
     def reconstruct(
@@ -305,6 +333,10 @@ class MaskedAutoencoder(nn.Module):
             return masking
         device = images.device if noise is None else None
         return random_masking(len(images), self.config.num_patches, mask_ratio, noise=noise, device=device)
+
+    def _target(self, images: Tensor) -> dict:
+        config = self.config
+        return {"patch_size": config.patch_size, "norm_pix": config.norm_pix_loss, **self._stats(images)}
 
     def _stats(self, images: Tensor) -> dict[str, Tensor]:
         return {"mean": self.pixel_mean, "std": self.pixel_std} if images.dtype == torch.uint8 else {}

@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mae.checkpoint import save_checkpoint
-from mae.data import DataError
+from mae.data import DataError, on_device
 from mae.model import MaskedAutoencoder
+from mae.step import TrainingStep, adamw
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,14 @@ class TrainConfig:
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
+    residual: Literal["float32", "bfloat16"] = "float32"
+    """Tokens between the blocks under bfloat16 autocast: float32 as published; bfloat16 saves memory, not exact."""
+    execution: Literal["auto", "eager", "compile", "graph"] = "auto"
+    """compile: one graph by torch.compile; graph: that, replayed as a CUDA graph. auto: compile on CUDA, else eager."""
+    micro_batches: int = 1
+    """Parts in which a batch is computed, for models that do not fit; the update is that of the whole batch."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient; published: none."""
     log_every: int = 20
     """Steps between entries of metrics.jsonl."""
     save_every: int = 1000
@@ -80,8 +89,18 @@ def train(model: MaskedAutoencoder, batches: Iterable[Tensor], config: TrainConf
     """
     device = choose_device(config.device)
     model.to(device).train()
-    optimizer, schedule = _optimizer(model, config)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=_uses_bfloat16(config.precision, device))
+    model.residual_dtype = torch.bfloat16 if config.residual == "bfloat16" else None
+    optimizer = adamw(model, config.base_lr * config.batch_size / 256, config.weight_decay)
+    schedule = _schedule(optimizer, config)
+    training_step = TrainingStep(
+        model,
+        optimizer,
+        mask_ratio=config.mask_ratio,
+        bfloat16=config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda"),
+        execution=("compile" if device.type == "cuda" else "eager") if config.execution == "auto" else config.execution,
+        micro_batches=config.micro_batches,
+        clip_grad=config.clip_grad,
+    )
     step, problem = 0, ""
     with _Metrics(run, config.steps) as metrics, _interrupt() as interrupted:
 
@@ -91,13 +110,8 @@ def train(model: MaskedAutoencoder, batches: Iterable[Tensor], config: TrainConf
             save_checkpoint(model, run)
 
         try:
-            for step, images in enumerate(batches, start=1):
-                with autocast:
-                    loss = model(images.to(device, non_blocking=True), config.mask_ratio).loss
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                metrics.add(loss.detach(), len(images))
+            for step, images in enumerate(on_device(batches, device), start=1):
+                metrics.add(training_step(images), len(images))
                 if step == config.steps or interrupted():
                     break
                 if step % config.save_every == 0:
@@ -115,18 +129,7 @@ def train(model: MaskedAutoencoder, batches: Iterable[Tensor], config: TrainConf
     return metrics.history
 
 
-def _uses_bfloat16(precision: str, device: torch.device) -> bool:
-    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-
-
-def _optimizer(model: MaskedAutoencoder, config: TrainConfig):
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim in (2, 4)], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim not in (2, 4)], "weight_decay": 0.0},  # biases, norms, tokens
-    ]
-    lr = config.base_lr * config.batch_size / 256
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> torch.optim.lr_scheduler.LambdaLR:
     rise = max(1, round(config.warmup * config.steps))
 
     def factor(step: int) -> float:
@@ -134,7 +137,7 @@ def _optimizer(model: MaskedAutoencoder, config: TrainConfig):
             return (step + 1) / rise
         return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, config.steps - rise)))
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 class _Metrics:

@@ -104,18 +104,32 @@ def masked_mse(
     return (loss * mask).sum() / mask.sum()
 
 
-def pretraining_loss(model, images, noise, mask_ratio=0.75):
+def attention(q, k, v):
+    """Softmax attention of [N, heads, T, d], every score in memory."""
+    scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
+    return scores.softmax(dim=3) @ v
+
+
+def transformer_block(x, block, attention=attention):
+    """The pre-norm block of the Vision Transformer on [N, T, D], with the parameters of ``block``."""
+    qkv = block.attn.qkv(block.norm1(x))
+    q, k, v = rearrange(qkv, "n t (three heads d) -> three n heads t d", three=3, heads=block.attn.num_heads)
+    x = x + block.attn.proj(rearrange(attention(q, k, v), "n heads t d -> n t (heads d)"))
+    return x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
+
+
+def pretraining_loss(model, images, noise, mask_ratio=0.75, attention=attention):
     """The whole pass, section 3, of any model whose parts have the published names; positions include the class row."""
     masking = random_masking(*noise.shape, mask_ratio, noise=noise)
     proj = model.patch_embed.proj
     prefix = model.cls_token + model.pos_embed[:, :1]
     x = patch_embed(images, proj.weight, proj.bias, model.pos_embed[:, 1:], masking.ids_keep, prefix=prefix)
     for block in model.blocks:
-        x = block(x)
+        x = transformer_block(x, block, attention)
     x = model.decoder_embed(model.norm(x))
     x = scatter_mask_tokens(x, model.mask_token, masking.ids_restore, model.decoder_pos_embed)
     for block in model.decoder_blocks:
-        x = block(x)
+        x = transformer_block(x, block, attention)
     pred = model.decoder_pred(model.decoder_norm(x))[:, 1:]
     config = model.config
     return masked_mse(pred, images, patch_size=config.patch_size, mask=masking.mask, norm_pix=config.norm_pix_loss)

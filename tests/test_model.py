@@ -132,7 +132,8 @@ def test_hidden_patches_do_not_reach_the_encoder(model, images):
     masking = random_masking(3, TINY.num_patches)
     hidden = masking.mask.view(3, 4, 1, 6, 1).expand(-1, -1, 8, -1, 8).reshape(3, 1, 32, 48)
     other = torch.where(hidden, 255 - images, images)
-    assert torch.equal(model.forward_encoder(images, masking.ids_keep), model.forward_encoder(other, masking.ids_keep))
+    encoded, same = (model.encode(model.embed(x, masking.ids_keep)) for x in (images, other))
+    assert torch.equal(encoded, same)
     assert not torch.equal(model.forward_features(images), model.forward_features(other))
 
 
@@ -141,7 +142,7 @@ def test_features_equal_the_encoder_on_all_patches_in_order(model, images):
     ids = torch.arange(TINY.num_patches).expand(3, -1)
     features = model.forward_features(images)
     assert features.shape == (3, 1 + TINY.num_patches, 64)
-    torch.testing.assert_close(features, model.forward_encoder(images, ids), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(features, model.encode(model.embed(images, ids)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
@@ -175,7 +176,7 @@ def test_reconstruction_of_a_perfect_prediction_is_the_original(images, norm_pix
     target = patchify((images / 255 - model.pixel_mean[:, None, None]) / model.pixel_std[:, None, None], 8)
     if norm_pix:
         target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
-    monkeypatch.setattr(model, "forward_decoder", lambda latent, ids: torch.zeros(3, 1 + TINY.num_patches, 32))
+    monkeypatch.setattr(model, "decode", lambda x: torch.zeros(3, 1 + TINY.num_patches, 32))
     monkeypatch.setattr(model.decoder_pred, "forward", lambda x: torch.cat([target[:, :1], target], dim=1))
     pictures = model.reconstruct(images)
     torch.testing.assert_close(pictures.reconstruction, pictures.original, rtol=0, atol=1e-5)
@@ -223,7 +224,7 @@ def test_autocast_keeps_the_residual_stream_in_float32(model, images):
         loss = model(images).loss
         ids = random_masking(3, TINY.num_patches).ids_keep
         proj = model.patch_embed.proj
-        stream = model.blocks[0](model.forward_encoder(images, ids))
+        stream = model.blocks[0](model.embed(images, ids))
     assert loss.dtype == torch.float32
     assert stream.dtype == torch.float32
     loss.backward()

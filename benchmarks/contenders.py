@@ -1,0 +1,187 @@
+"""Whole training steps to compare: the published pipeline, its best tuning, Hugging Face's model, and ours.
+
+All train on the same images; those that share the published layout of parameters train the same model in turn, so that
+the largest ones fit into memory together.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+from benchmarks.measure import DEVICE
+from mae.profile import LaunchCounter, saved_bytes
+from mae.step import TrainingStep, adamw
+from mae_kernels import reference
+
+LABELS = {
+    "a": "published pipeline as written",
+    "b": "published, SDPA, fused AdamW, compiled",
+    "c": "Hugging Face ViTMAE, SDPA",
+    "C": "Hugging Face ViTMAE, SDPA, compiled",
+    "d": "mae, eager",
+    "e": "mae, compiled",
+    "f": "mae, CUDA graphs",
+}
+OURS = "def"
+COMPILED = "bCef"
+
+# What the host calls to put work on a GPU, and to wait for one.
+_LAUNCH = re.compile(r"cu(da)?(Launch|GraphLaunch|Memcpy|Memset)")
+_SYNC = re.compile(r"cuda(Stream|Device|Event)Synchronize")
+# Lines of a compiled graph that run something: a generated kernel, or one of PyTorch's.
+_COMPILED_CALL = re.compile(r"^\s+(?:\w+ = )?(?:extern_kernels\.|cpp_fused\w*\(|\w*\.run\(|torch\.ops\.|aten\.)", re.M)
+
+
+@dataclass
+class Contender:
+    """``step`` trains once, from images on the host to updated weights; ``loss`` is its forward alone."""
+
+    name: str
+    step: Callable[[], object]
+    loss: Callable[[], Tensor]
+    images: Tensor  # [N, C, H, W] on the host, in the dtype that the pipeline ships
+    known: list[Tensor] = field(default_factory=list)  # parameters and buffers: not saved for the backward
+
+    def saved_bytes(self) -> int:
+        with saved_bytes(*self.known) as kept:
+            loss = self.loss()
+        loss.backward()
+        return kept()
+
+    def launches_and_syncs(self) -> tuple[int, int]:
+        """Per step. On a GPU of what the host called; without one, of ops and of calls in the compiled graph."""
+        if DEVICE.type == "cuda":
+            with torch.profiler.profile() as profiler:
+                self.step()
+                torch.cuda.synchronize()
+            names = [event.name for event in profiler.events()]
+            # one synchronisation is ours, at the end
+            return sum(bool(_LAUNCH.match(n)) for n in names), sum(bool(_SYNC.match(n)) for n in names) - 1
+        if self.name in COMPILED:
+            torch.compiler.reset()
+            _, codes = run_and_get_code(lambda: self.loss().backward())
+            calls = sum(len(_COMPILED_CALL.findall(code.partition("def call(")[2])) for code in codes)
+            return calls, 0  # one graph without a break cannot read anything back
+        with LaunchCounter() as counter:
+            self.step()
+        return counter.launches, counter.syncs
+
+
+def contenders(names: str, model: nn.Module, images: Tensor, noise: Tensor, bfloat16: bool) -> list[Contender]:
+    """Those of ``names`` that run here.
+
+    Args:
+        names: letters of :data:`LABELS`.
+        model: a MaskedAutoencoder on the device.
+        images: ``[N, C, H, W]`` uint8 on the host.
+        noise: ``[N, L]`` on the device.
+        bfloat16: autocast to it.
+    """
+    mean, std = (x.cpu()[:, None, None] for x in (model.pixel_mean, model.pixel_std))
+    floats = (images / 255 - mean) / std
+    if DEVICE.type == "cuda":
+        images, floats = images.pin_memory(), floats.pin_memory()
+    known = [*model.parameters(), *model.buffers(), noise]
+    fused = adamw(model, lr=1e-4)
+    made = []
+    for name in names:
+        if name == "a":
+            made.append(_published(model, floats, noise, bfloat16, known))
+        elif name == "b":
+            loss = torch.compile(
+                lambda x: reference.pretraining_loss(model, x, noise, attention=F.scaled_dot_product_attention)
+            )
+            made.append(_plain("b", loss, fused, floats, bfloat16, known))
+        elif name in "cC":
+            peer = _hugging_face(model)
+            run = torch.compile(peer) if name == "C" else peer
+            made.append(
+                _plain(
+                    name, lambda x, run=run: run(x, noise=noise).loss, adamw(peer, lr=1e-4), floats, bfloat16,
+                    [*peer.parameters(), *peer.buffers(), noise],
+                )
+            )  # fmt: skip
+        elif name != "f" or DEVICE.type == "cuda":
+            execution = {"d": "eager", "e": "compile", "f": "graph"}[name]
+            step = TrainingStep(model, fused, bfloat16=bfloat16, execution=execution)
+            made.append(_ours(name, step, images, noise, known))
+    return made
+
+
+def _ours(name: str, step: TrainingStep, images: Tensor, noise: Tensor, known: list[Tensor]) -> Contender:
+    def ship() -> Tensor:
+        return images.to(DEVICE, non_blocking=True)
+
+    return Contender(name, lambda: step(ship(), noise), lambda: step.loss(ship(), noise), images, known)
+
+
+def _plain(name, loss, optimizer, images, bfloat16, known) -> Contender:
+    def forward() -> Tensor:
+        shipped = images.to(DEVICE, non_blocking=True)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bfloat16):
+            return loss(shipped)
+
+    def step() -> Tensor:
+        out = forward()
+        out.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return out.detach()
+
+    return Contender(name, step, forward, images, known)
+
+
+def _published(model, images, noise, bfloat16, known) -> Contender:
+    """With the engine's habits: the loss is read in every step, a gradient norm is computed and not used."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), foreach=True)  # PyTorch's default on GPUs
+
+    def forward() -> Tensor:
+        shipped = images.to(DEVICE, non_blocking=True)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bfloat16):
+            return reference.pretraining_loss(model, shipped, noise)
+
+    def step() -> float:
+        loss = forward()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise RuntimeError(f"the loss is {value}")
+        loss.backward()
+        torch.stack([p.grad.norm() for p in parameters]).norm()
+        optimizer.step()
+        optimizer.zero_grad()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return value
+
+    return Contender("a", step, forward, images, known)
+
+
+def _hugging_face(model: nn.Module) -> nn.Module:
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    c = model.config
+    config = ViTMAEConfig(
+        image_size=c.image_size[0],
+        patch_size=c.patch_size[0],
+        hidden_size=c.embed_dim,
+        num_hidden_layers=c.depth,
+        num_attention_heads=c.num_heads,
+        intermediate_size=int(c.mlp_ratio * c.embed_dim),
+        decoder_hidden_size=c.decoder_embed_dim,
+        decoder_num_hidden_layers=c.decoder_depth,
+        decoder_num_attention_heads=c.decoder_num_heads,
+        decoder_intermediate_size=int(c.mlp_ratio * c.decoder_embed_dim),
+        norm_pix_loss=c.norm_pix_loss,
+        attn_implementation="sdpa",
+    )
+    return ViTMAEForPreTraining(config).to(DEVICE).train()

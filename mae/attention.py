@@ -1,0 +1,99 @@
+"""Softmax attention: PyTorch's fused kernels, but for their backward in half precision on CPUs."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Scores of one chunk stay in the cores' L2 caches.
+CHUNK_BYTES = 2 * 2**20
+
+
+def attention(packed: Tensor, queries: Tensor | None = None) -> Tensor:
+    """``softmax(q k' / sqrt(d)) v`` for each sample and head.
+
+    Args:
+        packed: ``[N, T, 3, heads, d]`` queries, keys and values, or ``[N, T, 2, heads, d]`` keys and values.
+        queries: ``[N, S, heads, d]`` in the second case: attention of S tokens to all T.
+
+    Returns:
+        ``[N, S, heads, d]``, S = T in the first case. Nothing of the size S x T outlives the call: the backward
+        computes the scores again.
+    """
+    if packed.device.type == "cpu" and packed.dtype in (torch.bfloat16, torch.float16) and packed.requires_grad:
+        return torch.ops.mae.attention(packed, queries)
+    return _fused(packed, queries)
+
+
+def _fused(packed: Tensor, queries: Tensor | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in _split(packed, queries))  # each [N, heads, T, d]
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _split(packed: Tensor, queries: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return packed.unbind(2) if queries is None else (queries, *packed.unbind(2))
+
+
+def _heads_first(x: Tensor) -> Tensor:  # [N, T, heads, d] -> [N heads, T, d]
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _tokens_first(x: Tensor, n: int) -> Tensor:  # [N heads, T, d] -> [N, T, heads, d]
+    return x.unflatten(0, (n, -1)).transpose(1, 2)
+
+
+def _chunks(*tensors: Tensor):
+    """The tensors ``[N heads, ...]``, queries and keys first, as many heads at a time as fit."""
+    q, k = tensors[:2]
+    step = max(1, CHUNK_BYTES // (q.shape[1] * k.shape[1] * q.element_size()))
+    return zip(*(x.split(step) for x in tensors), strict=True)
+
+
+def _product(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale, out=out)
+
+
+@torch.library.custom_op("mae::attention", mutates_args=())
+def _attention(packed: Tensor, queries: Tensor | None) -> Tensor:
+    return _fused(packed, queries).contiguous()
+
+
+@_attention.register_fake
+def _(packed, queries):
+    rows = packed[:, :, 0] if queries is None else queries
+    return rows.new_empty(rows.shape)
+
+
+@torch.library.custom_op("mae::attention_backward", mutates_args=())
+def _attention_backward(grad: Tensor, packed: Tensor, queries: Tensor | None) -> tuple[Tensor, Tensor]:
+    g_packed = packed.new_empty(packed.shape)
+    g_queries = packed.new_empty(0) if queries is None else queries.new_empty(queries.shape)
+    heads_first = [*map(_heads_first, (*_split(packed, queries), grad))]
+    grads = [torch.empty_like(x) for x in heads_first[:3]]
+    for q, k, v, g, g_q, g_k, g_v in _chunks(*heads_first, *grads):
+        scale = q.shape[2] ** -0.5
+        p = _product(q, k.transpose(1, 2), scale).softmax(2)  # [chunk, S, T]
+        torch.bmm(p.transpose(1, 2), g, out=g_v)
+        g_scores = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), p, 2, p.dtype)
+        _product(g_scores, k, scale, out=g_q)
+        _product(g_scores.transpose(1, 2), q, scale, out=g_k)
+    for into, g in zip(_split(g_packed, None if queries is None else g_queries), grads, strict=True):
+        into.copy_(_tokens_first(g, len(packed)))
+    return g_packed, g_queries
+
+
+@_attention_backward.register_fake
+def _(grad, packed, queries):
+    return packed.new_empty(packed.shape), packed.new_empty(0) if queries is None else queries.new_empty(queries.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    packed, queries = ctx.saved_tensors
+    g_packed, g_queries = torch.ops.mae.attention_backward(grad, packed, queries)
+    return g_packed, None if queries is None else g_queries
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,124 @@
+"""One training step: noise, forward, backward, update, without waiting for the device."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+import torch._functorch.config
+from torch import Tensor, nn
+
+from mae.model import MaskedAutoencoder
+
+Execution = Literal["eager", "compile", "graph"]
+
+# Below 1, what is cheap to compute again (norms, gelu, casts) is not kept for the backward, as the blocks do without
+# a compiler. ViT-Ti, bfloat16, batch 16: 19 MB saved per image against 37 MB, for 5 % of the time on a CPU.
+_MEMORY_BUDGET = 0.9
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float = 0.05) -> torch.optim.AdamW:
+    """The published optimizer: weight decay on matrices, none on biases, norms and tokens; one fused update.
+
+    Source: He et al. 2021, appendix A.1.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim in (2, 4)], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim not in (2, 4)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+class TrainingStep:
+    """Callable: a batch of images in, the loss out, and the model updated.
+
+    Nothing is read back from the device. The result stays on it until someone prints it.
+
+    Args:
+        model: a :class:`MaskedAutoencoder`, or one wrapped in DistributedDataParallel.
+        optimizer: see :func:`adamw`.
+        mask_ratio: share of hidden patches.
+        bfloat16: autocast to it.
+        execution: ``"eager"``; ``"compile"``, one graph by torch.compile; ``"graph"``, the same replayed as a CUDA
+            graph, which pays where the host launches more slowly than the GPU computes: small models and batches.
+        micro_batches: parts in which a batch is computed, to fit into memory. The update is that of the whole batch.
+        clip_grad: largest norm of the whole gradient, None for any. Only then the norm is computed.
+
+    Raises:
+        ValueError: CUDA graphs asked for elsewhere.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        mask_ratio: float = 0.75,
+        bfloat16: bool = False,
+        execution: Execution = "eager",
+        micro_batches: int = 1,
+        clip_grad: float | None = None,
+    ):
+        self.model, self.optimizer = model, optimizer
+        self.mask_ratio, self.bfloat16 = mask_ratio, bfloat16
+        self.micro_batches, self.clip_grad = micro_batches, clip_grad
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._num_patches = _inner(model).config.num_patches
+        device = self._parameters[0].device
+        if execution == "graph" and device.type != "cuda":
+            raise ValueError(f"TrainingStep: execution 'graph' replays CUDA graphs, but the model is on {device}")
+        self._replayed = execution == "graph"
+        self.loss = self._forward if execution == "eager" else _compiled(self._forward, replay=self._replayed)
+
+    def __call__(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Train on images ``[N, C, H, W]``.
+
+        Args:
+            images: on the model's device, N a multiple of micro_batches.
+            noise: ``[N, L]`` that fixes the masks, drawn on the device if None: the published code's only draw.
+
+        Returns:
+            The loss, a float32 scalar on the device.
+        """
+        n = len(images)
+        if n % self.micro_batches:
+            raise ValueError(f"TrainingStep: {n} images cannot be cut into {self.micro_batches} equal micro-batches")
+        if noise is None:
+            noise = torch.rand(n, self._num_patches, device=images.device)
+        parts = zip(images.chunk(self.micro_batches), noise.chunk(self.micro_batches), strict=True)
+        losses = [self._backward(*part, last=i == self.micro_batches) for i, part in enumerate(parts, start=1)]
+        if self.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return torch.stack(losses).sum()
+
+    def _backward(self, images: Tensor, noise: Tensor, last: bool) -> Tensor:
+        if self._replayed:
+            torch.compiler.cudagraph_mark_step_begin()
+        # Gradients of several processes are only summed once they are complete.
+        waits = not last and isinstance(self.model, nn.parallel.DistributedDataParallel)
+        with self.model.no_sync() if waits else nullcontext():
+            loss = self.loss(images, noise)
+            loss.backward()
+        return loss.detach().clone() if self._replayed else loss.detach()  # a replay overwrites its results
+
+    def _forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
+            loss = self.model(images, self.mask_ratio, noise=noise).loss
+        return loss / self.micro_batches
+
+
+def _inner(model: nn.Module) -> MaskedAutoencoder:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _compiled(forward: Callable, replay: bool) -> Callable:
+    compiled = torch.compile(forward, fullgraph=True, dynamic=False, mode="reduce-overhead" if replay else None)
+
+    def run(images: Tensor, noise: Tensor) -> Tensor:
+        with torch._functorch.config.patch(activation_memory_budget=_MEMORY_BUDGET):
+            return compiled(images, noise)
+
+    return run

@@ -1,0 +1,212 @@
+"""The training step: the published pipeline's numbers, whatever is fused, left out, compiled or cut into parts."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from mae import MAEConfig, MaskedAutoencoder
+from mae.profile import LaunchCounter, saved_bytes
+from mae.step import TrainingStep, adamw
+from mae_kernels import reference
+
+SMALL = MAEConfig(
+    image_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=4, decoder_embed_dim=32, decoder_depth=2,
+    decoder_num_heads=2,
+)  # fmt: skip
+STEPS, BATCH, LR = 200, 16, 1e-3
+
+
+@pytest.fixture
+def model() -> MaskedAutoencoder:
+    return MaskedAutoencoder(SMALL)
+
+
+def batches(steps: int = STEPS):
+    """Smooth random pictures ``[N, 3, 32, 32]`` uint8, and noise ``[N, L]``: always the same ones."""
+    generator = torch.Generator().manual_seed(1)
+    pictures = F.interpolate(torch.rand(64, 3, 4, 4, generator=generator), 32, mode="bicubic")
+    pictures = pictures.clamp(0, 1).mul(255).byte()
+    for _ in range(steps):
+        chosen = torch.randint(64, (BATCH,), generator=generator)
+        yield pictures[chosen], torch.rand(BATCH, SMALL.num_patches, generator=generator)
+
+
+def published_losses(model: MaskedAutoencoder, bfloat16: bool = False) -> torch.Tensor:
+    """Normalised float32 images, every token through every layer, explicit attention, an optimizer parameter by one."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim in (2, 4)], "weight_decay": 0.05},
+        {"params": [p for p in trained if p.ndim not in (2, 4)], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), foreach=False)
+    losses = []
+    for images, noise in batches():
+        floats = (images / 255 - model.pixel_mean[:, None, None]) / model.pixel_std[:, None, None]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = reference.pretraining_loss(model, floats, noise)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+def our_losses(model: MaskedAutoencoder, **options) -> torch.Tensor:
+    step = TrainingStep(model, adamw(model, LR), **options)
+    return torch.stack([step(images, noise) for images, noise in batches()])
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batches": 4}, {"execution": "compile"}], ids=str)
+def test_two_hundred_steps_are_those_of_the_published_pipeline(model, options):
+    expected = published_losses(copy.deepcopy(model))
+    assert expected[-20:].mean() < 0.9 * expected[:5].mean()  # it does train
+    torch.testing.assert_close(our_losses(model, **options), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("residual", [None, torch.bfloat16], ids=["float32 residuals", "bfloat16 residuals"])
+def test_two_hundred_steps_in_bfloat16_are_as_close_as_two_published_runs(model, residual):
+    """The published run in bfloat16, and again from weights that differ by float32 rounding, mark the band."""
+    disturbed = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in disturbed.parameters():
+            if p.requires_grad:
+                p.mul_(1 + 1e-6 * torch.randn_like(p))
+    one, other = published_losses(copy.deepcopy(model), bfloat16=True), published_losses(disturbed, bfloat16=True)
+    model.residual_dtype = residual
+    ours = our_losses(model, bfloat16=True)
+    band = (one - other).abs()
+    distance = torch.minimum((ours - one).abs(), (ours - other).abs())
+    assert distance.mean() <= 1.5 * band.mean()
+    assert distance.max() <= 1.5 * band.max()
+
+
+def test_micro_batches_update_like_the_whole_batch(model):
+    model.double()
+    whole = copy.deepcopy(model)
+    images, noise = next(batches())
+    for m, parts in ((whole, 1), (model, 4)):
+        TrainingStep(m, torch.optim.SGD(m.parameters(), lr=0.1), micro_batches=parts)(images, noise)
+    for (name, a), b in zip(model.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(model):
+    with pytest.raises(ValueError) as error:
+        TrainingStep(model, adamw(model, LR), micro_batches=3)(*next(batches()))
+    assert str(error.value) == "TrainingStep: 16 images cannot be cut into 3 equal micro-batches"
+
+
+def test_graphs_are_refused_without_cuda(model):
+    with pytest.raises(ValueError) as error:
+        TrainingStep(model, adamw(model, LR), execution="graph")
+    assert str(error.value) == "TrainingStep: execution 'graph' replays CUDA graphs, but the model is on cpu"
+
+
+def test_clipping(model):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    images, noise = next(batches())
+    TrainingStep(model, torch.optim.SGD(model.parameters(), lr=1.0), clip_grad=0.01)(images, noise)
+    change = torch.stack([(p.detach() - before[name]).norm() for name, p in model.named_parameters()]).norm()
+    assert change.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_gradient_norm_is_only_computed_for_clipping(model, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: pytest.fail("not asked for"))
+    TrainingStep(model, adamw(model, LR))(*next(batches()))
+
+
+def test_noise_is_the_published_draw(model):
+    """One ``torch.rand(N, L)`` a step and no other, so a seed gives the published masks."""
+    other = copy.deepcopy(model)
+    images, _ = next(batches())
+    torch.manual_seed(3)
+    loss = TrainingStep(model, adamw(model, LR))(images)
+    following = torch.rand(4)
+    torch.manual_seed(3)
+    noise = torch.rand(BATCH, SMALL.num_patches)
+    assert torch.equal(loss, TrainingStep(other, adamw(other, LR))(images, noise))
+    assert torch.equal(following, torch.rand(4))
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_nothing_is_read_back_from_the_device(model, bfloat16):
+    step = TrainingStep(model, adamw(model, LR), bfloat16=bfloat16, clip_grad=1.0, micro_batches=2)
+    with LaunchCounter() as counter:
+        loss = step(next(batches())[0])
+    assert counter.syncs == 0
+    assert loss.shape == ()
+    assert not loss.requires_grad
+
+
+def test_it_saves_less_than_half_of_the_published_pipeline_and_launches_fewer_ops():
+    """ViT-B's proportions at a sixteenth of its parameters: float32, bytes kept for the backward, ops of a step."""
+    model = MaskedAutoencoder(MAEConfig(embed_dim=192, depth=12, num_heads=12, decoder_embed_dim=128))
+    images, noise = torch.randn(2, 3, 224, 224), torch.rand(2, 196)
+    known = [*model.parameters(), *model.buffers(), images, noise]
+    costs = []
+    for loss in (
+        lambda: model(images, noise=noise).loss,
+        lambda: reference.pretraining_loss(model, images, noise, attention=F.scaled_dot_product_attention),
+        lambda: reference.pretraining_loss(model, images, noise),
+    ):
+        with LaunchCounter() as counter, saved_bytes(*known) as kept:
+            loss().backward()
+        costs.append((kept(), counter.launches))
+    (ours, our_ops), (fused, fused_ops), (published, published_ops) = costs
+    assert ours <= 0.5 * published
+    assert ours <= 0.8 * fused
+    assert our_ops < fused_ops < published_ops
+
+
+def test_compiled_steps_are_one_graph_and_never_recompiled(model):
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        step = TrainingStep(model, adamw(model, LR), execution="compile")
+        losses = [step(images, noise) for images, noise in batches(4)]
+    assert all(loss.isfinite() for loss in losses)
+
+
+def _train_in_a_process(rank: int, file: str, queue) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = DistributedDataParallel(MaskedAutoencoder(SMALL).double())
+    sums = []
+    model.register_comm_hook(sums, _counted_all_reduce)
+    step = TrainingStep(model, torch.optim.SGD(model.parameters(), lr=0.1), micro_batches=2)
+    images, noise = next(batches())
+    for _ in range(2):
+        step(images.chunk(2)[rank], noise.chunk(2)[rank])
+    if rank == 0:
+        queue.put((sum(sums), {k: v.numpy() for k, v in model.module.state_dict().items()}))
+    dist.destroy_process_group()
+
+
+def _counted_all_reduce(sums: list[int], bucket):
+    sums.append(bucket.buffer().numel())
+    future = dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
+    return future.then(lambda f: f.value()[0])
+
+
+def test_two_processes_equal_one_and_sum_each_gradient_once_a_step(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [
+        context.Process(target=_train_in_a_process, args=(rank, str(tmp_path / "store"), queue)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    summed, state = queue.get(timeout=120)
+    for process in processes:
+        process.join()
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(SMALL).double()
+    step = TrainingStep(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(2):
+        step(*next(batches()))
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(torch.from_numpy(state[name]), value, rtol=1e-9, atol=1e-12, msg=name)
+    assert summed == 2 * sum(p.numel() for p in model.parameters() if p.requires_grad)
