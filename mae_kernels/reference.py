@@ -104,6 +104,12 @@ def masked_mse(
     return (loss * mask).sum() / mask.sum()
 
 
+def linear_masked_mse(hidden, weight, bias, images, ids_mask, **options):
+    """The decoder's last layer, a linear projection to pixels, and the reconstruction loss on its output."""
+    pred = F.linear(hidden, weight, bias)
+    return masked_mse(pred, images, ids_mask=ids_mask, **options)
+
+
 def pretraining_loss(model, images, noise, mask_ratio=0.75):
     """The whole pass, section 3, of any model whose parts have the published names; positions include the class row."""
     masking = random_masking(*noise.shape, mask_ratio, noise=noise)
