@@ -62,26 +62,25 @@ def check(inputs, grad=1.0, wrt=ALL):
 
 
 @pytest.mark.parametrize(
-    ("n", "step", "grid", "patch", "c", "d", "masked", "layout", "norm_pix", "dtype"),
+    ("n", "step", "grid", "patch", "c", "d", "masked", "layout", "norm_pix", "bias", "dtype"),
     [
-        (1, 1, (1, 1), (8, 8), 1, 1, 1, "pqc", True, F32),
-        (1, 4, (5, 7), (14, 14), 3, 24, 26, "cpq", True, F32),
-        (3, 1, (7, 7), (8, 8), 4, 100, 37, "pqc", False, F32),
-        (3, 2, (7, 7), (8, 16), 3, 64, 37, "pqc", True, F32),
-        (5, 2, (3, 4), (8, 8), 13, 192, 9, "cpq", False, F32),
-        (5, 5, (3, 4), (16, 16), 3, 512, 9, "pqc", True, F32),
-        (7, 3, (2, 3), (8, 8), 3, 33, 6, "pqc", True, F32),
-        (5, 2, (3, 4), (8, 8), 3, 64, 9, "pqc", True, F64),
-        (5, 2, (3, 4), (8, 8), 3, 64, 9, "cpq", False, F64),
-        (5, 2, (3, 4), (16, 16), 3, 192, 9, "pqc", True, BF16),
-        (8, 1, (3, 4), (8, 8), 3, 64, 9, "pqc", False, BF16),
-        (3, 8, (7, 7), (8, 8), 3, 100, 37, "cpq", True, BF16),
-        (5, 2, (3, 4), (16, 16), 3, 192, 9, "pqc", True, F16),
-        (8, 1, (3, 4), (8, 8), 3, 64, 9, "cpq", False, F16),
+        (1, 1, (1, 1), (8, 8), 1, 1, 1, "pqc", True, True, F32),
+        (1, 4, (5, 7), (14, 14), 3, 24, 26, "cpq", True, False, F32),
+        (3, 1, (7, 7), (8, 8), 4, 100, 17, "pqc", False, True, F32),
+        (3, 2, (7, 7), (8, 16), 3, 64, 37, "pqc", True, True, F32),
+        (5, 2, (3, 4), (8, 8), 13, 192, 3, "cpq", False, False, F32),
+        (5, 5, (3, 4), (16, 16), 3, 512, 3, "pqc", True, True, F32),
+        (7, 3, (2, 3), (8, 8), 3, 33, 6, "pqc", True, True, F32),
+        (5, 2, (3, 4), (8, 8), 3, 64, 9, "pqc", True, True, F64),
+        (5, 2, (3, 4), (8, 8), 3, 64, 9, "cpq", False, False, F64),
+        (5, 2, (3, 4), (16, 16), 3, 192, 5, "pqc", True, True, BF16),
+        (8, 1, (3, 4), (8, 8), 3, 64, 5, "pqc", False, False, BF16),
+        (3, 8, (7, 7), (8, 8), 3, 100, 17, "cpq", True, True, BF16),
+        (5, 2, (3, 4), (16, 16), 3, 192, 5, "pqc", True, True, F16),
+        (8, 1, (3, 4), (8, 8), 3, 64, 5, "cpq", False, False, F16),
     ],
 )
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_sizes(n, step, grid, patch, c, d, masked, layout, norm_pix, dtype, bias, chunks_of):
+def test_sizes(n, step, grid, patch, c, d, masked, layout, norm_pix, bias, dtype, chunks_of):
     chunks_of(step)
     options = {"masked": masked, "layout": layout, "norm_pix": norm_pix, "dtype": dtype, "bias": bias}
     check(head_inputs(n, grid, patch, c, d, **options))
@@ -89,7 +88,7 @@ def test_sizes(n, step, grid, patch, c, d, masked, layout, norm_pix, dtype, bias
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_equals_the_two_ops(dtype):
-    inputs = head_inputs(3, (3, 4), (8, 8), 3, 24, dtype=dtype, pixels=U8, norm=True)
+    inputs = head_inputs(3, (2, 3), (8, 8), 3, 24, dtype=dtype, pixels=U8, norm=True)
     ours, theirs = (run(op, inputs, torch.tensor(1.0), ALL) for op in (linear_masked_mse, two_ops))
     assert torch.equal(ours["value"], theirs["value"])  # one chunk: the very same steps
     for name in ALL:
@@ -102,12 +101,12 @@ def test_equals_the_two_ops(dtype):
 @pytest.mark.parametrize("step", [2, 3])
 def test_hidden_strides(strides, step, chunks_of):
     chunks_of(step)
-    check(head_inputs(3, (3, 4), (8, 8), 3, 24, strides=strides))
+    check(head_inputs(3, (2, 3), (8, 8), 3, 24, strides=strides))
 
 
 def test_weight_and_ids_strides(chunks_of):
     chunks_of(2)
-    inputs = head_inputs(3, (3, 4), (8, 8), 3, 24)
+    inputs = head_inputs(3, (2, 3), (8, 8), 3, 24)
     check({**inputs, "weight": inputs["weight"].t().contiguous().t()})
     check({**inputs, "weight": torch.randn(192, 48)[:, ::2] / 5})
     check({**inputs, "bias": torch.randn(()).expand(192)})
@@ -133,7 +132,7 @@ def test_pixels_are_normalised_first(dtype, pixels, norm_pix, chunks_of):
 @pytest.mark.parametrize("grad", [-0.37, 65536.0])
 def test_gradient_of_a_scaled_loss(grad, chunks_of):
     chunks_of(2)
-    check(head_inputs(3, (3, 4), (8, 8), 3, 24), grad)
+    check(head_inputs(3, (2, 3), (8, 8), 3, 24), grad)
 
 
 def test_gradients_from_graphs(chunks_of):
@@ -145,7 +144,7 @@ def test_gradients_from_graphs(chunks_of):
 
         return run_twice
 
-    inputs = head_inputs(3, (3, 4), (8, 8), 3, 24)
+    inputs = head_inputs(3, (2, 3), (8, 8), 3, 24)
     compare(expanded(linear_masked_mse), expanded(published), inputs, torch.tensor(1.0), ALL)
 
 
@@ -168,7 +167,7 @@ def products(inputs):
 @pytest.mark.parametrize("wrt", [(), ("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "bias"), ALL])
 def test_only_wanted_gradients_are_computed(wrt, chunks_of):
     chunks_of(2)
-    inputs = head_inputs(3, (3, 4), (8, 8), 3, 24)
+    inputs = head_inputs(3, (2, 3), (8, 8), 3, 24)
     everything = run(linear_masked_mse, inputs, torch.tensor(1.0), ALL)
     some = run(linear_masked_mse, inputs, torch.tensor(1.0), wrt)
     assert all(torch.equal(some[name], everything[name]) for name in ("value", *wrt))
@@ -179,7 +178,7 @@ def test_only_wanted_gradients_are_computed(wrt, chunks_of):
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_there_is_only_the_loss(without, chunks_of):
     chunks_of(2)
-    inputs = head_inputs(3, (3, 4), (8, 8), 3, 24)
+    inputs = head_inputs(3, (2, 3), (8, 8), 3, 24)
     leaves = {name: x.requires_grad_() if name in ALL else x for name, x in inputs.items()}
     expected = linear_masked_mse(**leaves)
     saved = []
@@ -191,7 +190,7 @@ def test_without_gradients_there_is_only_the_loss(without, chunks_of):
 
 def test_what_is_saved(chunks_of):
     chunks_of(2)
-    inputs = head_inputs(3, (3, 4), (8, 8), 3, 24, dtype=BF16)
+    inputs = head_inputs(3, (2, 3), (8, 8), 3, 24, dtype=BF16)
     leaves = {name: x.requires_grad_() if name in ALL else x for name, x in inputs.items()}
     saved = []
 
@@ -201,12 +200,12 @@ def test_what_is_saved(chunks_of):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         linear_masked_mse(**leaves)
-    assert saved == [((3, 9, 24), BF16), ((192, 24), F32), ((192,), F32), ((), F32)]
+    assert saved == [((3, 4, 24), BF16), ((192, 24), F32), ((192,), F32), ((), F32)]
 
 
 def test_backward_twice(chunks_of):
     chunks_of(2)
-    inputs = head_inputs(3, (3, 4), (8, 8), 3, 24)
+    inputs = head_inputs(3, (2, 3), (8, 8), 3, 24)
     leaves = [inputs[name].requires_grad_() for name in ALL]
     loss = linear_masked_mse(**inputs)
     first = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
@@ -227,7 +226,7 @@ def test_no_gradient_arrives():
         def backward(ctx, grad):
             return None
 
-    inputs = head_inputs(3, (3, 4), (8, 8), 3, 24)
+    inputs = head_inputs(3, (2, 3), (8, 8), 3, 24)
     leaves = [inputs[name].requires_grad_() for name in ALL]
     Drop.apply(linear_masked_mse(**inputs)).backward()
     assert all(x.grad is None or x.grad.count_nonzero() == 0 for x in leaves)
@@ -237,7 +236,7 @@ def test_no_gradient_arrives():
 @pytest.mark.parametrize("half", [(), ("hidden",), ("weight", "bias")], ids=lambda names: " ".join(names) or "none")
 def test_autocast(half, dtype, chunks_of):
     chunks_of(2)
-    inputs = head_inputs(5, (3, 4), (8, 8), 3, 24, pixels=U8, norm=True)
+    inputs = head_inputs(5, (2, 3), (8, 8), 3, 24, pixels=U8, norm=True)
     inputs |= {name: inputs[name].to(dtype) for name in half}
 
     def under_autocast(op):
@@ -259,13 +258,13 @@ def test_autocast(half, dtype, chunks_of):
 
 @pytest.mark.eager
 def test_autocast_leaves_float64_alone():
-    inputs = head_inputs(3, (3, 4), (8, 8), 3, 24, dtype=F64)
+    inputs = head_inputs(3, (2, 3), (8, 8), 3, 24, dtype=F64)
     with torch.autocast(DEVICE, dtype=BF16):
         assert torch.equal(linear_masked_mse(**inputs), linear_masked_mse(**cast(inputs, F64)))
 
 
 def test_a_float32_bias_of_a_half_precision_head():
-    inputs = head_inputs(3, (3, 4), (8, 8), 3, 24, dtype=BF16)
+    inputs = head_inputs(3, (2, 3), (8, 8), 3, 24, dtype=BF16)
     wide = {**inputs, "bias": inputs["bias"].float()}
     ours, expected = (run(linear_masked_mse, x, torch.tensor(1.0), ALL) for x in (wide, inputs))
     assert torch.equal(ours["value"], expected["value"])
@@ -275,12 +274,12 @@ def test_a_float32_bias_of_a_half_precision_head():
 @pytest.mark.parametrize("step", [1, 8])
 def test_half_precision_beyond_its_range(step, chunks_of):
     chunks_of(step)
-    inputs = head_inputs(8, (3, 4), (8, 8), 3, 24, dtype=F16)
-    inputs["hidden"] *= 100
+    inputs = head_inputs(8, (2, 3), (8, 8), 3, 24, dtype=F16)
+    inputs["hidden"] *= 20
     inputs["bias"] += 400  # every residual, every hidden value: their products sum to more than float16 holds
-    inputs["hidden"] += 400
+    inputs["hidden"] += 200
     result = check(inputs)
-    assert result["value"].item() > 1e5
+    assert result["value"].item() > 65504
     assert all(x.isfinite().all() for x in result.values())
 
 
@@ -288,7 +287,7 @@ def test_half_precision_beyond_its_range(step, chunks_of):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_pixels_are_not_hidden(value, norm_pix, chunks_of):
     chunks_of(1)
-    inputs = head_inputs(2, (3, 4), (8, 8), 3, 24, norm_pix=norm_pix, masked=12)
+    inputs = head_inputs(2, (2, 3), (8, 8), 3, 24, norm_pix=norm_pix, masked=6)
     inputs["images"][1, 2, 9, 9] = value
     loss = linear_masked_mse(**inputs)
     assert loss.isnan() if norm_pix or value != value else loss.isinf()
@@ -297,7 +296,7 @@ def test_non_finite_pixels_are_not_hidden(value, norm_pix, chunks_of):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_two_runs_are_bitwise_equal(dtype, chunks_of):
     chunks_of(2)
-    inputs = head_inputs(5, (3, 4), (16, 16), 3, 64, dtype=dtype, norm=True)
+    inputs = head_inputs(5, (2, 3), (8, 8), 3, 64, dtype=dtype, norm=True)
     first, second = (run(linear_masked_mse, inputs, torch.tensor(1.0), ALL) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -340,7 +339,7 @@ def test_chunks(n, m, values, device_type):
 
 
 @any_size
-@given(st.integers(1, 5), st.integers(1, 5), GRIDS, PATCHES, st.integers(1, 5), st.integers(1, 9), st.booleans(), SEEDS)
+@given(st.integers(1, 4), st.integers(1, 4), GRIDS, PATCHES, st.integers(1, 5), st.integers(1, 9), st.booleans(), SEEDS)
 def test_any_size(n, step, grid, patch, c, d, bias, seed):
     torch.manual_seed(seed)
     inputs = head_inputs(n, grid, patch, c, d, bias=bias, norm_pix=c * patch[0] * patch[1] > 3)
