@@ -1,4 +1,4 @@
-"""Each op against the same step of the published pipeline."""
+"""Each op against the same step of the published pipeline; head and loss in one also against the two ops."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import mae_kernels
@@ -28,7 +29,12 @@ class Work:
     arguments: Callable[[], dict]
     bytes: tuple[int, int]  # forward, backward
     flops: tuple[int, int] = (0, 0)
-    dtype: str = "float32"  # of the images, where there are any
+    dtype: str = "float32"  # of the images, where there are any; of the products under autocast
+    peer: Callable | None = None  # what stands for the reference; None: the published step
+
+    @property
+    def reference(self) -> Callable:
+        return self.peer or getattr(reference, self.op)
 
 
 def random_masking(s: Shape) -> Work:
@@ -139,6 +145,42 @@ def masked_mse(s: Shape, rows: str) -> Work:
     return Work("masked_mse", arguments, bytes=(read + 4, read + gradient), flops=(10 * n * m * e, n * m * e))
 
 
+def linear_masked_mse(s: Shape, dtype: torch.dtype, peer: Callable | None = None) -> Work:
+    """Hidden tokens N M D, weight E D, bias E, masked pixels N M E and ids in; the loss out.
+
+    Backward: the same in; the gradients of hidden, weight and bias out. bfloat16 is that of autocast.
+    FLOPs: 2 N M E D for the projection, 10 N M E for the loss; backward twice the projection. D is the decoder's.
+    """
+    n, m, e, d = s.batch, s.num_masked, s.patch_values, s.decoder_dim
+
+    def arguments():
+        return {
+            "hidden": _normal(n, m, d).requires_grad_(),
+            "weight": _normal(e, d, scale=d**-0.5).requires_grad_(),
+            "bias": _normal(e).requires_grad_(),
+            "images": _normal(n, s.channels, s.image, s.image),
+            "ids_mask": _masking(s).ids_mask,
+            "patch_size": s.patch,
+        }
+
+    gradients = (n * m * d + e * d + e) * 4
+    read = gradients + n * m * e * 4 + n * m * 8
+    product = 2 * n * m * e * d
+    return Work(
+        "linear_masked_mse",
+        arguments,
+        bytes=(read + 4, read + gradients),
+        flops=(product + 10 * n * m * e, 2 * product),
+        dtype=str(dtype).removeprefix("torch."),
+        peer=peer,
+    )
+
+
+def two_ops(hidden, weight, bias, images, ids_mask, **options):
+    """What linear_masked_mse replaces in a model that has these ops already."""
+    return mae_kernels.masked_mse(F.linear(hidden, weight, bias), images, ids_mask=ids_mask, **options)
+
+
 CASES = {
     "random_masking": random_masking,
     "patch_embed float32": lambda s: patch_embed(s, torch.float32),
@@ -147,6 +189,10 @@ CASES = {
     "scatter_mask_tokens": scatter_mask_tokens,
     "masked_mse masked-only": lambda s: masked_mse(s, "masked"),
     "masked_mse full": lambda s: masked_mse(s, "full"),
+    "linear_masked_mse float32": lambda s: linear_masked_mse(s, torch.float32),
+    "linear_masked_mse bfloat16": lambda s: linear_masked_mse(s, torch.bfloat16),
+    "linear_masked_mse float32 / two ops": lambda s: linear_masked_mse(s, torch.float32, two_ops),
+    "linear_masked_mse bfloat16 / two ops": lambda s: linear_masked_mse(s, torch.bfloat16, two_ops),
 }
 ROWS = [
     (case, stage)
@@ -167,11 +213,13 @@ def test_op(race, op_shape, case, stage, backend):
         if not backward:
             return arguments
         with torch.no_grad():
-            return {**arguments, "grad": torch.randn_like(getattr(reference, work.op)(**arguments))}
+            return {**arguments, "grad": torch.randn_like(work.reference(**arguments))}
 
     def run(name, *, grad=None, **arguments):
         with nullcontext() if name == REFERENCE else use_backend(name):
-            out = getattr(reference if name == REFERENCE else mae_kernels, work.op)(**arguments)
+            op = work.reference if name == REFERENCE else getattr(mae_kernels, work.op)
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=work.dtype == "bfloat16"):
+                out = op(**arguments)
             outputs = {"the result": out} if isinstance(out, Tensor) else out._asdict()
             if backward:
                 leaves = {k: x for k, x in arguments.items() if isinstance(x, Tensor) and x.requires_grad}

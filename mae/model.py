@@ -16,6 +16,7 @@ from mae.layers import gelu_linear, norm_linear
 from mae_kernels import (
     Masking,
     gather_tokens,
+    linear_masked_mse,
     masked_mse,
     patch_embed,
     patchify,
@@ -281,8 +282,9 @@ class MaskedAutoencoder(nn.Module):
 
     def loss(self, hidden: Tensor, images: Tensor, ids_mask: Tensor) -> Tensor:
         """Norm, head and squared error of the hidden patches ``[N, M, D']``: scalar float32."""
-        pred = self.decoder_pred(self.decoder_norm(hidden))  # [N, M, E]
-        return masked_mse(pred, images, ids_mask=ids_mask, **self._target(images))
+        head = self.decoder_pred
+        hidden = self.decoder_norm(hidden)
+        return linear_masked_mse(hidden, head.weight, head.bias, images, ids_mask, **self._target(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Features of whole images for downstream use, nothing masked: ``[N, 1 + L, D]``, class token first."""

@@ -3,6 +3,7 @@
 from mae_kernels import reference
 from mae_kernels.backend import use_backend, why_not_triton
 from mae_kernels.gather_tokens import gather_tokens
+from mae_kernels.linear_masked_mse import linear_masked_mse
 from mae_kernels.masked_mse import masked_mse
 from mae_kernels.masking import Masking, masking_from_mask, random_masking
 from mae_kernels.patch_embed import patch_embed
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Masking",
     "gather_tokens",
+    "linear_masked_mse",
     "masked_mse",
     "masking_from_mask",
     "patch_embed",

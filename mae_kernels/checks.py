@@ -79,6 +79,16 @@ def images(op: str, x: Tensor, patch: tuple[int, int]) -> None:
             raise ValueError(f"{op}: images {side} {size} is not a multiple of the patch {side} {p}")
 
 
+def constant(op: str, images: Tensor) -> None:
+    if images.requires_grad:
+        raise ValueError(f"{op}: images require grad, but the target is a constant of the loss; pass images.detach()")
+
+
+def eps(op: str, value: float) -> None:
+    if not value >= 0:  # NaN included
+        raise ValueError(f"{op}: eps must not be negative, got {value}")
+
+
 def mean_std(op: str, mean, std, images: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """Both as tensors of C values beside the images, or both None; sequences in the precision of dtype."""
     if (mean is None) != (std is None):

@@ -58,8 +58,7 @@ def masked_mse(
     patch = checks.patch_size(op, patch_size)
     checks.images(op, images, patch)
     checks.layout(op, layout)
-    if images.requires_grad:
-        raise ValueError(f"{op}: images require grad, but the target is a constant of the loss; pass images.detach()")
+    checks.constant(op, images)
     if (mask is None) == (ids_mask is None):
         raise ValueError(f"{op}: pass exactly one of mask and ids_mask, got {'neither' if mask is None else 'both'}")
     n, channels = images.shape[:2]
@@ -78,8 +77,7 @@ def masked_mse(
     checks.tensor(op, "pred", pred, (n, rows, values))
     checks.floating(op, "pred", pred)
     checks.same_device(op, "pred", pred, images=images, mask=mask, ids_mask=ids_mask)
-    if not eps >= 0:
-        raise ValueError(f"{op}: eps must not be negative, got {eps}")
+    checks.eps(op, eps)
     mean, std = checks.mean_std(op, mean, std, images, pred.dtype)
     needs_grad = torch.is_grad_enabled() and pred.requires_grad
     return _MaskedMSE.apply(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad)[0]
@@ -101,7 +99,7 @@ class _MaskedMSE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _residual, _scale):
         residual, scale = ctx.saved_tensors
-        g_pred = None if grad is None else once(_masked_mse_backward, grad, residual, scale, ctx.dtype)
+        g_pred = None if grad is None else once(masked_mse_backward, grad, residual, scale, ctx.dtype)
         return g_pred, None, None, None, None, None, None, None, None, None, None
 
 
@@ -112,7 +110,7 @@ def _masked_mse_check(pred, images, mask, ids_mask, patch, *_):
         checks.mask_values("masked_mse", "mask", mask)
 
 
-def _masked_mse_eager(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad):
+def masked_mse_eager(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad):
     n, rows, values = pred.shape
     dtype = accumulation_dtype(pred.dtype)
     num_patches = prod(patch_grid(images, patch))
@@ -164,11 +162,11 @@ _masked_mse = define(
     "masked_mse(Tensor pred, Tensor images, Tensor? mask, Tensor? ids_mask, int[2] patch, bool norm_pix, "
     "Tensor? mean, Tensor? std, float eps, str layout, bool needs_grad) "
     "-> (Tensor loss, Tensor residual, Tensor scale)",
-    eager=_masked_mse_eager,
+    eager=masked_mse_eager,
     fake=_masked_mse_fake,
     check=_masked_mse_check,
 )
-_masked_mse_backward = define(
+masked_mse_backward = define(
     "masked_mse_backward(Tensor grad, Tensor residual, Tensor scale, ScalarType dtype) -> Tensor",
     eager=_masked_mse_backward_eager,
     fake=_masked_mse_backward_fake,

@@ -104,6 +104,12 @@ def masked_mse(
     return (loss * mask).sum() / mask.sum()
 
 
+def linear_masked_mse(hidden, weight, bias, images, ids_mask, **options):
+    """The decoder's last layer, a linear projection to pixels, and the reconstruction loss on its output."""
+    pred = F.linear(hidden, weight, bias)
+    return masked_mse(pred, images, ids_mask=ids_mask, **options)
+
+
 def attention(q, k, v):
     """Softmax attention of [N, heads, T, d], every score in memory."""
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)

@@ -125,6 +125,18 @@ def loss_inputs(
     }
 
 
+def head_inputs(n, grid, patch, c, d, *, dtype=F32, strides="contiguous", masked=None, bias=True, **options) -> dict:
+    """Arguments of linear_masked_mse: those of masked_mse with ids_mask, and a head [E, D] instead of its result."""
+    inputs = loss_inputs(n, grid, patch, c, dtype=dtype, masked=masked, by="ids_mask", **options)
+    _, m, values = inputs.pop("pred").shape
+    return {
+        "hidden": tokens(n, m, d, dtype, strides),
+        "weight": (torch.randn(values, d) / d**0.5).to(dtype),
+        "bias": torch.randn(values).to(dtype) if bias else None,
+        **inputs,
+    }
+
+
 def dispatcher_calls() -> list[tuple]:
     """Op and arguments, for every op of torch.ops.mae_kernels: options given and left out, odd strides, one sample."""
     ops = torch.ops.mae_kernels
@@ -133,7 +145,7 @@ def dispatcher_calls() -> list[tuple]:
     table, weight, bias, token = torch.randn(8, 5), torch.randn(5, 3, 8, 8), torch.randn(5), torch.randn(5)
     keep, keep1, restore, restore1 = ids(3, 8, 2), ids(1, 8, 2), ids(3, 8, 8), ids(1, 8, 8)
     mask, residual, scale = torch.rand(3, 8) < 0.5, tokens(3, 8, 192), torch.tensor(0.1)
-    norm, patch, no, yes = (mean, std), [8, 8], False, True
+    norm, patch, no, yes, head = (mean, std), [8, 8], False, True, torch.randn(192, 5) / 5
     return [
         (ops.masking, torch.rand(3, 8), 2),
         (ops.masking, torch.rand(1, 8), 2),
@@ -154,6 +166,14 @@ def dispatcher_calls() -> list[tuple]:
         (ops.masked_mse, tokens(3, 8, 192), last, mask * 0.0, None, patch, no, *norm, 1e-6, "pqc", yes),
         (ops.masked_mse_backward, torch.tensor(2.0), residual, scale, F16),
         (ops.masked_mse_backward, torch.tensor(2.0).expand(()), residual[:1], scale, F32),
+        (ops.linear_masked_mse, tokens(3, 2, 5, BF16, "permute"), head, torch.randn(192), last, keep, patch, yes, *norm,
+         1e-6, "pqc", BF16, [yes, yes, yes]),
+        (ops.linear_masked_mse, tokens(1, 2, 5), head, None, plain, keep1, patch, yes, None, None, 1e-6, "cpq", F32,
+         [yes, no, no]),
+        (ops.linear_masked_mse, tokens(3, 2, 5, F64), head.double(), None, last, keep, patch, no, None, None, 1e-6,
+         "pqc", F64, [no, yes, no]),
+        (ops.linear_masked_mse, tokens(3, 2, 5), head, torch.randn(192), last, keep, patch, no, *norm, 1e-6, "cpq", F32,
+         [no, no, no]),
         (ops.patch_embed, last, weight, bias, table, keep, torch.randn(2, 5), *norm, BF16, F32),
         (ops.patch_embed, plain, weight, None, None, None, None, None, None, F32, F32),
         (ops.patch_embed, plain, weight, None, None, keep1, None, None, None, F32, F16),

@@ -5,6 +5,7 @@ import torch
 
 from mae_kernels import (
     gather_tokens,
+    linear_masked_mse,
     masked_mse,
     masking_from_mask,
     patch_embed,
@@ -21,6 +22,7 @@ V, T = ValueError, TypeError
 IMAGES, WEIGHT = torch.rand(2, 3, 32, 32), torch.randn(8, 3, 16, 16)  # L = 4, E = 768, D = 8
 VIDEO = torch.rand(2, 3, 8, 32, 32)
 PRED, MASK, TOKENS, TOKEN = torch.randn(2, 4, 768), torch.ones(2, 4).bool(), torch.randn(2, 4, 8), torch.randn(8)
+HEAD = torch.randn(768, 8)
 IDS = torch.arange(4).repeat(2, 1)
 TOO_LARGE, NEGATIVE, TWICE = (torch.tensor([[0, 1, 2, 3], row]) for row in ([0, 1, 4, 3], [0, 1, 2, -1], [0, 3, 2, 3]))
 VIDEO_REFUSED = (
@@ -43,6 +45,10 @@ def loss(pred=PRED, images=IMAGES, patch_size=16, **kwargs):
 
 def by_mask(pred=PRED, images=IMAGES, patch_size=16, mask=MASK, **kwargs):
     return loss(pred, images, patch_size, mask=mask, **kwargs)
+
+
+def head(hidden=TOKENS, weight=HEAD, bias=None, images=IMAGES, ids_mask=IDS, patch_size=16, **kwargs):
+    return linear_masked_mse(hidden, weight, bias, images, ids_mask, patch_size=patch_size, **kwargs)
 
 
 def meta(x):
@@ -263,6 +269,56 @@ CALLS = [
     ("loss std -1", lambda: by_mask(mean=[0, 0, 0], std=[1, -1, 1]), V,
      "masked_mse: std must be positive, got [1, -1, 1]"),
     ("loss eps", lambda: by_mask(eps=-1.0), V, "masked_mse: eps must not be negative, got -1.0"),
+
+    ("head hidden list", lambda: head(TOKENS.tolist()), T,
+     "linear_masked_mse: hidden must be a torch.Tensor, got list"),
+    ("head hidden rows", lambda: head(TOKENS[:, 1:]), V,
+     "linear_masked_mse: hidden must be [2, 4, 8], got shape (2, 3, 8)"),
+    ("head hidden width", lambda: head(TOKENS[..., 1:]), V,
+     "linear_masked_mse: hidden must be [2, 4, 8], got shape (2, 4, 7)"),
+    ("head hidden int64", lambda: head(TOKENS.long()), T,
+     "linear_masked_mse: hidden must be float32, float16, bfloat16 or float64, got int64"),
+    ("head weight None", lambda: head(weight=None), T,
+     "linear_masked_mse: weight must be a torch.Tensor, got NoneType"),
+    ("head weight transposed", lambda: head(weight=HEAD.t()), V,
+     "linear_masked_mse: weight must be [768, D], got shape (8, 768)"),
+    ("head weight empty", lambda: head(TOKENS[..., :0], HEAD[:, :0]), V,
+     "linear_masked_mse: weight is empty, got shape (768, 0)"),
+    ("head weight int64", lambda: head(weight=HEAD.long()), T,
+     "linear_masked_mse: weight must be float32, float16, bfloat16 or float64, got int64"),
+    ("head half hidden", lambda: head(TOKENS.half()), T,
+     "linear_masked_mse: hidden is float16, but weight is float32; cast one of them, or use torch.autocast"),
+    ("head double weight", lambda: head(weight=HEAD.double()), T,
+     "linear_masked_mse: hidden is float32, but weight is float64; cast one of them, or use torch.autocast"),
+    ("head bias size", lambda: head(bias=TOKEN), V, "linear_masked_mse: bias must be [768], got shape (8,)"),
+    ("head bias int64", lambda: head(bias=HEAD[:, 0].long()), T,
+     "linear_masked_mse: bias must be float32, float16, bfloat16 or float64, got int64"),
+    ("head bias float", lambda: head(bias=1.0), T, "linear_masked_mse: bias must be a torch.Tensor, got float"),
+    ("head video", lambda: head(images=VIDEO), V, f"linear_masked_mse: {VIDEO_REFUSED}"),
+    ("head image gradient", lambda: head(images=IMAGES.clone().requires_grad_()), V,
+     "linear_masked_mse: images require grad, but the target is a constant of the loss; pass images.detach()"),
+    ("head patch 15", lambda: head(patch_size=(16, 15)), V,
+     "linear_masked_mse: images width 32 is not a multiple of the patch width 15"),
+    ("head no ids", lambda: head(ids_mask=None), T, "linear_masked_mse: ids_mask must be a torch.Tensor, got NoneType"),
+    ("head ids int32", lambda: head(ids_mask=IDS.int()), T,
+     "linear_masked_mse: ids_mask must be int64, got int32; call .long()"),
+    ("head ids batch", lambda: head(ids_mask=IDS[:1]), V, "linear_masked_mse: ids_mask has 1 rows for a batch of 2"),
+    ("head ids empty", lambda: head(ids_mask=IDS[:, :0]), V,
+     "linear_masked_mse: ids_mask is empty, got shape (2, 0)"),
+    ("head ids L", lambda: head(ids_mask=TOO_LARGE), V,
+     "linear_masked_mse: ids_mask[1, 2] is 4, out of range for 4 patches, 0 to 3"),
+    ("head ids twice", lambda: head(ids_mask=TWICE), V,
+     "linear_masked_mse: ids_mask[1] holds the id 3 more than once"),
+    ("head weight device", lambda: head(weight=meta(HEAD)), V,
+     "linear_masked_mse: weight is on meta, but hidden is on cpu"),
+    ("head bias device", lambda: head(bias=meta(HEAD[:, 0])), V,
+     "linear_masked_mse: bias is on meta, but hidden is on cpu"),
+    ("head images device", lambda: head(images=meta(IMAGES)), V,
+     "linear_masked_mse: images is on meta, but hidden is on cpu"),
+    ("head layout", lambda: head(layout="qpc"), V, "linear_masked_mse: layout must be 'pqc' or 'cpq', got 'qpc'"),
+    ("head mean alone", lambda: head(mean=[0, 0, 0]), V,
+     "linear_masked_mse: mean was given without std; pass both or neither"),
+    ("head eps", lambda: head(eps=NAN), V, "linear_masked_mse: eps must not be negative, got nan"),
 
     ("masking ratio 0", lambda: random_masking(2, 196, 0), V,
      "random_masking: mask_ratio must lie strictly between 0 and 1, got 0"),

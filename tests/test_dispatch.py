@@ -13,6 +13,7 @@ from cases import (
     cast,
     compare,
     dispatcher_calls,
+    head_inputs,
     ids,
     images,
     loss_inputs,
@@ -29,6 +30,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from mae_kernels import (
     gather_tokens,
+    linear_masked_mse,
     masked_mse,
     patch_embed,
     random_masking,
@@ -70,6 +72,7 @@ GRADIENTS = {
     OPS.gather_tokens: (0,),
     OPS.scatter_mask_tokens: (0, 1, 3),
     OPS.masked_mse: (0,),
+    OPS.linear_masked_mse: (0, 1, 2),
     OPS.patch_embed: (0, 1, 2, 3, 5),
 }
 
@@ -78,6 +81,8 @@ GRADIENTS = {
 def test_opcheck_with_gradients(op, args):
     if op is OPS.masked_mse:
         args = [*args[:-1], True]  # needs_grad
+    if op is OPS.linear_masked_mse:
+        args = [*args[:-1], [True, True, args[2] is not None]]  # needs
     leaves = [
         x.detach().requires_grad_() if i in GRADIENTS[op] and x is not None and x.is_floating_point() else x
         for i, x in enumerate(on_device(args))
@@ -117,6 +122,16 @@ COMPILED = {
         masked_mse,
         lambda n: loss_inputs(n, GRID, PATCH, 3, by="ids_mask", pixels=U8, layout="cpq"),
         ("pred",),
+    ),
+    "head and loss": (
+        linear_masked_mse,
+        lambda n: head_inputs(n, GRID, PATCH, 3, 24, norm=True),
+        ("hidden", "weight", "bias"),
+    ),
+    "head and loss, uint8": (
+        linear_masked_mse,
+        lambda n: head_inputs(n, GRID, PATCH, 3, 24, bias=False, pixels=U8, layout="cpq"),
+        ("hidden", "weight"),
     ),
     "embed": (
         patch_embed,
@@ -164,9 +179,11 @@ class Tiny(torch.nn.Module):
         x = patch_embed(images, self.weight, self.bias, self.pos_embed[:, 1:], masking.ids_keep, prefix=self.prefix)
         x = scatter_mask_tokens(self.encoder(x), self.mask_token, masking.ids_restore, self.pos_embed)
         pred = self.head(x)[:, 1:]
-        hidden = gather_tokens(pred, masking.ids_mask)
         first = masked_mse(pred, images, patch_size=(8, 16), mask=masking.mask)
-        return first + masked_mse(hidden, images, patch_size=(8, 16), ids_mask=masking.ids_mask, norm_pix=False)
+        hidden, options = gather_tokens(x[:, 1:], masking.ids_mask), {"patch_size": (8, 16), "norm_pix": False}
+        second = masked_mse(self.head(hidden), images, ids_mask=masking.ids_mask, **options)
+        head = self.head.weight, self.head.bias
+        return first + second + linear_masked_mse(hidden, *head, images, masking.ids_mask, **options)
 
 
 def tiny_inputs(n):
@@ -196,8 +213,8 @@ def test_export():
     model = Tiny()
     program = exported(model)
     called = [node.target for node in program.graph.nodes if "mae_kernels" in str(node.target)]
-    names = ("masking", "patch_embed", "scatter_mask_tokens", "gather_tokens", "masked_mse", "masked_mse")
-    assert called == [getattr(OPS, name).default for name in names]
+    names = ("masking", "patch_embed", "scatter_mask_tokens", "masked_mse", "gather_tokens", "masked_mse")
+    assert called == [getattr(OPS, name).default for name in (*names, "linear_masked_mse")]
     with torch.no_grad():
         for args in (tiny_inputs(5), tiny_inputs(11)):
             assert torch.equal(program.module()(*args), model(*args))

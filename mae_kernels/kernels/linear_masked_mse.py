@@ -1,0 +1,10 @@
+"""Head and loss in one: the vendor's matrix products around the kernel of the loss, for a few samples at a time."""
+
+from torch import Tensor
+
+from mae_kernels.kernels.masked_mse import masked_mse
+from mae_kernels.linear_masked_mse import in_chunks
+
+
+def linear_masked_mse(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return in_chunks(masked_mse, *args)
