@@ -15,9 +15,11 @@ STEP_COLUMNS = ("shape", "contender", "ms", "images/s", "of matrix rate", "peak 
 
 def pytest_addoption(parser):
     group = parser.getgroup("benchmarks of mae_kernels")
-    group.addoption("--size", choices=["small", "full"], default="small", help="small: minutes on two CPU cores")
+    group.addoption("--size", choices=["small", "cpu", "full"], default="small", help="small: minutes on two cores")
     group.addoption("--rounds", type=int, default=10, help="at least; short calls get more, two seconds in all")
-    group.addoption("--contenders", default="abcCdef" if measure.DEVICE.type == "cuda" else "acd", help="of the step")
+    on_gpu = measure.DEVICE.type == "cuda"
+    group.addoption("--contenders", default="abcCdef" if on_gpu else "acd", help="of the step")
+    group.addoption("--step-dtypes", default="bfloat16" if on_gpu else "float32,bfloat16", help="of the step")
     group.addoption("--step-rounds", type=int, default=5, help="timed steps of each contender")
 
 
@@ -31,6 +33,9 @@ def pytest_generate_tests(metafunc):
     for fixture, table in (("op_shape", shapes.OPS), ("step_shape", shapes.STEP)):
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, table[metafunc.config.getoption("size")], ids=lambda shape: shape.id)
+    if "contender" in metafunc.fixturenames:
+        metafunc.parametrize("step_dtype", metafunc.config.getoption("step_dtypes").split(","))
+        metafunc.parametrize("contender", metafunc.config.getoption("contenders"))
 
 
 @pytest.fixture

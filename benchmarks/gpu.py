@@ -21,19 +21,25 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 OPS = ["masking", "patch_embed", "gather_tokens", "scatter_mask_tokens", "masked_mse", "linear_masked_mse"]
-NATIVE = [f"tests/test_{name}.py" for name in (*OPS, "kernels", "dispatch", "backend")]
+NATIVE = [f"tests/test_{name}.py" for name in (*OPS, "kernels", "dispatch", "backend", "layers", "step")]
 # Every op at small shapes; without PyTorch's cache each tensor is an allocation of its own, with edges to check.
 SMALL = ["tests/test_kernels.py", "-k", "nothing_is_written_outside"]
 
 
 def steps(raw: Path, size: str) -> dict[str, list[str]]:
-    """The command of each step; ``raw`` is where the benchmarks write what pytest-benchmark saw."""
+    """The command of each step; ``raw`` is the folder into which the benchmarks write what pytest-benchmark saw."""
     pytest = [sys.executable, "-m", "pytest", "-q"]
+
+    def benchmark(name: str) -> list[str]:
+        file, out = f"benchmarks/test_{name}.py", f"--benchmark-json={raw / name}.json"
+        return [*pytest, file, "--benchmark-only", f"--size={size}", out]
+
     return {
         "native tests": [*pytest, *NATIVE],
         "memcheck": [*_sanitizer("memcheck"), *pytest, *SMALL],
         "racecheck": [*_sanitizer("racecheck"), *pytest, *SMALL],
-        "benchmarks": [*pytest, "benchmarks/", "--benchmark-only", f"--size={size}", f"--benchmark-json={raw}"],
+        "benchmarks of the ops": benchmark("ops"),
+        "benchmark of the training step": benchmark("step"),
     }
 
 
@@ -85,11 +91,9 @@ def _output(*command: str) -> str:
 
 
 def rows(raw: Path) -> list[dict]:
-    """One row per benchmark, without the single timings."""
-    if not raw.exists():
-        return []
-    text = raw.read_text(encoding="utf-8")
-    return [benchmark["extra_info"] for benchmark in json.loads(text)["benchmarks"]] if text else []
+    """One row per benchmark in the folder's files, without the single timings."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(raw.glob("*.json"))]
+    return [benchmark["extra_info"] for text in texts if text for benchmark in json.loads(text)["benchmarks"]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 
     result = conditions()
     with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "benchmarks.json"
+        raw = Path(folder)
         commands = steps(raw, options.size)
         unknown = set(options.step or ()) - commands.keys()
         if unknown:

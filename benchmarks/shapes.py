@@ -44,6 +44,10 @@ def _tiny(batch: int) -> Shape:
     return Shape("ViT-Ti/16", "mae_vit_tiny_patch16", batch, embed_dim=192, depth=12)
 
 
+def _small(batch: int) -> Shape:
+    return Shape("ViT-S/16", "mae_vit_small_patch16", batch, embed_dim=384, depth=12)
+
+
 def _base(batch: int) -> Shape:
     return Shape("ViT-B/16", "mae_vit_base_patch16", batch, embed_dim=768, depth=12)
 
@@ -56,5 +60,9 @@ def _huge(batch: int) -> Shape:
     return Shape("ViT-H/14", "mae_vit_huge_patch14", batch, embed_dim=1280, depth=32, patch=14)
 
 
-OPS = {"small": [_base(32)], "full": [_base(128), _large(128), _huge(128)]}
-STEP = {"small": [_tiny(8)], "full": [_base(64), _large(32), _huge(16)]}
+OPS = {"small": [_base(32)], "cpu": [_base(32)], "full": [_base(128), _large(128), _huge(128)]}
+STEP = {
+    "small": [_tiny(8)],
+    "cpu": [_tiny(16), _base(16)],
+    "full": [_small(256), _base(256), _large(128), _huge(64)],
+}

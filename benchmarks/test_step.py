@@ -19,18 +19,14 @@ from mae.profile import training_flops  # noqa: E402
 pytestmark = pytest.mark.benchmark(timer=measure.clock)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", LABELS)
-def test_step(name, dtype, step_shape, benchmark, request):
+def test_step(contender, step_dtype, step_shape, benchmark, request):
     options = request.config.option
-    if name not in options.contenders:
-        pytest.skip("not asked for, see --contenders")
-    rows, samples = _measured(step_shape, dtype, options.contenders, options.step_rounds)
-    if name not in rows:
+    rows, samples = _measured(step_shape, step_dtype, options.contenders, options.step_rounds)
+    if contender not in rows:
         pytest.skip("CUDA graphs need CUDA")
-    row = rows[name]
-    benchmark.group, benchmark.name = f"{step_shape.id}, {dtype}", row["contender"]
-    benchmark.pedantic(measure.replay, setup=_one_after_another(samples[name]), rounds=len(samples[name]))
+    row = rows[contender]
+    benchmark.group, benchmark.name = f"{step_shape.id}, {step_dtype}", row["contender"]
+    benchmark.pedantic(measure.replay, setup=_one_after_another(samples[contender]), rounds=len(samples[contender]))
     benchmark.extra_info.update(row)
     request.config.stash[measure.STEP_ROWS].append(row)
 

@@ -49,7 +49,8 @@ class LaunchCounter(TorchDispatchMode):
             and args[-1 if name == "copy_" else 0].device.type != "cpu"
             and leaves[0].device.type == "cpu"
         )
-        if name in _SYNCS or to_host:
+        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in _SYNCS or to_host or by_mask:
             self.syncs += 1
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if not is_view and name not in _ALLOCATIONS and name != "_local_scalar_dense":

@@ -72,13 +72,18 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
+def uses_bfloat16(precision: str, device: torch.device) -> bool:
+    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+
+
 def train(model: MaskedAutoencoder, batches: Iterable[Tensor], config: TrainConfig, run: Path) -> list[dict]:
     """Pre-train model in place and write ``metrics.jsonl`` and the checkpoint into the folder run.
 
     Args:
         model: moved to the config's device.
-        batches: ``config.steps`` batches ``[N, C, H, W]``, uint8 or normalised floating. Problems that appear in its
-            attribute ``unreadable``, if it has one, are reported and counted.
+        batches: ``config.steps`` batches, each with a length and a method ``to(device)`` that gives images
+            ``[N, C, H, W]``, uint8 or normalised floating, as tensors have. Problems that appear in the attribute
+            ``unreadable`` of the batches, if they have one, are reported and counted.
 
     Returns:
         The entries of ``metrics.jsonl``: step, loss (mean since the entry before), lr, images_per_second, seconds.
@@ -88,6 +93,9 @@ def train(model: MaskedAutoencoder, batches: Iterable[Tensor], config: TrainConf
             with the last good checkpoint left as it was.
     """
     device = choose_device(config.device)
+    bfloat16 = uses_bfloat16(config.precision, device)
+    if config.residual == "bfloat16" and not bfloat16:
+        raise ValueError("residual bfloat16 needs precision bfloat16: in float32 nothing is computed in bfloat16")
     model.to(device).train()
     model.residual_dtype = torch.bfloat16 if config.residual == "bfloat16" else None
     optimizer = adamw(model, config.base_lr * config.batch_size / 256, config.weight_decay)
@@ -96,7 +104,7 @@ def train(model: MaskedAutoencoder, batches: Iterable[Tensor], config: TrainConf
         model,
         optimizer,
         mask_ratio=config.mask_ratio,
-        bfloat16=config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda"),
+        bfloat16=bfloat16,
         execution=("compile" if device.type == "cuda" else "eager") if config.execution == "auto" else config.execution,
         micro_batches=config.micro_batches,
         clip_grad=config.clip_grad,

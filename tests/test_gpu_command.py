@@ -19,8 +19,10 @@ def test_without_a_gpu_nothing_runs(capsys, tmp_path):
 
 
 def test_every_step_names_files_and_tests_that_exist(tmp_path):
-    commands = gpu.steps(tmp_path / "raw.json", "full")
-    assert list(commands) == ["native tests", "memcheck", "racecheck", "benchmarks"]
+    commands = gpu.steps(tmp_path, "full")
+    assert list(commands) == [
+        "native tests", "memcheck", "racecheck", "benchmarks of the ops", "benchmark of the training step",
+    ]  # fmt: skip
     named = {word for command in commands.values() for word in command if word.startswith(("tests/", "benchmarks/"))}
     assert {"tests/test_kernels.py", "tests/test_masked_mse.py"} < named
     assert all((gpu.ROOT / name).exists() for name in named)
@@ -42,7 +44,7 @@ def test_the_record(pretended_gpu, monkeypatch, tmp_path, capsys):
         "benchmarks": [sys.executable, "-c", f"import sys; open(sys.argv[1], 'w').write({json.dumps(raw)!r})"],
     }
     monkeypatch.setattr(
-        gpu, "steps", lambda path, size: {**commands, "benchmarks": [*commands["benchmarks"], str(path)]}
+        gpu, "steps", lambda path, size: {**commands, "benchmarks": [*commands["benchmarks"], str(path / "ops.json")]}
     )
     assert gpu.main(["--out", str(tmp_path)]) == 1
     (path,) = tmp_path.iterdir()

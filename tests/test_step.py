@@ -18,11 +18,14 @@ SMALL = MAEConfig(
     decoder_num_heads=2,
 )  # fmt: skip
 STEPS, BATCH, LR = 200, 16, 1e-3
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EXECUTIONS = ["eager", "compile", "graph"] if DEVICE.type == "cuda" else ["eager", "compile"]
 
 
 @pytest.fixture
-def model() -> MaskedAutoencoder:
-    return MaskedAutoencoder(SMALL)
+def model(monkeypatch) -> MaskedAutoencoder:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # float32 means float32
+    return MaskedAutoencoder(SMALL).to(DEVICE)
 
 
 def batches(steps: int = STEPS):
@@ -32,7 +35,7 @@ def batches(steps: int = STEPS):
     pictures = pictures.clamp(0, 1).mul(255).byte()
     for _ in range(steps):
         chosen = torch.randint(64, (BATCH,), generator=generator)
-        yield pictures[chosen], torch.rand(BATCH, SMALL.num_patches, generator=generator)
+        yield pictures[chosen].to(DEVICE), torch.rand(BATCH, SMALL.num_patches, generator=generator).to(DEVICE)
 
 
 def published_losses(model: MaskedAutoencoder, bfloat16: bool = False) -> torch.Tensor:
@@ -46,7 +49,7 @@ def published_losses(model: MaskedAutoencoder, bfloat16: bool = False) -> torch.
     losses = []
     for images, noise in batches():
         floats = (images / 255 - model.pixel_mean[:, None, None]) / model.pixel_std[:, None, None]
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bfloat16):
             loss = reference.pretraining_loss(model, floats, noise)
         loss.backward()
         optimizer.step()
@@ -57,10 +60,10 @@ def published_losses(model: MaskedAutoencoder, bfloat16: bool = False) -> torch.
 
 def our_losses(model: MaskedAutoencoder, **options) -> torch.Tensor:
     step = TrainingStep(model, adamw(model, LR), **options)
-    return torch.stack([step(images, noise) for images, noise in batches()])
+    return torch.stack([step(images, noise) for images, noise in batches()]).cpu()
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batches": 4}, {"execution": "compile"}], ids=str)
+@pytest.mark.parametrize("options", [*({"execution": e} for e in EXECUTIONS), {"micro_batches": 4}], ids=str)
 def test_two_hundred_steps_are_those_of_the_published_pipeline(model, options):
     expected = published_losses(copy.deepcopy(model))
     assert expected[-20:].mean() < 0.9 * expected[:5].mean()  # it does train
@@ -101,6 +104,7 @@ def test_a_batch_that_cannot_be_cut_is_refused(model):
 
 
 def test_graphs_are_refused_without_cuda(model):
+    model.cpu()
     with pytest.raises(ValueError) as error:
         TrainingStep(model, adamw(model, LR), execution="graph")
     assert str(error.value) == "TrainingStep: execution 'graph' replays CUDA graphs, but the model is on cpu"
@@ -125,11 +129,11 @@ def test_noise_is_the_published_draw(model):
     images, _ = next(batches())
     torch.manual_seed(3)
     loss = TrainingStep(model, adamw(model, LR))(images)
-    following = torch.rand(4)
+    following = torch.rand(4, device=DEVICE)
     torch.manual_seed(3)
-    noise = torch.rand(BATCH, SMALL.num_patches)
+    noise = torch.rand(BATCH, SMALL.num_patches, device=DEVICE)
     assert torch.equal(loss, TrainingStep(other, adamw(other, LR))(images, noise))
-    assert torch.equal(following, torch.rand(4))
+    assert torch.equal(following, torch.rand(4, device=DEVICE))
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
@@ -179,7 +183,7 @@ def _train_in_a_process(rank: int, file: str, queue) -> None:
     step = TrainingStep(model, torch.optim.SGD(model.parameters(), lr=0.1), micro_batches=2)
     images, noise = next(batches())
     for _ in range(2):
-        step(images.chunk(2)[rank], noise.chunk(2)[rank])
+        step(images.chunk(2)[rank].cpu(), noise.chunk(2)[rank].cpu())
     if rank == 0:
         queue.put((sum(sums), {k: v.numpy() for k, v in model.module.state_dict().items()}))
     dist.destroy_process_group()
@@ -205,8 +209,9 @@ def test_two_processes_equal_one_and_sum_each_gradient_once_a_step(tmp_path):
     torch.manual_seed(0)
     model = MaskedAutoencoder(SMALL).double()
     step = TrainingStep(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    images, noise = next(batches())
     for _ in range(2):
-        step(*next(batches()))
+        step(images.cpu(), noise.cpu())
     for name, value in model.state_dict().items():
         torch.testing.assert_close(torch.from_numpy(state[name]), value, rtol=1e-9, atol=1e-12, msg=name)
     assert summed == 2 * sum(p.numel() for p in model.parameters() if p.requires_grad)
