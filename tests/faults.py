@@ -41,6 +41,11 @@ FAULTS = [
     Fault("rows counted in two splits", "patch_embed", "tl.minimum(first + rows_per_split,",
           "tl.minimum(first + rows_per_split + BLOCK,"),
     Fault("an image gradient without std", "patch_embed", "if p_std is not None:", "if False:"),
+    Fault("pixels beside the box", "random_resized_crop", "((tap < box_width) & (x < out_width))[None, :]",
+          "(x < out_width)[None, :]"),
+    Fault("weights that are not those of an enlarged filter", "random_resized_crop", "inverse_y = 1 / stretch",
+          "inverse_y = 1.0"),
+    Fault("a picture that is not flipped", "random_resized_crop", "tl.load(p_flips + n * s_fn)", "n < 0"),
     Fault("products of bit patterns", "numerics", "a, b = a.to(tl.float32), b.to(tl.float32)", "pass"),
     Fault("rounding towards zero", "numerics", "bits + 0x7FFF + ((bits >> 16) & 1)", "bits"),
 ]  # fmt: skip

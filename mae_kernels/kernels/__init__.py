@@ -4,6 +4,7 @@ from mae_kernels.kernels.gather_tokens import gather_tokens, gather_tokens_backw
 from mae_kernels.kernels.masked_mse import masked_mse, masked_mse_backward
 from mae_kernels.kernels.masking import masking
 from mae_kernels.kernels.patch_embed import patch_embed, patch_embed_backward
+from mae_kernels.kernels.random_resized_crop import random_resized_crop
 from mae_kernels.kernels.scatter_mask_tokens import scatter_mask_tokens, scatter_mask_tokens_backward
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "masking",
     "patch_embed",
     "patch_embed_backward",
+    "random_resized_crop",
     "scatter_mask_tokens",
     "scatter_mask_tokens_backward",
 ]
