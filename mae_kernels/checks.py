@@ -192,10 +192,11 @@ def packed_values(op: str, starts: Tensor, sizes: Tensor, places: int) -> None:
         )
 
 
-def box_values(op: str, name: str, x: Tensor, sizes: Tensor) -> None:
+def box_values(op: str, name: str, x: Tensor, sizes: Tensor | tuple[int, int]) -> None:
     """Not empty, and inside the image. Runs inside the op, on the CPU always, elsewhere with MAE_KERNELS_DEBUG=1."""
     if x.device.type != "cpu" and not backend.DEBUG:
         return
+    sizes = torch.as_tensor(sizes, device=x.device).expand(len(x), 2)
     corners, sides = x.split(2, dim=1)
     outside = ((corners < 0) | (sides <= 0) | (sides > sizes) | (corners > sizes - sides)).any(dim=1)
     if outside.any():

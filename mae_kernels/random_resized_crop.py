@@ -70,7 +70,7 @@ def random_resized_crop(
 
     The result is within 1 level of 255 of the equivalent PyTorch below, whose sums are in another order. PyTorch's
     own path for uint8, and Pillow, round and clip between rows and columns too: where the filter overshoots, at sharp
-    edges, they are some levels away from both.
+    edges, they are some levels away from both. PyTorch 2.13 errs where the result is one pixel wide.
 
     Equivalent PyTorch, for each image::
 
@@ -148,12 +148,12 @@ def random_crop_boxes(
     attempts = 10
     draws = torch.rand(sizes.shape[0], 2 * attempts + 2, generator=generator, device=sizes.device, dtype=torch.float32)
     areas, ratios, place = draws.split([attempts, attempts, 2], dim=1)
-    areas = sizes.prod(dim=1, keepdim=True) * torch.lerp(*_bounds(scale, areas), areas)  # [N, 10]
-    ratios = torch.lerp(*_bounds([math.log(bound) for bound in ratio], ratios), ratios).exp()
+    # Bounds stay numbers: tensors of them would be copied from the host, which waits for the device.
+    areas = sizes.prod(dim=1, keepdim=True) * (scale[0] + (scale[1] - scale[0]) * areas)  # [N, 10]
+    ratios = ratio[0] * (ratios * math.log(ratio[1] / ratio[0])).exp()
     drawn = torch.stack([areas / ratios, areas * ratios], dim=2).sqrt().round()  # [N, 10, 2] height, width
     # As high as the width allows, and as wide as the height.
-    largest = sizes.flip(1) * sizes.new_tensor([1 / ratio[0], ratio[1]], dtype=torch.float32)
-    largest = largest.round().minimum(sizes).clamp(min=1)
+    largest = torch.stack([sizes[:, 1] / ratio[0], sizes[:, 0] * ratio[1]], dim=1).round().minimum(sizes).clamp(min=1)
     fits = ((drawn > 0) & (drawn <= sizes[:, None])).all(dim=2)  # [N, 10]
     none_fits = ~fits.any(dim=1, keepdim=True)
     first = fits.int().argmax(dim=1)[:, None, None].expand(-1, -1, 2)
@@ -164,18 +164,11 @@ def random_crop_boxes(
     return torch.cat([corners, sides], dim=1)
 
 
-def _bounds(values: Sequence[float], like: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = like.new_tensor(values).unbind()
-    return low, high
-
-
 def _random_resized_crop_check(images, starts, sizes, boxes, flips, size):
     op = "random_resized_crop"
-    if sizes is None:
-        sizes = boxes.new_tensor(images.shape[2:]).expand(boxes.shape[0], 2)
-    else:
+    if sizes is not None:
         checks.packed_values(op, starts, sizes, images.shape[1])
-    checks.box_values(op, "boxes", boxes, sizes)
+    checks.box_values(op, "boxes", boxes, images.shape[2:] if sizes is None else sizes)
 
 
 def _random_resized_crop_eager(images, starts, sizes, boxes, flips, size):

@@ -43,7 +43,7 @@ def random_resized_crop_kernel(
 
     The sum over x has a tap for every pixel under the filter, the one over y is a product with a banded matrix. An
     input row is resized once for all ROWS that it adds to: per output pixel of a box s times as large on each side,
-    s >= 1, (s + 4 s / ROWS) (4 s + 1) loads and products of taps, about 12 at s = 1.5, and s ROWS + 4 s products
+    s >= 1, (s + 4 s / ROWS) (4 s + 1) loads and products of taps, about 13 at s = 1.5, and s ROWS + 4 s products
     of the matrix.
     """
     blocks_x, blocks_y = tl.cdiv(out_width, COLS), tl.cdiv(out_height, ROWS)
