@@ -161,7 +161,8 @@ class Crops:
 class Batches:
     """A fixed number of shuffled batches, and a record of the files that could not be read.
 
-    ``batch.to(device, non_blocking=True)`` is ``[N, C, H, W]`` uint8 there, ``len(batch)`` is N: see :class:`Crops`.
+    ``batch.to(device, non_blocking=True)`` is ``[N, C, H, W]`` uint8 there, ``len(batch)`` is N: the batches are
+    :class:`Crops`, or, where there is no GPU to resize them, tensors that the workers have resized, each for itself.
     """
 
     def __init__(self, images: TrainingImages, *, steps: int, batch_size: int, workers: int, seed: int):
@@ -172,29 +173,30 @@ class Batches:
             batch_size=batch_size,
             sampler=RandomSampler(images, num_samples=steps * batch_size, generator=generator),
             num_workers=workers,
-            collate_fn=partial(_collate, images.image_size),
+            collate_fn=partial(_collate, images.image_size, resize=not torch.cuda.is_available()),
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_ignore_interrupt,
             generator=generator,
         )
 
-    def __iter__(self) -> Iterator[Crops]:
-        for crops, problems in self._loader:
+    def __iter__(self) -> Iterator[Crops | Tensor]:
+        for batch, problems in self._loader:
             self.unreadable.update(dict.fromkeys(problems))
-            if crops is None:
+            if batch is None:
                 raise DataError(f"none of the {len(self._loader.dataset)} files can be read; first: {problems[0]}")
-            yield crops
+            yield batch
 
 
 def _collate(
-    image_size: tuple[int, int], samples: list[tuple[Tensor | None, bool, list[str]]]
-) -> tuple[Crops | None, list[str]]:
+    image_size: tuple[int, int], samples: list[tuple[Tensor | None, bool, list[str]]], *, resize: bool
+) -> tuple[Crops | Tensor | None, list[str]]:
     images, flips, problems = zip(*samples, strict=True)
     problems = [problem for each in problems for problem in each]
     # None travels to the main process: an exception in a worker would arrive there buried in a traceback.
     if any(image is None for image in images):
         return None, problems
-    return Crops(PackedImages.pack(images), torch.tensor(flips), image_size), problems
+    crops = Crops(PackedImages.pack(images), torch.tensor(flips), image_size)
+    return crops.to("cpu") if resize else crops, problems
 
 
 def _ignore_interrupt(worker: int) -> None:

@@ -12,8 +12,10 @@ from PIL import Image
 
 from mae.data import (
     Batches,
+    Crops,
     DataError,
     TrainingImages,
+    _collate,
     find_images,
     find_labelled_images,
     random_box,
@@ -140,24 +142,21 @@ def test_pictures_are_cut_to_their_boxes(tmp_path):
     assert 10 < flipped < 30
 
 
-def test_batches_are_resized_and_flipped_on_their_device(tmp_path):
-    files = find_images(good_folder(tmp_path, 5))
-
-    class Recorder(TrainingImages):
-        def __getitem__(self, index):
-            sample = super().__getitem__(index)
-            samples.append(sample)
-            return sample
-
-    samples = []
-    (batch,) = Batches(Recorder(files, (24, 32), 3), steps=1, batch_size=5, workers=0, seed=0)
+@pytest.mark.parametrize("resize", [False, True], ids=["on the device", "in the workers"])
+def test_batches_are_resized_and_flipped(tmp_path, resize):
+    images = TrainingImages(find_images(good_folder(tmp_path, 5)), (24, 32), 3)
+    samples = [images[i] for i in range(5)]
+    batch, problems = _collate((24, 32), samples, resize=resize)
+    assert isinstance(batch, torch.Tensor if resize else Crops)
     assert len(batch) == 5
+    assert problems == []
     pixels, flips, _ = zip(*samples, strict=True)
     assert len({x.shape for x in pixels}) == 5
-    boxes = torch.tensor([[0, 0, *x.shape[1:]] for x in pixels])
-    images = batch.to("cpu", non_blocking=True)
-    assert torch.equal(images, random_resized_crop(pixels, boxes, torch.tensor(flips), (24, 32)))
-    off = images.int() - reference.random_resized_crop(pixels, boxes, torch.tensor(flips), (24, 32)).int()
+    assert len(set(flips)) == 2
+    boxes, flips = torch.tensor([[0, 0, *x.shape[1:]] for x in pixels]), torch.tensor(flips)
+    ours = batch.to("cpu", non_blocking=True)
+    assert torch.equal(ours, random_resized_crop(pixels, boxes, flips, (24, 32)))
+    off = ours.int() - reference.random_resized_crop(pixels, boxes, flips, (24, 32)).int()
     assert off.abs().max() <= 1
     assert batch.to(torch.device("meta")).shape == (5, 3, 24, 32)
 
