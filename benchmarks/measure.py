@@ -109,14 +109,17 @@ def as_double(inputs: dict) -> dict:
 def assert_accurate(ours: dict[str, Tensor], peer: dict[str, Tensor], gold: dict[str, Tensor], ulps: int = 4) -> None:
     """Largest error against the float64 ``gold`` at most twice the peer's plus a few units in the last place.
 
-    What the peer gets without any error, such as ids and copies, must be exact.
+    What the peer gets without any error, such as ids and copies, must be exact; but pixels of 8 bits, which are
+    rounded after sums that have no order, may be one level off.
     """
     assert ours.keys() == peer.keys() == gold.keys()
     for name, exact in gold.items():
         x, y = ours[name].detach(), peer[name].detach()
         assert (x.shape, x.dtype) == (y.shape, y.dtype), f"{name} is {x.dtype} {x.shape}, not {y.dtype} {y.shape}"
         error, allowed = ((v.double() - exact.double()).abs().max().item() for v in (x, y))
-        if allowed > 0:
+        if x.dtype == torch.uint8:
+            allowed = 1
+        elif allowed > 0:
             allowed = 2 * allowed + ulps * torch.finfo(x.dtype).eps * exact.abs().max().item()
         assert error <= allowed, f"{name} is off by {error:.3g}, allowed is {allowed:.3g}"
 

@@ -8,19 +8,23 @@ from mae_kernels.masked_mse import masked_mse
 from mae_kernels.masking import Masking, masking_from_mask, random_masking
 from mae_kernels.patch_embed import patch_embed
 from mae_kernels.patchify import patchify, unpatchify
+from mae_kernels.random_resized_crop import PackedImages, random_crop_boxes, random_resized_crop
 from mae_kernels.scatter_mask_tokens import scatter_mask_tokens
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Masking",
+    "PackedImages",
     "gather_tokens",
     "linear_masked_mse",
     "masked_mse",
     "masking_from_mask",
     "patch_embed",
     "patchify",
+    "random_crop_boxes",
     "random_masking",
+    "random_resized_crop",
     "reference",
     "scatter_mask_tokens",
     "unpatchify",

@@ -30,6 +30,16 @@ def floating(op: str, name: str, x: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {dtype_name(x)}")
 
 
+def uint8(op: str, name: str, x: Tensor) -> None:
+    if x.dtype != torch.uint8:
+        raise TypeError(f"{op}: {name} must be uint8, got {dtype_name(x)}")
+
+
+def int64(op: str, name: str, x: Tensor) -> None:
+    if x.dtype != torch.int64:
+        raise TypeError(f"{op}: {name} must be int64, got {dtype_name(x)}; call .long()")
+
+
 def out_dtype(op: str, value: torch.dtype) -> None:
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise TypeError(f"{op}: out_dtype must be a floating dtype, got {value!r}")
@@ -139,8 +149,7 @@ def layout(op: str, value: str) -> None:
 def ids(op: str, name: str, x: Tensor, batch_size: int, num_patches: int) -> None:
     """``[N, K]`` int64 with ``0 < K <= L``; the values are checked where the op runs, see :func:`id_values`."""
     tensor(op, name, x, ("N", "K"))
-    if x.dtype != torch.int64:
-        raise TypeError(f"{op}: {name} must be int64, got {dtype_name(x)}; call .long()")
+    int64(op, name, x)
     if x.shape[0] != batch_size:
         raise ValueError(f"{op}: {name} has {x.shape[0]} rows for a batch of {batch_size}")
     if x.shape[1] == 0:
@@ -175,6 +184,37 @@ def mask_values(op: str, name: str, x: Tensor) -> None:
         n, patch = other.nonzero()[0].tolist()
         raise ValueError(
             f"{op}: {name}[{n}, {patch}] is {x[n, patch].item():g}; only 0 (visible) and 1 (masked) are allowed"
+        )
+
+
+def packed_values(op: str, starts: Tensor, sizes: Tensor, places: int) -> None:
+    """Images inside their buffer. Runs inside the op, on the CPU always, elsewhere with MAE_KERNELS_DEBUG=1."""
+    if starts.device.type != "cpu" and not backend.DEBUG:
+        return
+    outside = (sizes <= 0).any(dim=1) | (sizes > places).any(dim=1) | (starts < 0)
+    outside |= starts > places - sizes[:, 0] * sizes[:, 1]
+    if outside.any():
+        n = outside.nonzero()[0].item()
+        height, width = sizes[n].tolist()
+        raise ValueError(
+            f"{op}: image {n}, of {height} x {width} pixels from place {starts[n].item()} on, "
+            f"does not lie inside the {places} places of images.pixels"
+        )
+
+
+def box_values(op: str, name: str, x: Tensor, sizes: Tensor | tuple[int, int]) -> None:
+    """Not empty, and inside the image. Runs inside the op, on the CPU always, elsewhere with MAE_KERNELS_DEBUG=1."""
+    if x.device.type != "cpu" and not backend.DEBUG:
+        return
+    sizes = torch.as_tensor(sizes, device=x.device).expand(len(x), 2)
+    corners, sides = x.split(2, dim=1)
+    outside = ((corners < 0) | (sides <= 0) | (sides > sizes) | (corners > sizes - sides)).any(dim=1)
+    if outside.any():
+        n = outside.nonzero()[0].item()
+        (top, left, height, width), size = x[n].tolist(), " x ".join(map(str, sizes[n].tolist()))
+        raise ValueError(
+            f"{op}: {name}[{n}], of {height} x {width} pixels from row {top} and column {left} on, "
+            f"is empty or does not lie inside its image of {size}"
         )
 
 

@@ -70,6 +70,7 @@ def specimens() -> Iterator[Specimen]:
     for dtype in (BF16, F32):
         yield patch_embed_backward("image_gradient", dtype, dtype, dtype)
     yield patch_embed_backward("position_gradient", U8, BF16, F32)
+    yield from map(random_resized_crop, ("packed", "batch"))
 
 
 def empty(*size: int, dtype: torch.dtype = F32) -> Tensor:
@@ -181,6 +182,23 @@ def patch_embed_backward(kernel: str, pixels: torch.dtype, dtype: torch.dtype, g
     args = (g_tokens, images(pixels), weight, empty(N, K, dtype=I64), *mean_std(pixels), 1, dtype, needs)
     variant = f"{SHORT[dtype]} of {SHORT[pixels]} and {SHORT[grad]}"
     return Specimen(kernel, variant, "patch_embed_backward", args, moved + N * K * (D * grad.itemsize + 8), flops)
+
+
+def random_resized_crop(layout: str) -> Specimen:
+    """Boxes of 290 x 390 pixels, 60 % of 375 x 500, N C 290 390 in, and N C 224 224 out.
+
+    A box of h x w pixels has h (4 w) products with taps along its rows, then 224 (4 h) along the columns that are left.
+    """
+    h, w = 290, 390
+    if layout == "packed":  # by workers that cut the boxes out
+        images = (empty(C, N * h * w, dtype=U8), empty(N, dtype=I64), empty(N, 2, dtype=I64))
+        places = N * 3 * 8
+    else:
+        images, places = (empty(N, C, 375, 500, dtype=U8), None, None), 0
+    args = (*images, empty(N, 4, dtype=I64), empty(N, dtype=torch.bool), [IMAGE, IMAGE])
+    moved = N * C * (h * w + IMAGE**2) + N * (4 * 8 + 1) + places
+    flops = 2 * N * C * (4 * h * w + 4 * h * IMAGE)
+    return Specimen("random_resized_crop", f"uint8 {layout}", "random_resized_crop", args, moved, flops)
 
 
 class Pointer:

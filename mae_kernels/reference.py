@@ -29,6 +29,17 @@ def random_masking(batch_size, num_patches, mask_ratio=0.75, *, noise=None, gene
     return Masking(ids_shuffle[:, :num_keep], ids_shuffle[:, num_keep:], ids_restore, mask.bool())
 
 
+def random_resized_crop(images, boxes, flips, size, *, dtype=torch.float32, rounded=True):
+    """Appendix A.1, "random resized cropping", image by image: cut the box out, resize it, flip it."""
+    crops = []
+    for image, (top, left, height, width), flip in zip(images, boxes.tolist(), flips.tolist(), strict=True):
+        crop = image[None, :, top : top + height, left : left + width].to(dtype)
+        crop = F.interpolate(crop, size, mode="bicubic", antialias=True, align_corners=False)
+        crops.append(crop.flip(-1) if flip else crop)
+    crops = torch.cat(crops)
+    return crops.round().clamp(0, 255).to(torch.uint8) if rounded else crops
+
+
 def normalize(images, mean=None, std=None, dtype=None):
     """uint8 pixels to [0, 1], then ``(x - mean[c]) / std[c]``."""
     if images.dtype == torch.uint8:

@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mae_kernels import reference
+from mae_kernels import PackedImages, random_crop_boxes, reference
 
-F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+F16, BF16, F32, F64, U8 = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -137,6 +137,17 @@ def head_inputs(n, grid, patch, c, d, *, dtype=F32, strides="contiguous", masked
     }
 
 
+def crop_inputs(n, c, h, w, size, *, strides="contiguous", packed=False) -> dict:
+    """Arguments of random_resized_crop: boxes as published, every second picture flipped."""
+    pictures = images(n, c, h, w, U8, strides)
+    return {
+        "images": PackedImages.pack(list(pictures)) if packed else pictures,
+        "boxes": random_crop_boxes(torch.tensor([[h, w]] * n)),
+        "flips": torch.arange(n) % 2 == 1,
+        "size": size,
+    }
+
+
 def dispatcher_calls() -> list[tuple]:
     """Op and arguments, for every op of torch.ops.mae_kernels: options given and left out, odd strides, one sample."""
     ops = torch.ops.mae_kernels
@@ -146,6 +157,8 @@ def dispatcher_calls() -> list[tuple]:
     keep, keep1, restore, restore1 = ids(3, 8, 2), ids(1, 8, 2), ids(3, 8, 8), ids(1, 8, 8)
     mask, residual, scale = torch.rand(3, 8) < 0.5, tokens(3, 8, 192), torch.tensor(0.1)
     norm, patch, no, yes, head = (mean, std), [8, 8], False, True, torch.randn(192, 5) / 5
+    packed, flips = PackedImages.pack([last[0], last[1, :, 3:, :20]]), torch.tensor([yes, no, yes])
+    boxes = torch.tensor([[0, 0, 16, 32], [2, 3, 9, 11], [15, 31, 1, 1]])
     return [
         (ops.masking, torch.rand(3, 8), 2),
         (ops.masking, torch.rand(1, 8), 2),
@@ -174,6 +187,9 @@ def dispatcher_calls() -> list[tuple]:
          "pqc", F64, [no, yes, no]),
         (ops.linear_masked_mse, tokens(3, 2, 5), head, torch.randn(192), last, keep, patch, no, *norm, 1e-6, "cpq", F32,
          [no, no, no]),
+        (ops.random_resized_crop, last, None, None, boxes, flips, [9, 20]),
+        (ops.random_resized_crop, last[:1], None, None, boxes[1:2], flips[::3], [1, 1]),
+        (ops.random_resized_crop, *packed, boxes[1].repeat(2, 1), flips[:2], [17, 33]),
         (ops.patch_embed, last, weight, bias, table, keep, torch.randn(2, 5), *norm, BF16, F32),
         (ops.patch_embed, plain, weight, None, None, None, None, None, None, F32, F32),
         (ops.patch_embed, plain, weight, None, None, keep1, None, None, None, F32, F16),

@@ -41,6 +41,10 @@ FAULTS = [
     Fault("rows counted in two splits", "patch_embed", "tl.minimum(first + rows_per_split,",
           "tl.minimum(first + rows_per_split + BLOCK,"),
     Fault("an image gradient without std", "patch_embed", "if p_std is not None:", "if False:"),
+    Fault("weights beside the box", "random_resized_crop", "(source >= 0) & (source < length)", "source >= 0"),
+    Fault("weights that are not those of an enlarged filter", "random_resized_crop", "inverse_y = 1 / stretch",
+          "inverse_y = 1.0"),
+    Fault("a picture that is not flipped", "random_resized_crop", "tl.load(p_flips + n * s_fn)", "n < 0"),
     Fault("products of bit patterns", "numerics", "a, b = a.to(tl.float32), b.to(tl.float32)", "pass"),
     Fault("rounding towards zero", "numerics", "bits + 0x7FFF + ((bits >> 16) & 1)", "bits"),
 ]  # fmt: skip

@@ -12,15 +12,18 @@ from PIL import Image
 
 from mae.data import (
     Batches,
+    Crops,
     DataError,
     TrainingImages,
+    _collate,
     find_images,
     find_labelled_images,
-    random_resized_crop,
+    random_box,
     read_image,
     resize_and_crop,
     to_tensor,
 )
+from mae_kernels import random_crop_boxes, random_resized_crop, reference
 
 
 def test_finds_images_below_a_folder(tmp_path):
@@ -107,38 +110,64 @@ def test_tensors_hold_the_pixels():
     assert to_tensor(photo.convert("L")).shape == (1, 120, 160)
 
 
-def test_crops():
+def test_the_central_crop():
     photo = photographs(1)[0]
     centre = photo.resize((60, 60), Image.Resampling.BICUBIC, box=(20, 0, 140, 120))
     assert resize_and_crop(photo, (60, 60)).tobytes() == centre.tobytes()
-    torch.manual_seed(0)
-    crops = [random_resized_crop(photo, (32, 48)) for _ in range(40)]
-    assert {crop.size for crop in crops} == {(48, 32)}
-    assert len({crop.tobytes() for crop in crops}) == 40
-    assert random_resized_crop(photo.resize((400, 1)), (8, 8)).size == (8, 8)
 
 
-def test_crops_cover_the_published_range(monkeypatch):
-    boxes, mirrored = [], []
+@pytest.mark.parametrize("size", [(120, 160), (160, 120), (1, 1), (8, 400), (400, 9), (3000, 2000)])
+def test_boxes_of_single_images_are_those_of_the_batched_op(size):
+    for seed in range(50):
+        torch.manual_seed(seed)
+        (expected,) = random_crop_boxes(torch.tensor([size])).tolist()
+        torch.manual_seed(seed)
+        # Sides are rounded to pixels, and the op draws in float32.
+        assert random_box(*size) == pytest.approx(expected, abs=int(size == (3000, 2000)))
+
+
+def test_pictures_are_cut_to_their_boxes(tmp_path):
     photo = photographs(1)[0]
-    resize = Image.Image.resize
+    photo.save(tmp_path / "photo.png")
+    images = TrainingImages([tmp_path / "photo.png"], (32, 48), 3)
+    flipped = 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        top, left, height, width = random_box(120, 160)
+        torch.manual_seed(seed)
+        pixels, flip, problems = images[0]
+        assert torch.equal(pixels, to_tensor(photo)[:, top : top + height, left : left + width])
+        assert problems == []
+        flipped += flip
+    assert 10 < flipped < 30
 
-    def record(self, size, *args, box=None, **kwargs):
-        boxes.append(box)
-        return resize(self, size, *args, box=box, **kwargs)
 
-    monkeypatch.setattr(Image.Image, "resize", record)
-    monkeypatch.setattr("mae.data.ImageOps.mirror", lambda image: mirrored.append(1) or image)
-    torch.manual_seed(0)
-    for _ in range(400):
-        random_resized_crop(photo, (8, 8))
-    areas = [(right - left) * (bottom - top) / (160 * 120) for left, top, right, bottom in boxes]
-    ratios = [(right - left) / (bottom - top) for left, top, right, bottom in boxes]
-    assert 0.19 < min(areas) < 0.25
-    assert 0.9 < max(areas) <= 1
-    assert 0.73 < min(ratios) < 0.8
-    assert 1.25 < max(ratios) < 1.36
-    assert 150 < len(mirrored) < 250
+@pytest.mark.parametrize("resize", [False, True], ids=["on the device", "in the workers"])
+def test_batches_are_resized_and_flipped(tmp_path, resize):
+    images = TrainingImages(find_images(good_folder(tmp_path, 5)), (24, 32), 3)
+    samples = [images[i] for i in range(5)]
+    batch, problems = _collate((24, 32), samples, resize=resize)
+    assert isinstance(batch, torch.Tensor if resize else Crops)
+    assert len(batch) == 5
+    assert problems == []
+    pixels, flips, _ = zip(*samples, strict=True)
+    assert len({x.shape for x in pixels}) == 5
+    assert len(set(flips)) == 2
+    boxes, flips = torch.tensor([[0, 0, *x.shape[1:]] for x in pixels]), torch.tensor(flips)
+    ours = batch.to("cpu", non_blocking=True)
+    assert torch.equal(ours, random_resized_crop(pixels, boxes, flips, (24, 32)))
+    off = ours.int() - reference.random_resized_crop(pixels, boxes, flips, (24, 32)).int()
+    assert off.abs().max() <= 1
+    assert batch.to(torch.device("meta")).shape == (5, 3, 24, 32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
+def test_batches_travel_in_pinned_memory(tmp_path):
+    files = find_images(good_folder(tmp_path, 5))
+    (batch,) = Batches(TrainingImages(files, (24, 32), 3), steps=1, batch_size=5, workers=1, seed=0)
+    assert all(x.is_pinned() for x in (*batch.images, batch.flips))
+    off = batch.to("cuda", non_blocking=True).cpu().int() - batch.to("cpu").int()
+    assert off.abs().max() <= 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -148,7 +177,7 @@ def test_batches_pass_over_broken_files_and_count_them(tmp_path, workers):
     readable_oddities(tmp_path)
     images = TrainingImages(find_images(tmp_path), (16, 16), 3)
     batches = Batches(images, steps=8, batch_size=7, workers=workers, seed=0)
-    shapes = [batch.shape for batch in batches]
+    shapes = [batch.to("cpu").shape for batch in batches]
     assert shapes == [(7, 3, 16, 16)] * 8
     assert len(batches.unreadable) == len(bad)
     assert all(any(str(file) in problem for problem in batches.unreadable) for file in bad.values())
@@ -178,7 +207,8 @@ def test_the_seed_fixes_the_batches(tmp_path):
 
     def run(seed: int, workers: int = 1) -> torch.Tensor:
         images = TrainingImages(files, (16, 16), 3)
-        return torch.stack(list(Batches(images, steps=4, batch_size=5, workers=workers, seed=seed)))
+        batches = Batches(images, steps=4, batch_size=5, workers=workers, seed=seed)
+        return torch.stack([batch.to("cpu") for batch in batches])
 
     assert torch.equal(run(0), run(0))
     assert not torch.equal(run(0), run(1))

@@ -12,6 +12,7 @@ from cases import (
     F64,
     cast,
     compare,
+    crop_inputs,
     dispatcher_calls,
     head_inputs,
     ids,
@@ -34,6 +35,7 @@ from mae_kernels import (
     masked_mse,
     patch_embed,
     random_masking,
+    random_resized_crop,
     reference,
     scatter_mask_tokens,
 )
@@ -143,6 +145,8 @@ COMPILED = {
         lambda n: patch_embed_inputs(n, GRID, PATCH, 3, 24, pixels=U8, pos=False),
         ("weight", "bias"),
     ),
+    "crop": (random_resized_crop, lambda n: crop_inputs(n, 3, 16, 24, (9, 14)), ()),
+    "crop, packed": (random_resized_crop, lambda n: crop_inputs(n, 3, 16, 24, (9, 14), packed=True), ()),
 }
 
 

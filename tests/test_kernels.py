@@ -146,6 +146,38 @@ def test_ids_out_of_range_stay_inside_memory(bad, guarded_empty):
     assert guarded_empty()
 
 
+@pytest.mark.parametrize(
+    ("box", "inside"),
+    [
+        ((-3, 2, 6, 5), (0, 2, 6, 5)),
+        ((5, 7, 20, 2**40), (5, 7, 5, 5)),
+        ((2**40, -(2**62), 3, 4), (9, 0, 1, 4)),
+        ((4, 11, 0, -(2**40)), (4, 11, 1, 1)),
+    ],
+)
+def test_boxes_outside_their_image_stay_inside_it(box, inside):
+    # As for the ids: without MAE_KERNELS_DEBUG=1 nobody refuses them on a GPU.
+    around = images(1, 3, 30, 36, U8)
+    pictures = around[:, :, 10:20, 12:24]  # 10 x 12 pixels inside others
+    flips = torch.tensor([True])
+    ours = kernels.random_resized_crop(pictures, None, None, torch.tensor([box]), flips, [7, 9])
+    assert torch.equal(ours, kernels.random_resized_crop(pictures, None, None, torch.tensor([inside]), flips, [7, 9]))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [(-1, 4, 5), (41, 4, 5), (0, 0, 5), (0, 4, -5), (2**62, 4, 5), (0, 2**62, 4), (0, 2**31, 2**31), (-(2**62), 4, 5)],
+)
+def test_packed_images_outside_their_buffer_are_black(place):
+    start, *size = place
+    pixels = torch.full((2, 100), 255, dtype=U8)[:, 20:80]
+    boxes, flips = torch.tensor([[0, 0, 4, 5]]), torch.tensor([False])
+    out = kernels.random_resized_crop(pixels, torch.tensor([start]), torch.tensor([size]), boxes, flips, [3, 4])
+    assert (out == 0).all()
+    out = kernels.random_resized_crop(pixels, torch.tensor([40]), torch.tensor([[4, 5]]), boxes, flips, [3, 4])
+    assert (out == 255).all()
+
+
 @pytest.mark.parametrize("num_patches", [4097, 5000])
 @pytest.mark.parametrize("levels", [3, 10**6])
 def test_masks_of_more_patches_than_one_launch_sorts(num_patches, levels):

@@ -5,6 +5,7 @@ from mae_kernels.kernels.linear_masked_mse import linear_masked_mse
 from mae_kernels.kernels.masked_mse import masked_mse, masked_mse_backward
 from mae_kernels.kernels.masking import masking
 from mae_kernels.kernels.patch_embed import patch_embed, patch_embed_backward
+from mae_kernels.kernels.random_resized_crop import random_resized_crop
 from mae_kernels.kernels.scatter_mask_tokens import scatter_mask_tokens, scatter_mask_tokens_backward
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "masking",
     "patch_embed",
     "patch_embed_backward",
+    "random_resized_crop",
     "scatter_mask_tokens",
     "scatter_mask_tokens_backward",
 ]
