@@ -24,7 +24,7 @@ OPS = [
     "random_resized_crop", "masking", "patch_embed", "gather_tokens", "scatter_mask_tokens", "masked_mse",
     "linear_masked_mse",
 ]  # fmt: skip
-NATIVE = [f"tests/test_{name}.py" for name in (*OPS, "kernels", "dispatch", "backend", "layers", "step")]
+NATIVE = [f"tests/test_{name}.py" for name in (*OPS, "kernels", "dispatch", "backend", "block", "step")]
 # Every op at small shapes; without PyTorch's cache each tensor is an allocation of its own, with edges to check.
 SMALL = ["tests/test_kernels.py", "-k", "nothing_is_written_outside"]
 

@@ -1,13 +1,13 @@
 """The decoder's head and the reconstruction loss in one: predictions exist for a few samples at a time."""
 
-from collections.abc import Callable, Sequence
-from math import ceil, prod
+from collections.abc import Sequence
+from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mae_kernels import checks
+from mae_kernels.chunks import in_chunks
 from mae_kernels.masked_mse import masked_mse_backward, masked_mse_eager
 from mae_kernels.patchify import Layout, patch_grid
 from mae_kernels.precision import accumulation_dtype
@@ -130,63 +130,6 @@ class _LinearMaskedMSE(torch.autograd.Function):
 
 def _linear_masked_mse_check(hidden, weight, bias, images, ids_mask, patch, *_):
     checks.id_values("linear_masked_mse", "ids_mask", ids_mask, prod(patch_grid(images, patch)))
-
-
-def in_chunks(
-    loss_of: Callable, hidden, weight, bias, images, ids_mask, patch, norm_pix, mean, std, eps, layout, compute_dtype,
-    needs,
-):  # fmt: skip
-    """Loss, unscaled gradients of hidden, weight and bias, and the factor that scales them.
-
-    ``loss_of`` is an implementation of masked_mse. The gradients are those of ``N * M / 2`` losses: without the many
-    rows that the loss averages over they are neither too small nor too large for float16.
-    """
-    (n, m, d), values = hidden.shape, weight.shape[0]
-    needs_hidden, needs_weight, needs_bias = needs
-    sum_dtype = accumulation_dtype(compute_dtype)
-    weight, bias = weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype)
-    loss = hidden.new_zeros((), dtype=sum_dtype)
-    scale = torch.full_like(loss, 2 / (n * m))
-    g_hidden = hidden.new_empty(hidden.shape if needs_hidden else 0, dtype=compute_dtype)
-    g_weight = hidden.new_zeros(weight.shape if needs_weight else 0, dtype=sum_dtype)
-    g_bias = hidden.new_zeros(values if needs_bias else 0, dtype=sum_dtype)
-
-    step = chunk_samples(n, m, values, hidden.device.type)
-    for first in range(0, n, step):
-        chunk = slice(first, min(first + step, n))
-        rows = hidden[chunk].reshape(-1, d).to(compute_dtype)  # [B, D]
-        pred = F.linear(rows, weight, bias).view(-1, m, values)
-        chunk_loss, residual, _ = loss_of(
-            pred, images[chunk], None, ids_mask[chunk], patch, norm_pix, mean, std, eps, layout, any(needs)
-        )
-        del pred
-        loss.add_(chunk_loss, alpha=(chunk.stop - first) / n)
-        residual = residual.view(-1, values)  # [B, E]
-        if needs_hidden:
-            g_hidden[chunk].view(-1, d).addmm_(residual, weight, beta=0, alpha=1 / values)
-        if needs_weight and compute_dtype == sum_dtype:
-            g_weight.addmm_(residual.t(), rows, alpha=1 / values)
-        elif needs_weight:
-            product = residual.new_empty(weight.shape)
-            # A sum over many rows may leave the range of float16, their mean over E values is below its normal numbers.
-            share = len(rows) * values**0.5
-            product.addmm_(residual.t(), rows, beta=0, alpha=1 / share)
-            g_weight.add_(product, alpha=share / values)
-        if needs_bias:
-            g_bias.add_(residual.sum(0, dtype=sum_dtype), alpha=1 / values)
-    return loss, g_hidden, g_weight, g_bias, scale
-
-
-def chunk_samples(n: int, m: int, values: int, device_type: str) -> int:
-    """Samples of a chunk, as equal as whole samples allow; never so many that more values than these are predicted.
-
-    CPU: Intel Xeon, 2 cores, torch 2.13, ViT-B/16, 32 samples in chunks of 2, 4, 8, 16: forward and backward in float32
-    52, 45, 44, 45 ms at a peak of 21, 21, 25, 39 MiB; in bfloat16 29, 26, 22, 20 ms at 20, 20, 20, 32 MiB.
-    GPU: not measured; 10000 rows of 768 values fill a chip, and their 16 MB in bfloat16, twice, stay in its L2 cache.
-    """
-    limit = 2**20 if device_type == "cpu" else 2**23
-    chunks = ceil(n / max(limit // (m * values), 1))
-    return ceil(n / chunks)
 
 
 def _linear_masked_mse_eager(*args):

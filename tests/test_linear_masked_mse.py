@@ -1,7 +1,5 @@
 """Head and loss in one: what the two ops give, gradients included, without predictions of full width."""
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,9 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mae_kernels import linear_masked_mse, masked_mse, reference
-
-module = importlib.import_module("mae_kernels.linear_masked_mse")  # the function of that name hides it in the package
+from mae_kernels import chunks, linear_masked_mse, masked_mse, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "backend")
 
@@ -39,7 +35,7 @@ ALL = ("hidden", "weight", "bias")
 @pytest.fixture
 def chunks_of(monkeypatch):
     """Sets the number of samples in a chunk: the library's own is far larger than a test can afford."""
-    return lambda step: monkeypatch.setattr(module, "chunk_samples", lambda *sizes: step)
+    return lambda step: monkeypatch.setattr(chunks, "chunk_samples", lambda *sizes: step)
 
 
 def two_ops(hidden, weight, bias, images, ids_mask, **options):
@@ -331,11 +327,11 @@ def test_predictions_never_exist_at_full_width(chunks_of):
 @pytest.mark.parametrize(("m", "values"), [(147, 768), (147, 588), (1412, 768), (1, 4), (20000, 4096)])
 @pytest.mark.parametrize("n", [1, 2, 9, 10, 32, 257, 4096])
 def test_chunks(n, m, values, device_type):
-    step = module.chunk_samples(n, m, values, device_type)
-    chunks = -(-n // step)
+    step = chunks.chunk_samples(n, m, values, device_type)
+    number = -(-n // step)
     assert 1 <= step <= n
     assert step == 1 or step * m * values <= (2**20 if device_type == "cpu" else 2**23)
-    assert chunks * step - n < chunks  # no chunk lacks more than its share of what the last one lacks
+    assert number * step - n < number  # no chunk lacks more than its share of what the last one lacks
 
 
 @any_size
@@ -344,5 +340,5 @@ def test_any_size(n, step, grid, patch, c, d, bias, seed):
     torch.manual_seed(seed)
     inputs = head_inputs(n, grid, patch, c, d, bias=bias, norm_pix=c * patch[0] * patch[1] > 3)
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(module, "chunk_samples", lambda *sizes: step)
+        context.setattr(chunks, "chunk_samples", lambda *sizes: step)
         check(inputs)

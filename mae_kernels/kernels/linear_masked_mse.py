@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from mae_kernels.chunks import in_chunks
 from mae_kernels.kernels.masked_mse import masked_mse
-from mae_kernels.linear_masked_mse import in_chunks
 
 
 def linear_masked_mse(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

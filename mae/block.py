@@ -1,9 +1,56 @@
-"""Linear layers that keep their input's input: what is cheap to compute again is not saved for the backward."""
+"""The transformer block. What is cheap to compute again, norms and gelu, is not saved for the backward."""
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from mae.attention import attention
+from mae_kernels import gather_tokens
+
+
+class Attention(nn.Module):
+    """Holds parameters under their published names; :class:`Block` applies them."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+
+class Mlp(nn.Module):
+    """Holds parameters under their published names; :class:`Block` applies them."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:  # [N, T, D] -> [N, T, D], or [N, S, D] with ids
+        """All tokens, or those at ids ``[N, S]`` alone; either way they attend to all."""
+        dim, heads = x.shape[2], self.attn.num_heads
+        weight, bias = self.attn.qkv.weight, self.attn.qkv.bias
+        queries = None
+        if ids is None:
+            packed = norm_linear(x, self.norm1, weight, bias)  # [N, T, 3 D]
+        else:
+            packed = norm_linear(x, self.norm1, weight[dim:], bias[dim:])  # [N, T, 2 D]
+            x = gather_tokens(x, ids)  # [N, S, D]
+            queries = norm_linear(x, self.norm1, weight[:dim], bias[:dim]).unflatten(2, (heads, -1))
+        attended = attention(packed.unflatten(2, (-1, heads, dim // heads)), queries).flatten(2)
+        x = x + self.attn.proj(attended)
+        hidden = norm_linear(x, self.norm2, self.mlp.fc1.weight, self.mlp.fc1.bias)  # [N, S, 4 D]
+        return x + gelu_linear(hidden, self.mlp.fc2.weight, self.mlp.fc2.bias)
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> Tensor:

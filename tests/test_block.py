@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mae.attention import attention
-from mae.layers import gelu_linear, norm_linear
+from mae.block import gelu_linear, norm_linear
 from mae.profile import saved_bytes
 from mae_kernels import reference
 
