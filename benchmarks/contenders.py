@@ -46,6 +46,7 @@ class Contender:
     step: Callable[[], object]
     loss: Callable[[], Tensor]
     images: Tensor  # [N, C, H, W] on the host, in the dtype that the pipeline ships
+    optimizer: torch.optim.Optimizer
     known: list[Tensor] = field(default_factory=list)  # parameters and buffers: not saved for the backward
 
     def saved_bytes(self) -> int:
@@ -68,7 +69,7 @@ class Contender:
             _, codes = run_and_get_code(lambda: self.loss().backward())
             calls = sum(len(_COMPILED_CALL.findall(code.partition("def call(")[2])) for code in codes)
             return calls, 0  # one graph without a break cannot read anything back
-        with LaunchCounter() as counter:
+        with LaunchCounter(*(state["step"] for state in self.optimizer.state.values())) as counter:
             self.step()
         return counter.launches, counter.syncs
 
@@ -118,7 +119,7 @@ def _ours(name: str, step: TrainingStep, images: Tensor, noise: Tensor, known: l
     def ship() -> Tensor:
         return images.to(DEVICE, non_blocking=True)
 
-    return Contender(name, lambda: step(ship(), noise), lambda: step.loss(ship(), noise), images, known)
+    return Contender(name, lambda: step(ship(), noise), lambda: step.loss(ship(), noise), images, step.optimizer, known)
 
 
 def _plain(name, loss, optimizer, images, bfloat16, known) -> Contender:
@@ -134,7 +135,7 @@ def _plain(name, loss, optimizer, images, bfloat16, known) -> Contender:
         optimizer.zero_grad()
         return out.detach()
 
-    return Contender(name, step, forward, images, known)
+    return Contender(name, step, forward, images, optimizer, known)
 
 
 def _published(model, images, noise, bfloat16, known) -> Contender:
@@ -163,7 +164,7 @@ def _published(model, images, noise, bfloat16, known) -> Contender:
             torch.cuda.synchronize()
         return value
 
-    return Contender("a", step, forward, images, known)
+    return Contender("a", step, forward, images, optimizer, known)
 
 
 def _hugging_face(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from mae.model import (
     mae_vit_small_patch16,
     mae_vit_tiny_patch16,
 )
+from mae.step import TrainingStep, adamw
 
 __all__ = [
     "MODELS",
@@ -22,6 +23,8 @@ __all__ = [
     "MAEOutput",
     "MaskedAutoencoder",
     "Reconstruction",
+    "TrainingStep",
+    "adamw",
     "load_checkpoint",
     "mae_vit_base_patch16",
     "mae_vit_demo_patch7",

@@ -67,7 +67,9 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:  # [N, T, O], [N, T, D] -> [O, D]

@@ -8,8 +8,6 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
-from mae.model import MaskedAutoencoder
-
 Execution = Literal["eager", "compile", "graph"]
 
 # Below 1, what is cheap to compute again (norms, gelu, casts) is not kept for the backward, as the blocks do without
@@ -36,7 +34,7 @@ class TrainingStep:
     Nothing is read back from the device. The result stays on it until someone prints it.
 
     Args:
-        model: a :class:`MaskedAutoencoder`, or one wrapped in DistributedDataParallel.
+        model: a :class:`mae.MaskedAutoencoder`, or one wrapped in DistributedDataParallel.
         optimizer: see :func:`adamw`.
         mask_ratio: share of hidden patches.
         bfloat16: autocast to it.
@@ -64,12 +62,12 @@ class TrainingStep:
         self.mask_ratio, self.bfloat16 = mask_ratio, bfloat16
         self.micro_batches, self.clip_grad = micro_batches, clip_grad
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._num_patches = _inner(model).config.num_patches
+        self._num_patches = (model.module if _is_distributed(model) else model).config.num_patches
         device = self._parameters[0].device
         if execution == "graph" and device.type != "cuda":
             raise ValueError(f"TrainingStep: execution 'graph' replays CUDA graphs, but the model is on {device}")
         self._replayed = execution == "graph"
-        self.loss = self._forward if execution == "eager" else _compiled(self._forward, replay=self._replayed)
+        self.loss = self._forward if execution == "eager" else self._compiled()
 
     def __call__(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Train on images ``[N, C, H, W]``.
@@ -86,6 +84,8 @@ class TrainingStep:
             raise ValueError(f"TrainingStep: {n} images cannot be cut into {self.micro_batches} equal micro-batches")
         if noise is None:
             noise = torch.rand(n, self._num_patches, device=images.device)
+        if self._replayed:  # what the step before left in the graphs' memory may be overwritten; its micro-batches not
+            torch.compiler.cudagraph_mark_step_begin()
         parts = zip(images.chunk(self.micro_batches), noise.chunk(self.micro_batches), strict=True)
         losses = [self._backward(*part, last=i == self.micro_batches) for i, part in enumerate(parts, start=1)]
         if self.clip_grad is not None:
@@ -95,11 +95,8 @@ class TrainingStep:
         return torch.stack(losses).sum()
 
     def _backward(self, images: Tensor, noise: Tensor, last: bool) -> Tensor:
-        if self._replayed:
-            torch.compiler.cudagraph_mark_step_begin()
         # Gradients of several processes are only summed once they are complete.
-        waits = not last and isinstance(self.model, nn.parallel.DistributedDataParallel)
-        with self.model.no_sync() if waits else nullcontext():
+        with self.model.no_sync() if _is_distributed(self.model) and not last else nullcontext():
             loss = self.loss(images, noise)
             loss.backward()
         return loss.detach().clone() if self._replayed else loss.detach()  # a replay overwrites its results
@@ -109,16 +106,20 @@ class TrainingStep:
             loss = self.model(images, self.mask_ratio, noise=noise).loss
         return loss / self.micro_batches
 
+    def _compiled(self) -> Callable[[Tensor, Tensor], Tensor]:
+        compiled = torch.compile(
+            self._forward,
+            fullgraph=not _is_distributed(self.model),  # its own forward is left to Python
+            dynamic=False,
+            mode="reduce-overhead" if self._replayed else None,
+        )
 
-def _inner(model: nn.Module) -> MaskedAutoencoder:
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        def run(images: Tensor, noise: Tensor) -> Tensor:
+            with torch._functorch.config.patch(activation_memory_budget=_MEMORY_BUDGET):
+                return compiled(images, noise)
+
+        return run
 
 
-def _compiled(forward: Callable, replay: bool) -> Callable:
-    compiled = torch.compile(forward, fullgraph=True, dynamic=False, mode="reduce-overhead" if replay else None)
-
-    def run(images: Tensor, noise: Tensor) -> Tensor:
-        with torch._functorch.config.patch(activation_memory_budget=_MEMORY_BUDGET):
-            return compiled(images, noise)
-
-    return run
+def _is_distributed(model: nn.Module) -> bool:
+    return isinstance(model, nn.parallel.DistributedDataParallel)

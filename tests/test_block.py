@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from mae.attention import attention
-from mae.block import gelu_linear, norm_linear
+from mae.block import Block, gelu_linear, norm_linear
 from mae.profile import saved_bytes
-from mae_kernels import reference
+from mae_kernels import gather_tokens, reference
 
 
 def plain_norm_linear(x, norm, weight, bias):
@@ -73,6 +73,14 @@ def copy_in_double(x):
 
 
 @pytest.mark.parametrize("name", ["norm", "gelu"])
+def test_autocast_leaves_float64_alone(name):
+    ours, plain, inputs = layer(name, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = ours(*inputs), plain(*inputs)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["norm", "gelu"])
 def test_only_the_input_is_kept(name):
     ours, _, inputs = layer(name)
     with saved_bytes(*parameters_of(inputs)) as kept:
@@ -88,6 +96,34 @@ def test_compiles_as_one_graph(name):
     expected = torch.autograd.grad(ours(*inputs).square().sum(), leaves)
     for a, b in zip(torch.autograd.grad(compiled().square().sum(), leaves), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def random_block(dim: int = 16, heads: int = 2) -> Block:
+    block = Block(dim, heads, mlp_ratio=4).double()
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.3)
+    return block
+
+
+def test_block_is_the_published_one():
+    block, x = random_block(), torch.randn(3, 7, 16, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *block.parameters()]
+    out, expected = block(x), reference.transformer_block(x, block)
+    torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
+    grad = torch.randn_like(out)
+    for a, b in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+def test_some_tokens_of_a_block_are_those_of_all():
+    block, x = random_block(), torch.randn(3, 7, 16, dtype=torch.float64, requires_grad=True)
+    ids = torch.stack([torch.randperm(7)[:4] for _ in range(3)])
+    leaves = [x, *block.parameters()]
+    some, expected = block(x, ids), gather_tokens(block(x), ids)
+    torch.testing.assert_close(some, expected, rtol=1e-11, atol=1e-12)
+    grad = torch.randn_like(some)
+    for a, b in zip(torch.autograd.grad(some, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
 def explicit(packed, queries=None):

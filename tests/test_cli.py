@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from mae import load_checkpoint
 from mae.__main__ import main
 from mae.demo import DemoConfig, fashion_mnist, run_demo
+from mae.step import TrainingStep
 from mae.train import TrainConfig, TrainingStopped, train
 
 SMALL = [
@@ -279,6 +280,29 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
         "Try a lower learning rate or precision float32"
     )
     assert all(x.isfinite().all() for x in load_checkpoint(tmp_path).state_dict().values())
+
+
+def test_bfloat16_residuals_are_refused_in_float32(tmp_path):
+    with pytest.raises(ValueError) as error:
+        small_run([], tmp_path, residual="bfloat16")
+    assert str(error.value) == "residual bfloat16 needs precision bfloat16: in float32 nothing is computed in bfloat16"
+
+
+def test_precision_residuals_and_parts_reach_the_step(tmp_path, monkeypatch):
+    seen = {}
+
+    class Step(TrainingStep):
+        def __init__(self, model, optimizer, **options):
+            seen.update(options, residual=model.residual_dtype)
+            super().__init__(model, optimizer, **options)
+
+    monkeypatch.setattr("mae.train.TrainingStep", Step)
+    options = {"precision": "bfloat16", "residual": "bfloat16", "micro_batches": 2, "clip_grad": 0.5, "mask_ratio": 0.5}
+    small_run([torch.rand(4, 1, 28, 28)], tmp_path, steps=1, **options)
+    assert seen == {
+        "bfloat16": True, "residual": torch.bfloat16, "micro_batches": 2, "clip_grad": 0.5, "mask_ratio": 0.5,
+        "execution": "eager",
+    }  # fmt: skip
 
 
 def test_data_that_ends_early_keeps_the_work(tmp_path):

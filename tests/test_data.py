@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from mae.data import (
     _collate,
     find_images,
     find_labelled_images,
+    on_device,
     random_box,
     read_image,
     resize_and_crop,
@@ -225,3 +227,49 @@ def test_an_epoch_shows_every_image_once(tmp_path):
 
     list(Batches(Recorder(files, (8, 8), 3), steps=4, batch_size=3, workers=0, seed=0))
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
+
+
+def test_on_a_cpu_batches_are_moved_one_by_one():
+    seen = []
+    batches = on_device((seen.append(i) or torch.full((2, 1, 4, 4), i) for i in range(3)), torch.device("cpu"))
+    assert next(batches).max() == 0
+    assert seen == [0]  # the next one is fetched when it is asked for, while the step on this one runs
+    assert [batch.max().item() for batch in batches] == [1, 2]
+
+
+def test_on_a_gpu_batches_are_copied_on_a_stream_of_their_own(monkeypatch):
+    """CUDA's streams pretended: what is called, in which order."""
+    events = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def on_stream(stream):
+        events.append(f"enter {stream.name}")
+        yield
+        events.append(f"leave {stream.name}")
+
+    class Batch:
+        def to(self, device, non_blocking=False):
+            events.append(f"copy to {device}, {non_blocking=}")
+            return self
+
+        def record_stream(self, stream):
+            events.append(f"kept for {stream.name}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copying"))
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("training"))
+    assert len(list(on_device([Batch(), Batch()], torch.device("cuda", 0)))) == 2
+    assert events == 2 * [
+        "enter copying",
+        "copy to cuda:0, non_blocking=True",
+        "leave copying",
+        "training waits for copying",
+        "kept for training",
+    ]

@@ -50,6 +50,13 @@ def test_reading_back_is_a_synchronisation(read):
     assert counter.syncs == 1
 
 
+def test_reading_what_is_on_the_host_is_none():
+    count = torch.tensor(3.0)
+    with LaunchCounter(count) as counter:
+        count.item()
+    assert counter.syncs == 0
+
+
 def test_saved_memory_is_counted_once():
     x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(16, 4, requires_grad=True)
     with saved_bytes(x, weight) as kept:
