@@ -173,6 +173,18 @@ def test_compiled_steps_are_one_graph_and_never_recompiled(model):
     assert all(loss.isfinite() for loss in losses)
 
 
+def test_compiled_steps_keep_as_little_as_eager_ones(model):
+    images, noise = next(batches())
+    kept = []
+    for execution in ("eager", "compile"):
+        step = TrainingStep(model, adamw(model, LR), execution=execution)
+        step.loss(images, noise)  # compiles
+        with saved_bytes(*model.parameters(), *model.buffers(), images, noise) as saved:
+            step.loss(images, noise)
+        kept.append(saved())
+    assert kept[1] <= 1.1 * kept[0]
+
+
 def _train_in_a_process(rank: int, file: str, queue) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
