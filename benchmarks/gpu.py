@@ -29,13 +29,13 @@ NATIVE = [f"tests/test_{name}.py" for name in (*OPS, "kernels", "dispatch", "bac
 SMALL = ["tests/test_kernels.py", "-k", "nothing_is_written_outside"]
 
 
-def steps(raw: Path, size: str) -> dict[str, list[str]]:
+def steps(raw: Path, size: str, only: str = "") -> dict[str, list[str]]:
     """The command of each step; ``raw`` is the folder into which the benchmarks write what pytest-benchmark saw."""
     pytest = [sys.executable, "-m", "pytest", "-q"]
 
     def benchmark(name: str) -> list[str]:
         file, out = f"benchmarks/test_{name}.py", f"--benchmark-json={raw / name}.json"
-        return [*pytest, file, "--benchmark-only", f"--size={size}", out]
+        return [*pytest, file, "--benchmark-only", f"--size={size}", out, *(["-k", only] if only else [])]
 
     return {
         "native tests": [*pytest, *NATIVE],
@@ -104,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result file")
     parser.add_argument("--size", choices=["small", "full"], default="full", help="shapes of the benchmarks")
     parser.add_argument("--step", action="append", help="run only this step; may be repeated")
+    parser.add_argument("--only", default="", help="benchmarks whose names match, as of pytest -k, such as ViT-B")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.exit(1, "PyTorch sees no GPU on this machine: nothing was run and nothing is claimed\n")
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     result = conditions()
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder)
-        commands = steps(raw, options.size)
+        commands = steps(raw, options.size, options.only)
         unknown = set(options.step or ()) - commands.keys()
         if unknown:
             parser.error(f"unknown step {', '.join(sorted(unknown))}; there are {', '.join(commands)}")

@@ -44,7 +44,9 @@ def test_the_record(pretended_gpu, monkeypatch, tmp_path, capsys):
         "benchmarks": [sys.executable, "-c", f"import sys; open(sys.argv[1], 'w').write({json.dumps(raw)!r})"],
     }
     monkeypatch.setattr(
-        gpu, "steps", lambda path, size: {**commands, "benchmarks": [*commands["benchmarks"], str(path / "ops.json")]}
+        gpu,
+        "steps",
+        lambda path, size, only: {**commands, "benchmarks": [*commands["benchmarks"], str(path / "ops.json")]},
     )
     assert gpu.main(["--out", str(tmp_path)]) == 1
     (path,) = tmp_path.iterdir()
