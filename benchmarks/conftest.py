@@ -123,7 +123,9 @@ def _write_ops(reporter, rows, machine):
         ])  # fmt: skip
     reporter.section("mae_kernels against its reference")
     rounds = min(row["rounds"] for row in rows)
-    reporter.write_line(f"{machine}, float32 tensors unless a row says otherwise; interleaved medians of {rounds} or more rounds")
+    reporter.write_line(
+        f"{machine}, float32 tensors unless a row says otherwise; interleaved medians of {rounds} or more rounds"
+    )
     _write_table(reporter, table, names=3)
 
 
