@@ -7,7 +7,7 @@ the largest ones fit into memory together.
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class Contender:
     loss: Callable[[], Tensor]
     images: Tensor  # [N, C, H, W] on the host, in the dtype that the pipeline ships
     optimizer: torch.optim.Optimizer
-    known: list[Tensor] = field(default_factory=list)  # parameters and buffers: not saved for the backward
+    known: list[Tensor]  # parameters and buffers: not saved for the backward
 
     def saved_bytes(self) -> int:
         with saved_bytes(*self.known) as kept:

@@ -16,7 +16,9 @@ _MEMORY_BUDGET = 0.9
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float = 0.05) -> torch.optim.AdamW:
-    """The published optimizer: weight decay on matrices, none on biases, norms and tokens; one fused update.
+    """The published optimizer in one fused update: weight decay on matrices, none on biases and norms.
+
+    One difference: class and mask token have none here, where the published code decays them as it does matrices.
 
     Source: He et al. 2021, appendix A.1.
     """

@@ -39,7 +39,10 @@ def batches(steps: int = STEPS):
 
 
 def published_losses(model: MaskedAutoencoder, bfloat16: bool = False) -> torch.Tensor:
-    """Normalised float32 images, every token through every layer, explicit attention, an optimizer parameter by one."""
+    """Normalised float32 images, every token through every layer, explicit attention, an optimizer parameter by one.
+
+    Its groups of parameters are ours, which spare the tokens from weight decay: see :func:`mae.adamw`.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim in (2, 4)], "weight_decay": 0.05},
