@@ -9,7 +9,7 @@ OUT ?= benchmarks/results
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/python -m mae demo
 
-test: $(VENV)/test.installed
+test: $(VENV)/test.installed $(VENV)/peers.installed
 	$(VENV)/bin/python -m pytest --numprocesses 2
 
 bench: $(VENV)/bench.installed
@@ -31,6 +31,13 @@ gpu:
 $(VENV)/%.installed: setup.py constraints.txt
 	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+# Models of others that the tests try apply and convert on: see tests/peers.py.
+$(VENV)/peers.installed: tests/peers-timm.txt tests/peers-transformers-4.txt $(VENV)/test.installed
+	for peer in timm transformers-4; do \
+		$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/peers/$$peer \
+			--requirement tests/peers-$$peer.txt || exit 1; done
 	touch $@
 
 clean:

@@ -16,16 +16,14 @@ _MEMORY_BUDGET = 0.9
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float = 0.05) -> torch.optim.AdamW:
-    """The published optimizer in one fused update: weight decay on matrices, none on biases and norms.
-
-    One difference: class and mask token have none here, where the published code decays them as it does matrices.
+    """The published optimizer in one fused update: weight decay on all but biases and norms, the vectors among them.
 
     Source: He et al. 2021, appendix A.1.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim in (2, 4)], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim not in (2, 4)], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 

@@ -37,7 +37,7 @@ class TrainConfig:
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises linearly; then it falls as a half cosine."""
     weight_decay: float = 0.05
-    """AdamW weight decay of matrices; biases, norms and tokens have none."""
+    """AdamW weight decay, as published of all parameters but biases and norms."""
     seed: int = 0
     """Of weights, order of images, crops and masks."""
     device: str = "auto"

@@ -39,14 +39,11 @@ def batches(steps: int = STEPS):
 
 
 def published_losses(model: MaskedAutoencoder, bfloat16: bool = False) -> torch.Tensor:
-    """Normalised float32 images, every token through every layer, explicit attention, an optimizer parameter by one.
-
-    Its groups of parameters are ours, which spare the tokens from weight decay: see :func:`mae.adamw`.
-    """
+    """Normalised float32 images, every token through every layer, explicit attention, an optimizer parameter by one."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim in (2, 4)], "weight_decay": 0.05},
-        {"params": [p for p in trained if p.ndim not in (2, 4)], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), foreach=False)
     losses = []
