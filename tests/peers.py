@@ -19,7 +19,7 @@ FOLDER = Path(sys.prefix) / "peers"
 
 
 def import_peer(name: str):
-    """The module ``name`` of timm or lightly; skips the test where the package is neither installed nor in the folder."""
+    """The module ``name`` of timm or lightly; skips the test where it is neither installed nor in the folder."""
     if importlib.util.find_spec(name.partition(".")[0]) is None:
         if not (FOLDER / "timm").is_dir():
             pytest.skip(f"{name} is not installed; make test does it")
@@ -51,8 +51,6 @@ class _AnyName(type):
 
 
 class _Module(types.ModuleType):
-    __path__ = []
-
     def __getattr__(self, name):
         if name == "__version__":
             return "0.0.0"
