@@ -3,6 +3,7 @@
 from mae_kernels import reference
 from mae_kernels.backend import use_backend, why_not_triton
 from mae_kernels.gather_tokens import gather_tokens
+from mae_kernels.integrations import apply, unapply
 from mae_kernels.linear_masked_mse import linear_masked_mse
 from mae_kernels.masked_mse import masked_mse
 from mae_kernels.masking import Masking, masking_from_mask, random_masking
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Masking",
     "PackedImages",
+    "apply",
     "gather_tokens",
     "linear_masked_mse",
     "masked_mse",
@@ -27,6 +29,7 @@ __all__ = [
     "random_resized_crop",
     "reference",
     "scatter_mask_tokens",
+    "unapply",
     "unpatchify",
     "use_backend",
     "why_not_triton",

@@ -1,0 +1,122 @@
+"""Models that follow the published class: recognised by their parts, whatever they are called and derive from."""
+
+from math import isqrt, prod
+
+import torch
+from torch import Tensor, nn
+
+from mae_kernels.integrations.pieces import example_images, given, hides_some, keep_some, patch_numbers, untouched
+from mae_kernels.integrations.replacement import Replacement
+from mae_kernels.masked_mse import masked_mse
+from mae_kernels.patch_embed import patch_embed
+from mae_kernels.scatter_mask_tokens import scatter_mask_tokens
+
+PARTS = (
+    "patch_embed.proj", "pos_embed", "cls_token", "blocks", "norm", "decoder_embed", "mask_token", "decoder_pos_embed",
+    "decoder_blocks", "decoder_norm", "decoder_pred",
+)  # fmt: skip
+METHODS = ("random_masking", "forward_encoder", "forward_decoder", "forward_loss")
+LOOKED_FOR = f"a model with the published parts {', '.join(PARTS)} and the methods {', '.join(METHODS)}"
+
+
+def missing(module: nn.Module) -> list[str]:
+    return [name for name in (*PARTS, *METHODS) if not _has(module, name)]
+
+
+def replacements(module: nn.Module) -> list[Replacement]:
+    if missing(module) or not isinstance(module.patch_embed.proj, nn.Conv2d):
+        return []
+    weight = module.patch_embed.proj.weight
+    options = {"dtype": weight.dtype, "device": weight.device}
+    num_patches = module.pos_embed.shape[1] - 1
+
+    def tokens(*shape: int) -> Tensor:
+        return torch.randn(shape, **options)
+
+    def encoder_example():
+        return example_images(weight, image_size(module)), 0.75
+
+    def decoder_example():
+        visible = int(num_patches * 0.25)
+        return tokens(2, 1 + visible, weight.shape[0]), torch.rand(2, num_patches, device=weight.device).argsort(1)
+
+    def loss_example():
+        images = example_images(weight, image_size(module)).to(torch.promote_types(weight.dtype, torch.float32))
+        pred = torch.randn(2, num_patches, prod(weight.shape[1:]), dtype=images.dtype, device=images.device)
+        _, mask, _ = module.random_masking(patch_numbers(2, num_patches, images.device), 0.75)
+        return images, pred, mask
+
+    return [
+        Replacement(
+            "random_masking",
+            _random_masking,
+            ("random_masking", "gather_tokens"),
+            lambda: (tokens(3, num_patches, 5), 0.75),
+        ),
+        Replacement("forward_encoder", _forward_encoder, ("patch_embed",), encoder_example),
+        Replacement("forward_decoder", _forward_decoder, ("scatter_mask_tokens",), decoder_example),
+        Replacement("forward_loss", _forward_loss, ("masked_mse",), loss_example),
+    ]
+
+
+def image_size(module: nn.Module) -> tuple[int, int]:
+    """Height and width, as the patch embedding states them, else those of a square of patches."""
+    stated = getattr(module.patch_embed, "img_size", None)
+    if stated is not None:
+        return (stated, stated) if isinstance(stated, int) else tuple(stated)
+    side = isqrt(module.pos_embed.shape[1] - 1)
+    ph, pw = module.patch_embed.proj.kernel_size
+    return side * ph, side * pw
+
+
+def _random_masking(self, *args, **kwargs):  # [N, L, D] -> [N, K, D], [N, L] with 1 = removed, [N, L]
+    call = given(args, kwargs, "x", "mask_ratio")
+    if call is None or not hides_some(call[0].shape[1], call[1]):
+        return NotImplemented
+    return keep_some(*call)
+
+
+def _forward_encoder(self, *args, **kwargs):  # [N, C, H, W] -> [N, 1 + K, D], [N, L], [N, L]
+    call = given(args, kwargs, "x", "mask_ratio")
+    embed, num_patches = self.patch_embed, self.pos_embed.shape[1] - 1
+    if call is None or call[0].shape[2:] != image_size(self) or not hides_some(num_patches, call[1]):
+        return NotImplemented
+    if not untouched(embed, embed.proj) or type(embed.proj) is not nn.Conv2d:
+        return NotImplemented
+    x, mask_ratio = call
+    kept, mask, ids_restore = self.random_masking(patch_numbers(len(x), num_patches, x.device), mask_ratio)
+    prefix = self.cls_token + self.pos_embed[:, :1, :]
+    ids_keep = kept[:, :, 0].long()
+    x = patch_embed(x, embed.proj.weight, embed.proj.bias, self.pos_embed[:, 1:, :], ids_keep, prefix=prefix)
+    for block in self.blocks:
+        x = block(x)
+    return self.norm(x), mask, ids_restore
+
+
+def _forward_decoder(self, *args, **kwargs):  # [N, 1 + K, D], [N, L] -> [N, L, E]
+    call = given(args, kwargs, "x", "ids_restore")
+    if call is None:
+        return NotImplemented
+    x, ids_restore = call
+    x = self.decoder_embed(x)
+    x = scatter_mask_tokens(x, self.mask_token, ids_restore, self.decoder_pos_embed)  # [N, 1 + L, D']
+    for block in self.decoder_blocks:
+        x = block(x)
+    return self.decoder_pred(self.decoder_norm(x))[:, 1:, :]
+
+
+def _forward_loss(self, *args, **kwargs):  # [N, C, H, W], [N, L, E], [N, L] -> scalar
+    call = given(args, kwargs, "imgs", "pred", "mask")
+    if call is None or call[0].requires_grad:
+        return NotImplemented
+    images, pred, mask = call
+    patch_size = self.patch_embed.proj.kernel_size
+    return masked_mse(pred, images, patch_size=patch_size, mask=mask, norm_pix=bool(self.norm_pix_loss))
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    for name in path.split("."):
+        if not hasattr(module, name):
+            return False
+        module = getattr(module, name)
+    return True

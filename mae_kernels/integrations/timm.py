@@ -1,0 +1,63 @@
+"""timm's VisionTransformer with patch dropout: an encoder that is trained on a part of the patches."""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from mae_kernels.integrations.pieces import example_images, given, hides_some, untouched
+from mae_kernels.integrations.replacement import Replacement
+from mae_kernels.masking import random_masking
+from mae_kernels.patch_embed import patch_embed
+
+LOOKED_FOR = "VisionTransformer of timm with patch_drop_rate above 0"
+
+
+def replacements(module: nn.Module) -> list[Replacement]:
+    theirs = sys.modules.get("timm.models.vision_transformer")
+    if theirs is None or not isinstance(module, theirs.VisionTransformer) or isinstance(module.patch_drop, nn.Identity):
+        return []
+
+    def example():
+        return (example_images(module.patch_embed.proj.weight, module.patch_embed.img_size),)
+
+    return [Replacement("forward_features", _forward_features, ("patch_embed", "random_masking"), example)]
+
+
+def _forward_features(self, *args, **kwargs):  # [N, C, H, W] -> [N, R + K, D]
+    call = given(args, kwargs, "x")
+    drop = self.patch_drop
+    if call is None or not self.training or self.grad_checkpointing or not covers(self, call[0]):
+        return NotImplemented
+    if not hides_some(self.patch_embed.num_patches, drop.prob) or not untouched(drop):
+        return NotImplemented
+    (images,) = call
+    shape = len(images), self.patch_embed.num_patches
+    noise = torch.randn(shape, device=images.device)
+    ids_keep = random_masking(*shape, drop.prob, noise=noise).ids_keep
+    x = embed_visible(self, images, ids_keep.sort(dim=1).values if drop.ordered else ids_keep)
+    return self.norm(self.blocks(self.norm_pre(x)))
+
+
+def covers(vit: nn.Module, images: Tensor) -> bool:
+    """Whether :func:`embed_visible` does for these images what vit does: fixed size, no dropout of its own."""
+    embed = vit.patch_embed
+    return (
+        tuple(images.shape[2:]) == embed.img_size
+        and type(embed.proj) is nn.Conv2d
+        and untouched(embed, embed.proj, embed.norm, vit.pos_drop)
+        and isinstance(embed.norm, nn.Identity)
+        and not vit.dynamic_img_size
+        and vit.pos_embed is not None
+        and not (vit.training and vit.pos_drop.p)
+    )
+
+
+def embed_visible(vit: nn.Module, images: Tensor, ids_keep: Tensor) -> Tensor:
+    """Prefix tokens and the patches ids_keep ``[N, K]``: ``[N, R + K, D]``."""
+    proj, pos_embed = vit.patch_embed.proj, vit.pos_embed
+    prefix = [x for x in (vit.cls_token, vit.reg_token) if x is not None]
+    prefix = torch.cat(prefix, dim=1) if prefix else None  # [1, R, D]
+    if not vit.no_embed_class and prefix is not None:
+        prefix, pos_embed = prefix + pos_embed[:, : prefix.shape[1]], pos_embed[:, prefix.shape[1] :]
+    return patch_embed(images, proj.weight, proj.bias, pos_embed, ids_keep, prefix=prefix)
