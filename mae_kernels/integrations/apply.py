@@ -1,6 +1,6 @@
 """``apply(model)``: the fused ops in a model that somebody else wrote, and ``unapply(model)``, the way back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -116,39 +116,38 @@ def _replace(name: str, module: nn.Module, replacements: list[Replacement]) -> l
 
 
 def _difference(module: nn.Module, new: Replacement, cls: type) -> str:
-    """What the method of cls does differently, on random input; empty if it does the same."""
+    """Why the method of cls may not be taken: what it does differently on random input; empty if it does the same."""
     if new.method in vars(module):
         return f"the method {new.method} was set on the instance"
-    original = type(module)
+    original, tried = type(module), 0
     with torch.no_grad(), _undisturbed(module):
         for training in (True, False):
             for part in module.modules():
                 part.training = training
             try:
-                with _same_random_stream():
-                    arguments = new.example()
-                    expected = _outcome(module, new.method, arguments)
+                expected = _outcome(module, getattr(original, new.method), new.example)
             except Exception as error:  # of somebody else's code: any
                 return f"the original fails on random input: {_sentence(error)}"
             try:
                 module.__class__ = cls
-                with _same_random_stream():
-                    arguments = new.example()
-                    ours = _outcome(module, new.method, arguments)
+                ours = _outcome(module, new.function, new.example)
             except Exception as error:
                 return f"the ops do not cover it: {_sentence(error)}"
             finally:
                 module.__class__ = original
-            difference = _compare(ours, expected)
-            if difference:
-                return f"{difference} in {'training' if training else 'evaluation'}"
-    return ""
+            if ours[0] is not NotImplemented:
+                tried += 1
+                difference = _compare(ours, expected)
+                if difference:
+                    return f"{difference} in {'training' if training else 'evaluation'}"
+    return "" if tried else "the ops do not cover its options"
 
 
-def _outcome(module: nn.Module, method: str, arguments: tuple) -> list[Any]:
-    result = tree_leaves(getattr(module, method)(*arguments))
-    device = next(module.parameters()).device
-    return [*result, torch.rand((), device=device), torch.rand(())]  # the random streams must have come as far
+def _outcome(module: nn.Module, method: Callable, example: Callable[[], tuple]) -> list[Any]:
+    """What the method returns, flat, and a random number of each stream, which must have come as far."""
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        result = tree_leaves(method(module, *example()))
+        return [*result, torch.rand((), device=next(module.parameters()).device), torch.rand(())]
 
 
 def _compare(ours: list[Any], expected: list[Any]) -> str:
@@ -192,10 +191,6 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
             x.copy_(saved)
         for part, mode in zip(parts, modes, strict=True):
             part.training = mode
-
-
-def _same_random_stream():
-    return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else [])
 
 
 def _sentence(error: Exception) -> str:

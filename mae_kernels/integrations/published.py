@@ -20,7 +20,8 @@ LOOKED_FOR = f"a model with the published parts {', '.join(PARTS)} and the metho
 
 
 def missing(module: nn.Module) -> list[str]:
-    return [name for name in (*PARTS, *METHODS) if not _has(module, name)]
+    lacking = [name for name in PARTS if not _has(module, name)]
+    return lacking + [name for name in METHODS if not hasattr(type(module), name)]
 
 
 def replacements(module: nn.Module) -> list[Replacement]:

@@ -25,13 +25,13 @@ def replacements(module: nn.Module) -> list[Replacement]:
 
 
 def _forward_features(self, *args, **kwargs):  # [N, C, H, W] -> [N, R + K, D]
-    call = given(args, kwargs, "x")
+    call = given(args, kwargs, "x", attn_mask=None, is_causal=False)
     drop = self.patch_drop
-    if call is None or not self.training or self.grad_checkpointing or not covers(self, call[0]):
+    if call is None or call[1] is not None or call[2] or not self.training or self.grad_checkpointing:
         return NotImplemented
-    if not hides_some(self.patch_embed.num_patches, drop.prob) or not untouched(drop):
+    images = call[0]
+    if not covers(self, images) or not hides_some(self.patch_embed.num_patches, drop.prob) or not untouched(drop):
         return NotImplemented
-    (images,) = call
     shape = len(images), self.patch_embed.num_patches
     noise = torch.randn(shape, device=images.device)
     ids_keep = random_masking(*shape, drop.prob, noise=noise).ids_keep
