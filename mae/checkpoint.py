@@ -27,7 +27,7 @@ class CheckpointWarning(UserWarning):
 class Checkpoint(NamedTuple):
     """What a file holds, every key and shape checked."""
 
-    state: dict[str, Tensor]  # published keys, dtypes as in the file
+    state: dict[str, Tensor]  # published keys in the model's order, dtypes as in the file
     config: MAEConfig
     encoder_only: bool
     mask_ratio: float  # of its training where the file says so, else 0.75
@@ -123,7 +123,8 @@ def read_checkpoint(path: str | Path, model: str | None = None, **overrides) -> 
     _check(file, state, to_layout(expected, layout))
     for note in notes:
         warnings.warn(f"{path}: {note}", CheckpointWarning, stacklevel=3)
-    return Checkpoint(from_layout(state, layout), network.config, encoder_only, mask_ratio)
+    published = from_layout(state, layout)
+    return Checkpoint({name: published[name] for name in expected}, network.config, encoder_only, mask_ratio)
 
 
 def _check(file: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -58,7 +58,11 @@ def convert_checkpoint(
         raise CheckpointError(f"{source} has no counterpart in {to}: {error}") from error
     if checkpoint.mask_ratio != 0.75 and not any("mask_ratio" in values for values in descriptions.values()):
         ratio = f"{checkpoint.mask_ratio:g}"
-        warnings.warn(f"mask_ratio {ratio} has no place in {out}: the model takes it", CheckpointWarning, stacklevel=2)
+        warnings.warn(
+            f"mask_ratio {ratio} has no place in {out}: the model takes it in each call",
+            CheckpointWarning,
+            stacklevel=2,
+        )
     state = to_layout(checkpoint.state, "published" if to == "mae" else to)
     files = _write(out, state, descriptions, under_model=to == "published")
     left_out = [name for name in checkpoint.state if to == "timm" and is_decoder(name)]
