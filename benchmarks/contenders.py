@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 from benchmarks.measure import DEVICE
+from mae.configs import to_hugging_face_config
 from mae.profile import LaunchCounter, saved_bytes
 from mae.step import TrainingStep, adamw
 from mae_kernels import reference
@@ -170,19 +171,5 @@ def _published(model, images, noise, bfloat16, known) -> Contender:
 def _hugging_face(model: nn.Module) -> nn.Module:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    c = model.config
-    config = ViTMAEConfig(
-        image_size=c.image_size[0],
-        patch_size=c.patch_size[0],
-        hidden_size=c.embed_dim,
-        num_hidden_layers=c.depth,
-        num_attention_heads=c.num_heads,
-        intermediate_size=int(c.mlp_ratio * c.embed_dim),
-        decoder_hidden_size=c.decoder_embed_dim,
-        decoder_num_hidden_layers=c.decoder_depth,
-        decoder_num_attention_heads=c.decoder_num_heads,
-        decoder_intermediate_size=int(c.mlp_ratio * c.decoder_embed_dim),
-        norm_pix_loss=c.norm_pix_loss,
-        attn_implementation="sdpa",
-    )
+    config = ViTMAEConfig(**to_hugging_face_config(model.config), attn_implementation="sdpa")
     return ViTMAEForPreTraining(config).to(DEVICE).train()

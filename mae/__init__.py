@@ -1,6 +1,7 @@
 """A thin masked autoencoder on the ops of mae_kernels: pre-train, reconstruct, probe."""
 
-from mae.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from mae.checkpoint import CheckpointError, CheckpointWarning, load_checkpoint, save_checkpoint
+from mae.convert import convert_checkpoint
 from mae.model import (
     MODELS,
     MAEConfig,
@@ -19,12 +20,14 @@ from mae.step import TrainingStep, adamw
 __all__ = [
     "MODELS",
     "CheckpointError",
+    "CheckpointWarning",
     "MAEConfig",
     "MAEOutput",
     "MaskedAutoencoder",
     "Reconstruction",
     "TrainingStep",
     "adamw",
+    "convert_checkpoint",
     "load_checkpoint",
     "mae_vit_base_patch16",
     "mae_vit_demo_patch7",

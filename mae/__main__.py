@@ -1,6 +1,7 @@
-"""``python -m mae``: pre-train, reconstruct, probe, profile, demo."""
+"""``python -m mae``: pre-train, reconstruct, probe, convert, profile, demo."""
 
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from mae.checkpoint import CheckpointError, load_checkpoint
+from mae.checkpoint import CheckpointError, CheckpointWarning, load_checkpoint
+from mae.convert import TARGETS, convert_checkpoint
 from mae.data import (
     Batches,
     DataError,
@@ -198,6 +200,34 @@ def _readable(files: list[Path], model: MaskedAutoencoder, most: int | None = No
 
 
 @dataclass(frozen=True)
+class ConvertConfig:
+    """Write a checkpoint as Hugging Face's transformers, timm, the published code or this project lays it out."""
+
+    checkpoint: Path
+    """Folder or file in any of these layouts, found by its keys; a file needs --model."""
+    to: Literal[TARGETS]
+    """huggingface-4 loads with transformers 4 and 5, huggingface-5 with 5 alone; timm gets the encoder."""
+    out: Path
+    """Folder to write, or a file that ends in .safetensors or .pth, which holds the weights alone."""
+    model: ModelName | None = None
+    """Architecture, for a checkpoint file without a config.json beside it."""
+    norm_pix_loss: bool | None = None
+    """Whether the model was trained on normalised pixels, for such a file."""
+
+
+def convert(config: ConvertConfig) -> None:
+    overrides = {} if config.norm_pix_loss is None else {"norm_pix_loss": config.norm_pix_loss}
+    result = convert_checkpoint(config.checkpoint, config.to, config.out, config.model, **overrides)
+    print(f"Wrote {', '.join(map(str, result.files))}")
+    if result.left_out:
+        print(f"Left out, the {len(result.left_out)} tensors of the decoder: {', '.join(result.left_out)}")
+    elif result.encoder_only:
+        print("The checkpoint holds the encoder alone, and so does this")
+    if len(result.files) == 1:
+        print("Left out: the configuration. Whoever loads this file has to know the architecture")
+
+
+@dataclass(frozen=True)
 class ProfileConfig:
     """Show where a training step's time, memory and launches go, on random images."""
 
@@ -249,24 +279,34 @@ def main(arguments: list[str] | None = None) -> None:
         Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
         | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
         | Annotated[LinprobeConfig, tyro.conf.subcommand("linprobe")]
+        | Annotated[ConvertConfig, tyro.conf.subcommand("convert")]
         | Annotated[ProfileConfig, tyro.conf.subcommand("profile")]
         | Annotated[DemoConfig, tyro.conf.subcommand("demo")],
         args=arguments,
         prog="python -m mae",
-        description="Pre-train masked autoencoders, look at reconstructions, probe features, profile a training step.",
+        description="Pre-train masked autoencoders, look at reconstructions, probe features, convert checkpoints, "
+        "profile a training step.",
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
     commands = {
         PretrainConfig: pretrain,
         ReconstructConfig: reconstruct,
         LinprobeConfig: linprobe,
+        ConvertConfig: convert,
         ProfileConfig: profile,
         DemoConfig: run_demo,
     }
     try:
-        commands[type(config)](config)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show
+            commands[type(config)](config)
     except (CheckpointError, DataError, NoDecoderError, TrainingStopped, ValueError) as error:
         sys.exit(f"mae: {error}")
+
+
+def _show(message: Warning, category: type[Warning], filename: str, line: int, *_) -> None:
+    place = "" if issubclass(category, CheckpointWarning) else f" ({filename}:{line})"
+    print(f"Warning: {message}{place}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,62 +1,134 @@
-"""Weights on disk: our own run folders, and files of the published code."""
+"""Weights on disk: our run folders, and checkpoints of the published code, Hugging Face and timm."""
 
 import argparse
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mae.configs import from_hugging_face_config, from_timm_config
+from mae.layouts import CheckpointError, find_layout, from_layout, is_decoder, to_layout
 from mae.model import MODELS, MAEConfig, MaskedAutoencoder
 
-_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+_WEIGHTS, _CONFIG, _PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 
 
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used; the message says why and what would help."""
+class CheckpointWarning(UserWarning):
+    """Something in a checkpoint that the model does differently."""
+
+
+class Checkpoint(NamedTuple):
+    """What a file holds, every key and shape checked."""
+
+    state: dict[str, Tensor]  # published keys in the model's order, dtypes as in the file
+    config: MAEConfig
+    encoder_only: bool
+    mask_ratio: float  # of its training where the file says so, else 0.75
 
 
 def save_checkpoint(model: MaskedAutoencoder, folder: str | Path) -> None:
     """Write ``model.safetensors`` and ``config.json`` into folder; a crash in between leaves the old files whole."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
-    config = json.dumps(dataclasses.asdict(model.config), indent=2) + "\n"
-    _replace(folder / _CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
-    _replace(folder / _WEIGHTS, lambda path: save_file(state, path))
+    write_folder(Path(folder), state, {_CONFIG: dataclasses.asdict(model.config)})
+
+
+def write_folder(folder: Path, state: dict[str, Tensor], descriptions: dict[str, dict]) -> None:
+    """``model.safetensors`` and JSON files by their names, each replaced whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in descriptions.items():
+        text = json.dumps(values, indent=2) + "\n"
+        replace_file(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    write_safetensors(folder / _WEIGHTS, state)
+
+
+def write_safetensors(file: Path, state: dict[str, Tensor]) -> None:
+    """With the format in its metadata, where transformers looks for it."""
+    replace_file(file, lambda path: save_file(state, path, metadata={"format": "pt"}))
 
 
 def load_checkpoint(path: str | Path, model: str | None = None, **overrides) -> MaskedAutoencoder:
     """Build the model of a checkpoint and load its weights, every key and shape checked.
 
+    Args: as of :func:`read_checkpoint`.
+
+    Returns:
+        The model in evaluation mode, on the CPU, in float32. A file that holds the encoder alone loads too; its model
+        gives features and refuses to reconstruct.
+
+    Raises: as :func:`read_checkpoint`.
+    """
+    checkpoint = read_checkpoint(path, model, **overrides)
+    network = MaskedAutoencoder(checkpoint.config)
+    network.encoder_only = checkpoint.encoder_only
+    network.load_state_dict(checkpoint.state, strict=not network.encoder_only)
+    if checkpoint.mask_ratio != 0.75:
+        warnings.warn(
+            f"{path} was trained with mask_ratio {checkpoint.mask_ratio:g}, which this model takes in each call",
+            CheckpointWarning,
+            stacklevel=2,
+        )
+    return network.eval()
+
+
+def read_checkpoint(path: str | Path, model: str | None = None, **overrides) -> Checkpoint:
+    """The weights of a checkpoint under their published names, and the configuration of their model.
+
     Args:
-        path: a run folder, its ``model.safetensors``, or a ``.pth`` file of the published code
-            (a state dict, or one under the key ``"model"``).
+        path: a folder with a ``config.json`` and ``model.safetensors`` (or ``pytorch_model.bin``), of ours, of Hugging
+            Face's ViTMAE or of timm's; the file in such a folder; or a ``.pth`` or ``.safetensors`` file with a state
+            dict in any of these layouts, which is found by its keys.
         model: the factory's name, such as ``"mae_vit_base_patch16"``, for files without a ``config.json`` beside them.
         overrides: fields of :class:`MAEConfig` that the checkpoint does not fix, such as ``norm_pix_loss=False`` for
             the published ``mae_visualize_*`` files.
 
-    Returns:
-        The model in evaluation mode, on the CPU. A file that holds the encoder alone loads too; its model gives
-        features and refuses to reconstruct.
-
     Raises:
-        CheckpointError: missing file, unreadable file, or weights that do not fit the model.
+        CheckpointError: missing file, unreadable file, unknown layout, a configuration that this model cannot have, or
+            weights that do not fit it.
+
+    Warns:
+        CheckpointWarning: the configuration asks for something that this model does differently, such as another
+            epsilon.
     """
     path = Path(path)
-    file = path / _WEIGHTS if path.is_dir() else path
+    file = _find(path) if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"there is no checkpoint at {file}")
-    network = _build(file, model, overrides)
+    if model is not None and model not in MODELS:
+        raise CheckpointError(f"there is no model called {model!r}; choose one of {', '.join(MODELS)}")
+    if model is None and (file.suffix not in (".safetensors", ".bin") or not (file.parent / _CONFIG).is_file()):
+        raise CheckpointError(f"{file} has no {_CONFIG} beside it; name the model, one of {', '.join(MODELS)}")
     state = _read(file)
-    expected = network.state_dict()
-    missing = [name for name in expected if name not in state]
-    network.encoder_only = bool(missing) and set(missing) == {name for name in expected if _is_decoder(name)}
-    problems = [] if network.encoder_only else [f"{name} is missing" for name in missing]
+    try:
+        layout = find_layout(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    encoder_only = not any(name.startswith("decoder") or name == "mask_token" for name in state)
+    mask_ratio, notes = 0.75, []
+    with torch.device("meta"):
+        if model is None:
+            config, mask_ratio, notes = _configuration(file.parent / _CONFIG, encoder_only, overrides)
+            network = MaskedAutoencoder(config)
+        else:
+            network = MODELS[model](**overrides)
+            if layout.startswith("huggingface"):
+                notes = ["no config.json was read: norms get the epsilon 1e-06, blocks gelu and no dropout"]
+    expected = {k: x for k, x in network.state_dict().items() if not (encoder_only and is_decoder(k))}
+    _check(file, state, to_layout(expected, layout))
+    for note in notes:
+        warnings.warn(f"{path}: {note}", CheckpointWarning, stacklevel=3)
+    published = from_layout(state, layout)
+    return Checkpoint({name: published[name] for name in expected}, network.config, encoder_only, mask_ratio)
+
+
+def _check(file: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is not part of this model" for name in state if name not in expected]
     problems += [
         f"{name} has shape {tuple(x.shape)}, the model expects {tuple(expected[name].shape)}"
@@ -64,29 +136,38 @@ def load_checkpoint(path: str | Path, model: str | None = None, **overrides) -> 
         if name in expected and x.shape != expected[name].shape
     ]
     if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise CheckpointError(f"{file} does not fit the model:\n  {shown}")
-    network.load_state_dict(state, strict=not network.encoder_only)
-    return network.eval()
+        raise CheckpointError("\n  ".join([f"{file} does not fit the model:", *problems]))
 
 
-def _is_decoder(name: str) -> bool:
-    return name.startswith("decoder_") or name == "mask_token"
+def _find(folder: Path) -> Path:
+    if (folder / f"{_WEIGHTS}.index.json").is_file():
+        raise CheckpointError(f"{folder} holds its weights in several files; save them as one")
+    other = folder / "pytorch_model.bin"
+    return other if other.is_file() and not (folder / _WEIGHTS).is_file() else folder / _WEIGHTS
 
 
-def _build(file: Path, model: str | None, overrides: dict) -> MaskedAutoencoder:
-    config_file = file.parent / _CONFIG
-    if model is not None:
-        if model not in MODELS:
-            raise CheckpointError(f"there is no model called {model!r}; choose one of {', '.join(MODELS)}")
-        return MODELS[model](**overrides)
-    if file.suffix != ".safetensors" or not config_file.is_file():
-        raise CheckpointError(f"{file} has no {_CONFIG} beside it; name the model, one of {', '.join(MODELS)}")
+def _configuration(file: Path, encoder_only: bool, overrides: dict) -> tuple[MAEConfig, float, list[str]]:
+    mask_ratio, notes = 0.75, []
     try:
-        config = MAEConfig(**{**json.loads(config_file.read_text(encoding="utf-8")), **overrides})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{config_file} is not the configuration of a model: {error}") from error
-    return MaskedAutoencoder(config)
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        if "model_type" in fields:
+            mask_ratio = fields.get("mask_ratio", mask_ratio)
+            fields, notes = from_hugging_face_config(fields, encoder_only)
+            if (file.parent / _PREPROCESSOR).is_file():
+                pixels = json.loads((file.parent / _PREPROCESSOR).read_text(encoding="utf-8"))
+                fields |= {f"pixel_{name}": pixels[f"image_{name}"] for name in ("mean", "std")}
+        elif "architecture" in fields:
+            fields = from_timm_config(fields)
+        fields |= overrides
+        channels = fields.get("in_chans", 3)
+        if channels != 3 and "pixel_mean" not in fields:
+            fields |= {"pixel_mean": (0.5,) * channels, "pixel_std": (0.5,) * channels}
+            notes.append("pixel_mean and pixel_std are not known: 0.5 is taken for uint8 images")
+        return MAEConfig(**fields), mask_ratio, notes
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} is not the configuration of a model: {error}") from error
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -105,7 +186,8 @@ def _read(file: Path) -> dict[str, Tensor]:
     return state
 
 
-def _replace(target: Path, write: Callable[[Path], object]) -> None:
+def replace_file(target: Path, write: Callable[[Path], object]) -> None:
+    """Write beside target, then put it in its place: a crash leaves the old file whole."""
     temporary = target.with_name(target.name + ".tmp")
     temporary.touch()
     mode = temporary.stat().st_mode

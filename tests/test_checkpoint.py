@@ -44,7 +44,7 @@ def test_a_failing_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     old = MaskedAutoencoder(SMALL)
     save_checkpoint(old, tmp_path)
 
-    def fail(state, path):
+    def fail(state, path, metadata):
         path.write_bytes(b"half a file")
         raise OSError("no space left on device")
 

@@ -230,7 +230,7 @@ def test_it_stops_with_one_clear_sentence(run, tmp_path, command, sentence):
 
 
 def test_help_explains_every_option(capsys):
-    for command in ("pretrain", "reconstruct", "linprobe", "demo"):
+    for command in ("pretrain", "reconstruct", "linprobe", "convert", "demo"):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0

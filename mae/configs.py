@@ -1,0 +1,171 @@
+"""Configurations of other systems, as their ``config.json`` holds them, and ours: pure functions on dictionaries.
+
+Fields were read in transformers 4.57.6 and 5.23.0 (``ViTMAEConfig``) and in timm 1.0.31. What our model cannot be is
+refused; what changes a result is said.
+"""
+
+import math
+import re
+
+from mae.layouts import CheckpointError
+from mae.model import MAEConfig
+
+_LAYER_NORM_EPS = 1e-6  # of every norm of our model
+
+# Fields of ViTMAEConfig: ours -> theirs, and the defaults that a config.json may leave out.
+_HUGGING_FACE_FIELDS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "in_chans": "num_channels",
+    "embed_dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "decoder_embed_dim": "decoder_hidden_size",
+    "decoder_depth": "decoder_num_hidden_layers",
+    "decoder_num_heads": "decoder_num_attention_heads",
+    "norm_pix_loss": "norm_pix_loss",
+}
+_HUGGING_FACE_DEFAULTS = {
+    "image_size": 224, "patch_size": 16, "num_channels": 3, "hidden_size": 768, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "intermediate_size": 3072, "decoder_hidden_size": 512, "decoder_num_hidden_layers": 8,
+    "decoder_num_attention_heads": 16, "decoder_intermediate_size": 2048, "norm_pix_loss": False, "mask_ratio": 0.75,
+    "layer_norm_eps": 1e-12, "hidden_act": "gelu", "qkv_bias": True, "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+
+
+def to_hugging_face_config(config: MAEConfig, mask_ratio: float = 0.75) -> dict:
+    """Arguments of ``transformers.ViTMAEConfig``, 4.x and 5.x, for the same model.
+
+    Raises:
+        ValueError: images or patches that are not square, which theirs does not take.
+    """
+    for name in ("image_size", "patch_size"):
+        height, width = getattr(config, name)
+        if height != width:
+            raise ValueError(
+                f"Hugging Face's ViTMAE takes square images and patches alone, this {name} is {height}x{width}"
+            )
+    values = {theirs: getattr(config, ours) for ours, theirs in _HUGGING_FACE_FIELDS.items()}
+    return values | {
+        "image_size": config.image_size[0],
+        "patch_size": config.patch_size[0],
+        "intermediate_size": int(config.embed_dim * config.mlp_ratio),
+        "decoder_intermediate_size": int(config.decoder_embed_dim * config.mlp_ratio),
+        "layer_norm_eps": _LAYER_NORM_EPS,
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "mask_ratio": mask_ratio,
+    }
+
+
+def to_preprocessor_config(config: MAEConfig) -> dict:
+    """A ``preprocessor_config.json`` for images resized and normalised as ours are, with Hugging Face's own resize."""
+    height, width = config.image_size
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": config.pixel_mean,
+        "image_std": config.pixel_std,
+    }
+
+
+def from_hugging_face_config(values: dict, encoder_only: bool = False) -> tuple[dict, list[str]]:
+    """Fields of :class:`MAEConfig` for the contents of a ``config.json``, and a sentence for each changed result.
+
+    ``mask_ratio`` is not among them: our model takes it in each call. With encoder_only the decoder is not held to the
+    encoder's mlp_ratio.
+
+    Raises:
+        CheckpointError: another model, or one that ours cannot be.
+    """
+    values = {**_HUGGING_FACE_DEFAULTS, **values}
+    for name, expected in {"model_type": "vit_mae", "hidden_act": "gelu", "qkv_bias": True}.items():
+        if values.get(name, expected) != expected:
+            raise CheckpointError(f"{name} is {values[name]!r}, and only {expected!r} can be converted")
+    notes = []
+    eps = values["layer_norm_eps"]
+    if eps > 1e-5:
+        raise CheckpointError(f"layer_norm_eps is {eps:g}, too far from the {_LAYER_NORM_EPS:g} of this model")
+    if eps != _LAYER_NORM_EPS:
+        notes.append(f"layer_norm_eps {eps:g} becomes {_LAYER_NORM_EPS:g}: results differ slightly")
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if values[name]:
+            notes.append(f"{name} {values[name]:g} becomes 0: training differs, results in evaluation do not")
+    fields = {ours: values[theirs] for ours, theirs in _HUGGING_FACE_FIELDS.items()}
+    return fields | {"mlp_ratio": _mlp_ratio(values, encoder_only)}, notes
+
+
+def _mlp_ratio(values: dict, encoder_only: bool) -> float:
+    """One ratio for encoder and decoder whose products, cut to whole numbers, are their widths."""
+    widths = [(values[f"{prefix}hidden_size"], values[f"{prefix}intermediate_size"]) for prefix in ("", "decoder_")]
+    widths = widths[: 1 if encoder_only else 2]
+    for dim, hidden in widths:
+        for ratio in (hidden / dim, math.nextafter(hidden / dim, math.inf)):
+            if all(int(dim * ratio) == hidden for dim, hidden in widths):
+                return ratio
+    (dim, hidden), (decoder_dim, decoder_hidden) = widths
+    raise CheckpointError(
+        f"intermediate_size {hidden} of {dim} and decoder_intermediate_size {decoder_hidden} of {decoder_dim} are not "
+        "the same ratio, and this model has one for both"
+    )
+
+
+_TIMM_ARGUMENTS = {
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "in_chans": "in_chans",
+    "embed_dim": "embed_dim",
+    "depth": "depth",
+    "num_heads": "num_heads",
+    "mlp_ratio": "mlp_ratio",
+}
+
+
+def to_timm_config(config: MAEConfig) -> dict:
+    """A ``config.json`` with which ``timm.create_model("local-dir:FOLDER")`` builds the encoder: features, no head."""
+    return {
+        "architecture": "vit_base_patch16_224",
+        "num_classes": 0,
+        "num_features": config.embed_dim,
+        "model_args": {
+            **{theirs: getattr(config, ours) for theirs, ours in _TIMM_ARGUMENTS.items()},
+            "num_classes": 0,
+            "global_pool": "",
+        },
+        "pretrained_cfg": {
+            "input_size": [config.in_chans, *config.image_size],
+            "fixed_input_size": True,
+            "mean": config.pixel_mean,
+            "std": config.pixel_std,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def from_timm_config(values: dict) -> dict:
+    """Fields of :class:`MAEConfig` for the contents of a ``config.json`` of timm's; the decoder keeps its defaults.
+
+    Raises:
+        CheckpointError: another model than a plain ViT, or one described by its name alone.
+    """
+    arguments = {k: x for k, x in values.get("model_args", {}).items() if k not in ("num_classes", "global_pool")}
+    if not re.fullmatch(r"vit_[a-z]+_patch\d+_\d+", values["architecture"]):
+        raise CheckpointError(f"architecture {values['architecture']} is not a plain ViT")
+    for name, value in arguments.items():
+        if name not in _TIMM_ARGUMENTS:
+            raise CheckpointError(f"model_args {name} {value!r} cannot be converted")
+    missing = [name for name in _TIMM_ARGUMENTS if name not in arguments]
+    if missing:
+        raise CheckpointError(f"model_args do not hold {', '.join(missing)}; name the model")
+    fields = {ours: arguments[theirs] for theirs, ours in _TIMM_ARGUMENTS.items()}
+    pixels = values.get("pretrained_cfg", {})
+    return fields | {f"pixel_{name}": pixels[name] for name in ("mean", "std") if name in pixels}

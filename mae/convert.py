@@ -1,0 +1,96 @@
+"""From one system's checkpoint to another's, on disk."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mae.checkpoint import Checkpoint, CheckpointWarning, read_checkpoint, replace_file, write_folder, write_safetensors
+from mae.configs import to_hugging_face_config, to_preprocessor_config, to_timm_config
+from mae.layouts import LAYOUTS, CheckpointError, is_decoder, to_layout
+
+TARGETS = ("mae", *LAYOUTS)
+_TORCH_FILES = (".pth", ".pt", ".bin")
+
+
+class Conversion(NamedTuple):
+    files: list[Path]  # written
+    left_out: list[str]  # published keys that the checkpoint holds and the files do not
+    encoder_only: bool  # whether the files hold the encoder alone
+
+
+def convert_checkpoint(
+    source: str | Path, to: str, out: str | Path, model: str | None = None, **overrides
+) -> Conversion:
+    """Write a checkpoint as another system lays it out; tensors keep their dtype and every bit.
+
+    Args:
+        source, model, overrides: as of :func:`mae.checkpoint.read_checkpoint`.
+        to: ``"mae"`` (a run folder), ``"published"``, ``"huggingface-4"`` (loads with transformers 4.x and 5.x),
+            ``"huggingface-5"`` (its own names, which 4.x does not know), or ``"timm"`` (the encoder alone).
+        out: a folder for ``model.safetensors`` and what describes the model (``from_pretrained(out)``,
+            ``timm.create_model("local-dir:out")``); or one file, ``.pth`` or ``.safetensors``, with the weights alone.
+            The published code knows only files; its ``.pth`` holds them under ``"model"``.
+
+    Raises:
+        CheckpointError: the source cannot be used, or the target cannot hold it.
+
+    Warns:
+        CheckpointWarning: as of :func:`mae.checkpoint.read_checkpoint`.
+    """
+    out = Path(out)
+    if to not in TARGETS:
+        raise CheckpointError(f"there is no layout called {to!r}; choose one of {', '.join(TARGETS)}")
+    if out.resolve() in (Path(source).resolve(), Path(source).resolve().parent):
+        raise CheckpointError(f"{out} is where the checkpoint itself is; choose another place")
+    is_file = out.suffix in (*_TORCH_FILES, ".safetensors")
+    if to == "published" and not is_file:
+        raise CheckpointError(f"a published checkpoint is one file; let the name {out} end in .pth")
+    if out.is_dir() if is_file else out.is_file():
+        raise CheckpointError(f"{out} is a {'folder, not a file' if is_file else 'file, not a folder'}")
+    checkpoint = read_checkpoint(source, model, **overrides)
+    try:
+        descriptions = {} if is_file else _descriptions(checkpoint, to)
+    except ValueError as error:
+        raise CheckpointError(f"{source} has no counterpart in {to}: {error}") from error
+    if checkpoint.mask_ratio != 0.75 and not any("mask_ratio" in values for values in descriptions.values()):
+        ratio = f"{checkpoint.mask_ratio:g}"
+        warnings.warn(
+            f"mask_ratio {ratio} has no place in {out}: the model takes it in each call",
+            CheckpointWarning,
+            stacklevel=2,
+        )
+    state = to_layout(checkpoint.state, "published" if to == "mae" else to)
+    files = _write(out, state, descriptions, under_model=to == "published")
+    left_out = [name for name in checkpoint.state if to == "timm" and is_decoder(name)]
+    return Conversion(files, left_out, checkpoint.encoder_only or bool(left_out))
+
+
+def _descriptions(checkpoint: Checkpoint, to: str) -> dict[str, dict]:
+    config = checkpoint.config
+    if to == "mae":
+        return {"config.json": dataclasses.asdict(config)}
+    if to == "timm":
+        return {"config.json": to_timm_config(config)}
+    theirs = {
+        "architectures": ["ViTMAEModel" if checkpoint.encoder_only else "ViTMAEForPreTraining"],
+        "model_type": "vit_mae",
+        **to_hugging_face_config(config, checkpoint.mask_ratio),
+    }
+    return {"config.json": theirs, "preprocessor_config.json": to_preprocessor_config(config)}
+
+
+def _write(out: Path, state: dict[str, Tensor], descriptions: dict[str, dict], under_model: bool) -> list[Path]:
+    if descriptions:
+        write_folder(out, state, descriptions)
+        return [*(out / name for name in descriptions), out / "model.safetensors"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".safetensors":
+        write_safetensors(out, state)
+    else:
+        content = {"model": state} if under_model else state
+        replace_file(out, lambda path: torch.save(content, path))
+    return [out]
