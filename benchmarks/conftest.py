@@ -18,7 +18,7 @@ def pytest_addoption(parser):
     group.addoption("--size", choices=["small", "cpu", "full"], default="small", help="small: minutes on two cores")
     group.addoption("--rounds", type=int, default=10, help="at least; short calls get more, two seconds in all")
     on_gpu = measure.DEVICE.type == "cuda"
-    group.addoption("--contenders", default="abcCdef" if on_gpu else "acd", help="of the step")
+    group.addoption("--contenders", default="abcCgdef" if on_gpu else "acgd", help="of the step")
     group.addoption("--step-dtypes", default="bfloat16" if on_gpu else "float32,bfloat16", help="of the step")
     group.addoption("--step-rounds", type=int, default=5, help="timed steps of each contender")
 

@@ -16,20 +16,21 @@ from torch._inductor.utils import run_and_get_code
 
 from benchmarks.measure import DEVICE
 from mae.configs import to_hugging_face_config
+from mae.layouts import find_layout, from_layout, to_layout
 from mae.profile import LaunchCounter, saved_bytes
 from mae.step import TrainingStep, adamw
-from mae_kernels import reference
+from mae_kernels import apply, reference
 
 LABELS = {
     "a": "published pipeline as written",
     "b": "published, SDPA, fused AdamW, compiled",
     "c": "Hugging Face ViTMAE, SDPA",
     "C": "Hugging Face ViTMAE, SDPA, compiled",
+    "g": "Hugging Face ViTMAE, SDPA, mae_kernels.apply",
     "d": "mae, eager",
     "e": "mae, compiled",
     "f": "mae, CUDA graphs",
 }
-OURS = "def"
 COMPILED = "bCef"
 
 # What the host calls to put work on a GPU, and to wait for one.
@@ -44,14 +45,23 @@ class Contender:
     """``step`` trains once, from images on the host to updated weights; ``loss`` is its forward alone."""
 
     name: str
+    model: nn.Module
     step: Callable[[], object]
     loss: Callable[[], Tensor]
     images: Tensor  # [N, C, H, W] on the host, in the dtype that the pipeline ships
+    noise: Tensor  # [N, L]
     optimizer: torch.optim.Optimizer
-    known: list[Tensor]  # parameters and buffers: not saved for the backward
+
+    def loss_and_gradients(self) -> dict[str, Tensor]:
+        """Under the published names of the parameters."""
+        loss = self.loss()
+        loss.backward()
+        gradients = from_layout({name: p.grad for name, p in self.model.named_parameters() if p.requires_grad})
+        self.model.zero_grad()
+        return {"the loss": loss.detach().clone(), **gradients}
 
     def saved_bytes(self) -> int:
-        with saved_bytes(*self.known) as kept:
+        with saved_bytes(*self.model.parameters(), *self.model.buffers(), self.noise) as kept:
             loss = self.loss()
         loss.backward()
         return kept()
@@ -89,41 +99,42 @@ def contenders(names: str, model: nn.Module, images: Tensor, noise: Tensor, bflo
     floats = (images / 255 - mean) / std
     if DEVICE.type == "cuda":
         images, floats = images.pin_memory(), floats.pin_memory()
-    known = [*model.parameters(), *model.buffers(), noise]
     fused = adamw(model, lr=1e-4)
     made = []
     for name in names:
         if name == "a":
-            made.append(_published(model, floats, noise, bfloat16, known))
+            made.append(_published(model, floats, noise, bfloat16))
         elif name == "b":
             loss = torch.compile(
                 lambda x: reference.pretraining_loss(model, x, noise, attention=F.scaled_dot_product_attention)
             )
-            made.append(_plain("b", loss, fused, floats, bfloat16, known))
-        elif name in "cC":
+            made.append(_plain("b", model, loss, fused, floats, noise, bfloat16))
+        elif name in "cCg":
             peer = _hugging_face(model)
+            if name == "g":
+                apply(peer)
             run = torch.compile(peer) if name == "C" else peer
+            optimizer = adamw(peer, lr=1e-4)
             made.append(
-                _plain(
-                    name, lambda x, run=run: run(x, noise=noise).loss, adamw(peer, lr=1e-4), floats, bfloat16,
-                    [*peer.parameters(), *peer.buffers(), noise],
-                )
-            )  # fmt: skip
+                _plain(name, peer, lambda x, run=run: run(x, noise=noise).loss, optimizer, floats, noise, bfloat16)
+            )
         elif name != "f" or DEVICE.type == "cuda":
             execution = {"d": "eager", "e": "compile", "f": "graph"}[name]
             step = TrainingStep(model, fused, bfloat16=bfloat16, execution=execution)
-            made.append(_ours(name, step, images, noise, known))
+            made.append(_ours(name, model, step, images, noise))
     return made
 
 
-def _ours(name: str, step: TrainingStep, images: Tensor, noise: Tensor, known: list[Tensor]) -> Contender:
+def _ours(name: str, model: nn.Module, step: TrainingStep, images: Tensor, noise: Tensor) -> Contender:
     def ship() -> Tensor:
         return images.to(DEVICE, non_blocking=True)
 
-    return Contender(name, lambda: step(ship(), noise), lambda: step.loss(ship(), noise), images, step.optimizer, known)
+    return Contender(
+        name, model, lambda: step(ship(), noise), lambda: step.loss(ship(), noise), images, noise, step.optimizer
+    )
 
 
-def _plain(name, loss, optimizer, images, bfloat16, known) -> Contender:
+def _plain(name, model, loss, optimizer, images, noise, bfloat16) -> Contender:
     def forward() -> Tensor:
         shipped = images.to(DEVICE, non_blocking=True)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bfloat16):
@@ -136,10 +147,10 @@ def _plain(name, loss, optimizer, images, bfloat16, known) -> Contender:
         optimizer.zero_grad()
         return out.detach()
 
-    return Contender(name, step, forward, images, optimizer, known)
+    return Contender(name, model, step, forward, images, noise, optimizer)
 
 
-def _published(model, images, noise, bfloat16, known) -> Contender:
+def _published(model, images, noise, bfloat16) -> Contender:
     """With the engine's habits: the loss is read in every step, a gradient norm is computed and not used."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim > 1]
@@ -165,11 +176,13 @@ def _published(model, images, noise, bfloat16, known) -> Contender:
             torch.cuda.synchronize()
         return value
 
-    return Contender("a", step, forward, images, optimizer, known)
+    return Contender("a", model, step, forward, images, noise, optimizer)
 
 
 def _hugging_face(model: nn.Module) -> nn.Module:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     config = ViTMAEConfig(**to_hugging_face_config(model.config), attn_implementation="sdpa")
-    return ViTMAEForPreTraining(config).to(DEVICE).train()
+    peer = ViTMAEForPreTraining(config)
+    peer.load_state_dict(to_layout(model.state_dict(), find_layout(peer.state_dict())))
+    return peer.to(DEVICE).train()

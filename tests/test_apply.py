@@ -475,6 +475,19 @@ def test_prefix_tokens_of_timm(options):
     assert all(distance(result[name], expected[name]) < 1e-5 for name in expected)
 
 
+def test_patch_dropout_in_order():
+    model = timm_encoder()
+    model.patch_drop.ordered = True
+    plain = copy.deepcopy(model)
+    apply(model)
+    batch = images().cpu()
+    results = []
+    for network in (model, plain):
+        torch.manual_seed(2)
+        results.append(network.forward_features(batch))
+    assert distance(*results) < 1e-5
+
+
 def test_dropout_of_timm_is_left():
     with pytest.raises(
         ValueError, match=r"apply: nothing was replaced:\n  forward_features: the ops do not cover its options$"
