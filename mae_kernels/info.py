@@ -112,7 +112,7 @@ def _kernels() -> str:
         from mae_kernels.kernels.masking import MAX_PATCHES  # with Triton, which the ops would import too
     except Exception as error:
         return f"triton fails, because the kernels cannot be imported: {type(error).__name__}: {_first_line(error)}"
-    return f"random_masking of more than {MAX_PATCHES} patches: triton, but torch.sort does the sorting"
+    return f"masks of more than {MAX_PATCHES} patches: triton, but torch.sort does the sorting"
 
 
 def _said(tell: Callable[[], str]) -> str:

@@ -127,7 +127,7 @@ def test_gpus_of_two_kinds(monkeypatch):
         "\ncuda:0,2: triton"
         "\ncuda:0,2 float64: eager, because it is torch.float64, but the kernels compute in float32"
         "\ncuda:1: eager, because it is on cuda:1, of compute capability (7, 5), below (8, 0)"
-        "\nrandom_masking of more than 4096 patches: triton, but torch.sort does the sorting"
+        "\nmasks of more than 4096 patches: triton, but torch.sort does the sorting"
     )
 
 
