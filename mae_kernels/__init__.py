@@ -1,5 +1,6 @@
 """Fused ops for masked-autoencoder training: drop-in for the published pipeline, on any device PyTorch has."""
 
+from mae_kernels import nn as nn  # not in __all__, where it would shadow torch's nn in a star import
 from mae_kernels import reference
 from mae_kernels.backend import use_backend, why_not_triton
 from mae_kernels.gather_tokens import gather_tokens

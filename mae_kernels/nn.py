@@ -1,0 +1,278 @@
+"""The ops as modules, for people who write their own model.
+
+A module owns what it owns in the published code and no more: ``MaskedPatchEmbed`` the projection. Class token, mask
+token and position embeddings belong to the model and are passed in, so a model that keeps them under their published
+names, and calls its ``MaskedPatchEmbed`` ``patch_embed``, has the published state-dict keys::
+
+    self.patch_embed = MaskedPatchEmbed(16, 3, 768)                # patch_embed.proj.weight, patch_embed.proj.bias
+    self.cls_token = learned_token(768)                            # cls_token
+    self.pos_embed = nn.Parameter(...)                             # pos_embed [1, 1 + L, 768]
+    self.mask_token = learned_token(512)                           # mask_token
+    self.decoder_pos_embed = nn.Parameter(...)                     # decoder_pos_embed [1, 1 + L, 512]
+    self.unshuffle, self.loss = MaskTokenScatter(), MaskedMSELoss(16)
+
+    m = random_masking(len(images), L, device=images.device)
+    x = self.patch_embed(images, m.ids_keep, prefix=self.cls_token, pos_embed=self.pos_embed)
+    x = self.unshuffle(x, self.mask_token, m.ids_restore, self.decoder_pos_embed)
+    loss = self.loss(pred, images, mask=m.mask)
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from mae_kernels import checks
+from mae_kernels.masked_mse import masked_mse
+from mae_kernels.patch_embed import patch_embed
+from mae_kernels.patchify import Layout, patch_grid
+from mae_kernels.precision import accumulation_dtype
+from mae_kernels.scatter_mask_tokens import scatter_mask_tokens
+
+__all__ = ["MaskTokenScatter", "MaskedMSELoss", "MaskedPatchEmbed", "learned_token"]
+
+
+def learned_token(dim: int) -> nn.Parameter:
+    """A class or mask token as published: ``[1, 1, dim]`` from N(0, 0.02)."""
+    return nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
+
+
+class _ReadsPixels(nn.Module):
+    """Holds the patch size, and mean and standard deviation of pixels in [0, 1], by which uint8 images are normalised.
+
+    They lie beside the parameters, so that no call copies them to a GPU, and are not part of the state dict.
+    """
+
+    def __init__(
+        self,
+        patch_size: int | tuple[int, int],
+        pixel_mean: Sequence[float] | Tensor | None,
+        pixel_std: Sequence[float] | Tensor | None,
+    ):
+        super().__init__()
+        op = type(self).__name__
+        self.patch_size = checks.patch_size(op, patch_size)
+        if (pixel_mean is None) != (pixel_std is None):
+            given, missing = ("pixel_mean", "pixel_std") if pixel_std is None else ("pixel_std", "pixel_mean")
+            raise ValueError(f"{op}: {given} was given without {missing}; pass both or neither")
+        self._pixel_stats: tuple[list[float], list[float]] | None = None
+        if pixel_mean is not None:
+            mean, std = (
+                torch.as_tensor(values, dtype=torch.float64, device="cpu").flatten().tolist()
+                for values in (pixel_mean, pixel_std)
+            )
+            if len(mean) != len(std):
+                raise ValueError(f"{op}: pixel_mean has {len(mean)} values, but pixel_std has {len(std)}")
+            if not all(value > 0 for value in std):
+                raise ValueError(f"{op}: pixel_std must be positive, got {std}")
+            self._pixel_stats = mean, std
+        for name, values in zip(("pixel_mean", "pixel_std"), self._pixel_stats or (None, None), strict=True):
+            buffer = None if values is None else torch.tensor(values, dtype=torch.float32)
+            self.register_buffer(name, buffer, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self._pixel_stats is not None:
+            # half() has rounded them, to_empty() has lost them: they are written anew where they are now.
+            like = {"dtype": accumulation_dtype(self.pixel_mean.dtype), "device": self.pixel_mean.device}
+            self.pixel_mean, self.pixel_std = (torch.tensor(values, **like) for values in self._pixel_stats)
+        return self
+
+    def _normalization(self, images: Tensor) -> dict[str, Tensor]:
+        if self.pixel_mean is None or images.dtype != torch.uint8:
+            return {}
+        return {"mean": self.pixel_mean, "std": self.pixel_std}
+
+    def extra_repr(self) -> str:
+        text = f"patch_size={self.patch_size}"
+        if self._pixel_stats is not None:
+            mean, std = (tuple(values) for values in self._pixel_stats)
+            text += f", pixel_mean={mean}, pixel_std={std}"
+        return text
+
+
+class MaskedPatchEmbed(_ReadsPixels):
+    """Embed the visible patches of a batch of images: :func:`mae_kernels.patch_embed` and its projection.
+
+    Args:
+        patch_size: ``ph = pw``, or ``(ph, pw)``, in pixels.
+        in_chans: C.
+        embed_dim: D.
+        bias: whether the projection has one.
+        pixel_mean: C values of pixels in [0, 1]; uint8 images are normalised by them, floating ones are taken as they
+            are. None reads uint8 as ``x / 255``.
+        pixel_std: C values, likewise.
+        out_dtype: dtype of the result; None promotes as the published code does.
+
+    ``proj`` is a convolution that holds weight ``[D, C, ph, pw]`` and bias ``[D]``; it is not called itself, so hooks
+    on it do not run. Published initial values: xavier-uniform of the weight seen as ``[D, C ph pw]``.
+    """
+
+    def __init__(
+        self,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        *,
+        bias: bool = True,
+        pixel_mean: Sequence[float] | Tensor | None = None,
+        pixel_std: Sequence[float] | Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ):
+        super().__init__(patch_size, pixel_mean, pixel_std)
+        if self._pixel_stats is not None and len(self._pixel_stats[0]) != in_chans:
+            raise ValueError(
+                f"MaskedPatchEmbed: pixel_mean has {len(self._pixel_stats[0])} values for {in_chans} channels"
+            )
+        self.out_dtype = out_dtype
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.proj.reset_parameters()
+        nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))
+
+    def forward(
+        self,
+        images: Tensor,
+        ids_keep: Tensor | None = None,
+        *,
+        prefix: Tensor | None = None,
+        pos_embed: Tensor | None = None,
+    ) -> Tensor:
+        """Embed the patches at ids_keep, or all of them in order.
+
+        Args:
+            images: ``[N, C, H, W]``, uint8 or floating.
+            ids_keep: ``[N, K]`` int64, see :class:`mae_kernels.Masking`.
+            prefix: ``[R, D]`` or ``[1, R, D]``, class token or registers.
+            pos_embed: ``[R + L, D]`` or ``[L, D]``, with or without a leading 1. With ``R + L`` rows, as published,
+                the prefix tokens get theirs too.
+
+        Returns:
+            ``[N, R + K, D]``.
+        """
+        if prefix is not None and pos_embed is not None:
+            prefix, pos_embed = self._split_positions(images, prefix, pos_embed)
+        return patch_embed(
+            images,
+            self.proj.weight,
+            self.proj.bias,
+            pos_embed,
+            ids_keep,
+            prefix=prefix,
+            out_dtype=self.out_dtype,
+            **self._normalization(images),
+        )
+
+    def _split_positions(self, images: Tensor, prefix: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
+        op, embed_dim = "MaskedPatchEmbed", self.proj.out_channels
+        checks.images(op, images, self.patch_size)
+        num_patches = prod(patch_grid(images, self.patch_size))
+        prefix = checks.table(op, "prefix", prefix, "R", embed_dim)
+        num_prefix = prefix.shape[0]
+        pos_embed = checks.table(op, "pos_embed", pos_embed, "R + L", embed_dim)
+        if pos_embed.shape[0] == num_patches:
+            return prefix, pos_embed
+        if pos_embed.shape[0] != num_prefix + num_patches:
+            raise ValueError(
+                f"{op}: pos_embed has {pos_embed.shape[0]} rows; it must have {num_patches}, one per patch, "
+                f"or {num_prefix + num_patches} with those of the prefix"
+            )
+        return prefix + pos_embed[:num_prefix], pos_embed[num_prefix:]
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.out_dtype is None else f", out_dtype={self.out_dtype}")
+
+
+class MaskTokenScatter(nn.Module):
+    """Assemble the decoder's input from visible tokens: :func:`mae_kernels.scatter_mask_tokens`. No parameters.
+
+    Args:
+        num_prefix: R, the number of prefix tokens.
+        out_dtype: dtype of the result; None promotes as the published code does.
+    """
+
+    def __init__(self, num_prefix: int = 1, *, out_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.num_prefix, self.out_dtype = num_prefix, out_dtype
+
+    def forward(
+        self, tokens: Tensor, mask_token: Tensor, ids_restore: Tensor, pos_embed: Tensor | None = None
+    ) -> Tensor:
+        """Put visible tokens back in their places, the mask token in the others, and add positions.
+
+        Args:
+            tokens: ``[N, R + K, D]``, prefix tokens first.
+            mask_token: ``[D]`` or ``[1, 1, D]``, a parameter of the model.
+            ids_restore: ``[N, L]`` int64, see :class:`mae_kernels.Masking`.
+            pos_embed: ``[R + L, D]`` or ``[L, D]``, with or without a leading 1.
+
+        Returns:
+            ``[N, R + L, D]``.
+        """
+        return scatter_mask_tokens(
+            tokens, mask_token, ids_restore, pos_embed, num_prefix=self.num_prefix, out_dtype=self.out_dtype
+        )
+
+    def extra_repr(self) -> str:
+        return f"num_prefix={self.num_prefix}" + ("" if self.out_dtype is None else f", out_dtype={self.out_dtype}")
+
+
+class MaskedMSELoss(_ReadsPixels):
+    """Mean squared error on the pixels of the masked patches: :func:`mae_kernels.masked_mse`. No parameters.
+
+    Args:
+        patch_size: ``ph = pw``, or ``(ph, pw)``, in pixels.
+        norm_pix: normalise each target patch by its own mean and standard deviation.
+        pixel_mean: as of :class:`MaskedPatchEmbed`.
+        pixel_std: as of :class:`MaskedPatchEmbed`.
+        eps: added to the variance of a patch, inside the root.
+        layout: order of the E values in a prediction: ``"pqc"`` (row, column, channel: published) or ``"cpq"``.
+    """
+
+    def __init__(
+        self,
+        patch_size: int | tuple[int, int] = 16,
+        *,
+        norm_pix: bool = True,
+        pixel_mean: Sequence[float] | Tensor | None = None,
+        pixel_std: Sequence[float] | Tensor | None = None,
+        eps: float = 1e-6,
+        layout: Layout = "pqc",
+    ):
+        super().__init__(patch_size, pixel_mean, pixel_std)
+        checks.layout("MaskedMSELoss", layout)
+        checks.eps("MaskedMSELoss", eps)
+        self.norm_pix, self.eps, self.layout = norm_pix, eps, layout
+
+    def forward(
+        self, pred: Tensor, images: Tensor, *, mask: Tensor | None = None, ids_mask: Tensor | None = None
+    ) -> Tensor:
+        """Score the predictions of masked patches; exactly one of mask and ids_mask says which they are.
+
+        Args:
+            pred: ``[N, L, E]`` with mask, ``[N, M, E]`` with ids_mask.
+            images: ``[N, C, H, W]``, uint8 or floating.
+            mask: ``[N, L]`` bool, True = masked.
+            ids_mask: ``[N, M]`` int64, see :class:`mae_kernels.Masking`.
+
+        Returns:
+            Scalar float32 (float64 for a float64 pred).
+        """
+        return masked_mse(
+            pred,
+            images,
+            patch_size=self.patch_size,
+            mask=mask,
+            ids_mask=ids_mask,
+            norm_pix=self.norm_pix,
+            eps=self.eps,
+            layout=self.layout,
+            **self._normalization(images),
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, norm_pix={self.norm_pix}, eps={self.eps:g}, layout={self.layout!r}"
