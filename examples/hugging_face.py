@@ -23,7 +23,7 @@ def main(steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=steps, per_device_train_batch_size=64, learning_rate=5e-4, warmup_steps=20,
-            weight_decay=0.05, logging_steps=20, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+            weight_decay=0.05, logging_steps=10, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
         )  # fmt: skip
         data = [{"pixel_values": picture} for picture in pictures]
         trainer = Trainer(model, arguments, train_dataset=data)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-import mae_kernels  # new line 1 of 2
+import mae_kernels  # the first new line
 from mae.demo import fashion_mnist
 from mae.model import sincos_pos_embed
 
@@ -111,7 +111,7 @@ class MaskedAutoencoderViT(nn.Module):
 def main(steps: int) -> None:
     torch.manual_seed(0)
     model = MaskedAutoencoderViT()
-    print(mae_kernels.apply(model))  # new line 2 of 2
+    print(mae_kernels.apply(model))  # the second
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05)
     pictures = fashion_mnist("train_5000")[0] / 255
     for step in range(steps):
