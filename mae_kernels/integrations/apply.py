@@ -1,7 +1,7 @@
 """``apply(model)``: the fused ops in a model that somebody else wrote, and ``unapply(model)``, the way back."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -120,40 +120,68 @@ def _difference(module: nn.Module, new: Replacement, cls: type) -> str:
     if new.method in vars(module):
         return f"the method {new.method} was set on the instance"
     original, tried = type(module), 0
-    with torch.no_grad(), _undisturbed(module):
-        for training in (True, False):
-            for part in module.modules():
-                part.training = training
-            try:
-                expected = _outcome(module, getattr(original, new.method), new.example)
-            except Exception as error:  # of somebody else's code: any
-                return f"the original fails on random input: {_sentence(error)}"
-            try:
-                module.__class__ = cls
-                ours = _outcome(module, new.function, new.example)
-            except Exception as error:
-                return f"the ops do not cover it: {_sentence(error)}"
-            finally:
-                module.__class__ = original
-            if ours[0] is not NotImplemented:
-                tried += 1
-                difference = _compare(ours, expected)
-                if difference:
-                    return f"{difference} in {'training' if training else 'evaluation'}"
+    for training in (True, False):
+        try:
+            expected = _try(module, getattr(original, new.method), new.example, training)
+        except Exception as error:  # of somebody else's code: any
+            return f"the original fails on random input: {_sentence(error)}"
+        try:
+            module.__class__ = cls
+            ours = _try(module, new.function, new.example, training)
+        except Exception as error:
+            return f"the ops do not cover it: {_sentence(error)}"
+        finally:
+            module.__class__ = original
+        if ours.results[0] is not NotImplemented:
+            tried += 1
+            difference = _compare(ours, expected)
+            if difference:
+                return f"{difference} in {'training' if training else 'evaluation'}"
     return "" if tried else "the ops do not cover its options"
 
 
-def _outcome(module: nn.Module, method: Callable, example: Callable[[], tuple]) -> list[Any]:
-    """What the method returns, flat, and a random number of each stream, which must have come as far."""
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-        result = tree_leaves(method(module, *example()))
-        return [*result, torch.rand((), device=next(module.parameters()).device), torch.rand(())]
+class _Trial(NamedTuple):
+    results: list[Any]
+    random: list[Tensor]  # a number from each random stream, which must have come as far
+    assigned: set[tuple[int, str]]  # attributes that were set meanwhile: the number of the part, and the name
+    buffers: list[Tensor]
 
 
-def _compare(ours: list[Any], expected: list[Any]) -> str:
-    if len(ours) != len(expected):
-        return f"it returns {len(expected)} tensors, not {len(ours)},"
-    for x, y in zip(ours[:-2], expected[:-2], strict=True):
+@torch.no_grad()
+def _try(module: nn.Module, method: Callable, example: Callable[[], tuple], training: bool) -> _Trial:
+    """Call the method; then everything is as it was: random streams, modes, attributes, buffers. No hook sees it."""
+    parts = list(module.modules())
+    before = [(vars(part).copy(), part._buffers.copy()) for part in parts]
+    values = [(x, x.clone()) for x in module.buffers()]
+    try:
+        for part in parts:
+            part.training = training
+            part._forward_hooks, part._forward_pre_hooks = OrderedDict(), OrderedDict()
+        quiet = [vars(part).copy() for part in parts]
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+            results = tree_leaves(method(module, *example()))
+            random = [torch.rand((), device=next(module.parameters()).device), torch.rand(())]
+        assigned = {
+            (i, name)
+            for i, (part, old) in enumerate(zip(parts, quiet, strict=True))
+            for name, value in vars(part).items()
+            if name not in old or value is not old[name]
+        }
+        return _Trial(results, random, assigned, [x.clone() for x in module.buffers()])
+    finally:
+        for part, (attributes, buffers) in zip(parts, before, strict=True):
+            vars(part).clear()
+            vars(part).update(attributes)
+            part._buffers.clear()
+            part._buffers.update(buffers)
+        for x, value in values:
+            x.copy_(value)
+
+
+def _compare(ours: _Trial, expected: _Trial) -> str:
+    if len(ours.results) != len(expected.results):
+        return f"it returns {len(expected.results)} values, not {len(ours.results)},"
+    for x, y in zip(ours.results, expected.results, strict=True):
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             continue
         if x.shape != y.shape or x.dtype != y.dtype:
@@ -162,35 +190,16 @@ def _compare(ours: list[Any], expected: list[Any]) -> str:
             if not torch.equal(x, y):
                 return "it chooses other patches"
             continue
-        error = ((x.double() - y.double()).norm() / y.double().norm()).item()
-        if not error <= _TOLERANCE[y.dtype]:  # NaN included
-            return f"its result is {error:.0e} away from that of the ops"
-    return (
-        ""
-        if all(torch.equal(x, y) for x, y in zip(ours[-2:], expected[-2:], strict=True))
-        else ("it draws other random numbers")
-    )
-
-
-@contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Modes, buffers and hooks of the module and its parts are afterwards as they were; no hook sees the trial."""
-    parts = list(module.modules())
-    modes = [part.training for part in parts]
-    buffers = [(x, x.clone()) for x in module.buffers()]
-    kinds = ("_forward_hooks", "_forward_pre_hooks")
-    hooks = [(part, kind, getattr(part, kind)) for part in parts for kind in kinds]
-    try:
-        for part, kind, held in hooks:
-            setattr(part, kind, type(held)())
-        yield
-    finally:
-        for part, kind, held in hooks:
-            setattr(part, kind, held)
-        for x, saved in buffers:
-            x.copy_(saved)
-        for part, mode in zip(parts, modes, strict=True):
-            part.training = mode
+        error, norm = (x.double() - y.double()).norm().item(), y.double().norm().item()
+        if not error <= _TOLERANCE[y.dtype] * norm:  # NaN included
+            return f"its result is {error / max(norm, 1e-30):.0e} away from that of the ops"
+    if not all(map(torch.equal, ours.random, expected.random)):
+        return "it draws other random numbers"
+    if ours.assigned != expected.assigned:
+        return f"it sets {', '.join(sorted(name for _, name in ours.assigned ^ expected.assigned))}"
+    if not all(map(torch.equal, ours.buffers, expected.buffers)):
+        return "it changes buffers"
+    return ""
 
 
 def _sentence(error: Exception) -> str:
