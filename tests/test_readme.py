@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from faults import FAULTS
 
 from mae.__main__ import main
@@ -30,7 +31,8 @@ def test_snippets_run_and_their_shapes_are_right(snippet):
             value = scope[statement.split("=")[0].strip()]
             assert list(value.shape) == [eval(size) for size in shape[1].split(",")], statement
     assert scope["loss"].isfinite()
-    has_gradients = any(p.grad is not None for x in scope.values() if hasattr(x, "parameters") for p in x.parameters())
+    modules = [x for x in scope.values() if isinstance(x, torch.nn.Module)]
+    has_gradients = any(p.grad is not None for module in modules for p in module.parameters())
     assert has_gradients == scope["loss"].requires_grad  # a training step has used and dropped them
 
 

@@ -134,7 +134,6 @@ def _forward(self, pixel_values=None, noise=None, interpolate_pos_encoding=None,
     as_tuple = not kwargs.get("return_dict", self.config.return_dict)
     if args or pixel_values is None or pixel_values.requires_grad or interpolate_pos_encoding or as_tuple:
         return NotImplemented
-    kwargs.pop("return_dict", None)
     outputs = self.vit(pixel_values, noise=noise, **kwargs)
     decoded = self.decoder(outputs.last_hidden_state, outputs.ids_restore)
     return sys.modules[_MODULE].ViTMAEForPreTrainingOutput(
