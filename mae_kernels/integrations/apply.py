@@ -1,7 +1,8 @@
 """``apply(model)``: the fused ops in a model that somebody else wrote, and ``unapply(model)``, the way back."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -66,12 +67,12 @@ def apply(model: nn.Module) -> Report:
     Raises:
         ValueError: nothing in the model is known, or none of what is known can be replaced.
     """
-    unapply(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"apply: {name} is on the meta device; apply once the weights have their memory")
         if _is_sharded(parameter):
             raise ValueError(f"apply: {name} is sharded; apply before fully_shard")
+    unapply(model)
     changes = []
     for name, module in model.named_modules():
         for family in _FAMILIES:
@@ -158,7 +159,8 @@ def _try(module: nn.Module, method: Callable, example: Callable[[], tuple], trai
             part.training = training
             part._forward_hooks, part._forward_pre_hooks = OrderedDict(), OrderedDict()
         quiet = [vars(part).copy() for part in parts]
-        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(gpus), _full_float32():
             results = tree_leaves(method(module, *example()))
             random = [torch.rand((), device=next(module.parameters()).device), torch.rand(())]
         assigned = {
@@ -200,6 +202,21 @@ def _compare(ours: _Trial, expected: _Trial) -> str:
     if not all(map(torch.equal, ours.buffers, expected.buffers)):
         return "it changes buffers"
     return ""
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    # A convolution in TF32, PyTorch's default, is further from one in float32 than a wrong variance.
+    backends = torch.backends
+    settings = backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
 
 
 def _sentence(error: Exception) -> str:
