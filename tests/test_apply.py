@@ -371,6 +371,14 @@ class Remembering(MaskedAutoencoderViT):
         return super().forward_decoder(x, ids_restore)
 
 
+class Weighted(MaskedAutoencoderViT):
+    """Hidden patches that count for more, or less."""
+
+    def random_masking(self, x, mask_ratio):
+        kept, mask, ids_restore = super().random_masking(x, mask_ratio)
+        return kept, mask * torch.linspace(0.5, 1.5, mask.shape[1], device=x.device), ids_restore
+
+
 class AnotherSignature(MaskedAutoencoderViT):
     def forward_loss(self, imgs, pred, mask, weight):
         return super().forward_loss(imgs, pred, mask) * weight
@@ -391,6 +399,7 @@ class AnotherSignature(MaskedAutoencoderViT):
         (EpsilonOutside, "forward_loss", "its result is"),
         (Dropout, "forward_encoder", "its result is"),
         (AnotherDraw, "forward_decoder", "it draws other random numbers"),
+        (Weighted, "forward_loss", ""),
         (Counting, "forward_encoder", "it changes buffers"),
         (CountingAnew, "forward_encoder", "it changes buffers"),
         (Remembering, "forward_decoder", "it sets last, last_ids"),
