@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -173,17 +174,25 @@ def _configuration(file: Path, encoder_only: bool, overrides: dict) -> tuple[MAE
 def _read(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
+            return _unwrapped(load_file(file))
         # Training checkpoints of the published code carry their command line as an argparse.Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles raise anything from EOFError to IndexError
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{file} is not a readable checkpoint: {reason}") from error
-    state = content.get("model", content) if isinstance(content, dict) else None
+    state = content.get("model", content.get("state_dict", content)) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
-        raise CheckpointError(f"{file} holds no state dict, neither at its top nor under the key 'model'")
-    return state
+        raise CheckpointError(f"{file} holds no state dict, neither at its top nor under 'model' or 'state_dict'")
+    return _unwrapped(state)
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what DistributedDataParallel and torch.compile put before every key."""
+    wrapper = re.match(r"(module\.|_orig_mod\.)*", next(iter(state), ""))[0]
+    return (
+        {name[len(wrapper) :]: x for name, x in state.items()} if all(k.startswith(wrapper) for k in state) else state
+    )
 
 
 def replace_file(target: Path, write: Callable[[Path], object]) -> None:

@@ -54,13 +54,17 @@ def test_a_failing_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     assert same_weights(load_checkpoint(tmp_path), old)
 
 
-@pytest.mark.parametrize("layout", ["under model", "bare", "with a command line"])
+@pytest.mark.parametrize(
+    "layout", ["under model", "bare", "with a command line", "under state_dict", "distributed and compiled"]
+)
 def test_published_checkpoints_load(tmp_path, tiny, layout):
     state = tiny.state_dict()
     content = {
         "under model": {"model": state},
         "bare": state,
         "with a command line": {"model": state, "args": argparse.Namespace(epochs=800), "epoch": 799},
+        "under state_dict": {"state_dict": state},
+        "distributed and compiled": {"model": {f"module._orig_mod.{name}": x for name, x in state.items()}},
     }[layout]
     torch.save(content, tmp_path / "mae_full.pth")
     loaded = load_checkpoint(tmp_path / "mae_full.pth", "mae_vit_tiny_patch16")
