@@ -56,7 +56,9 @@ class Block(nn.Module):
 def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> Tensor:
     """``linear(norm(x))``: ``[N, T, D] -> [N, T, O]``. The backward normalises x again."""
     dtype = _compute_dtype(x)
-    return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, weight.to(dtype), bias.to(dtype))
+    # A number for torch.compile(dynamic=True) too: torch 2.13 fails on a symbol that two Functions share.
+    eps = float(f"{norm.eps}")
+    return _NormLinear.apply(x, norm.weight, norm.bias, eps, weight.to(dtype), bias.to(dtype))
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

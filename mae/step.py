@@ -105,7 +105,7 @@ class TrainingStep:
 
     def _forward(self, images: Tensor, noise: Tensor) -> Tensor:
         # Masked out here: a sharded model may round floating inputs, which would make noise tie and masks uneven.
-        masking = random_masking(len(images), self._num_patches, self.mask_ratio, noise=noise)
+        masking = random_masking(images.shape[0], self._num_patches, self.mask_ratio, noise=noise)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
             loss = self.model(images, masking=masking).loss
         return loss / self.micro_batches
