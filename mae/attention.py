@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mae_kernels.registration import once
+
 # Scores of one chunk stay in the cores' L2 caches.
 CHUNK_BYTES = 2 * 2**20
 
@@ -20,7 +22,7 @@ def attention(packed: Tensor, queries: Tensor | None = None) -> Tensor:
         computes the scores again.
     """
     if packed.device.type == "cpu" and packed.dtype in (torch.bfloat16, torch.float16) and packed.requires_grad:
-        return torch.ops.mae.attention(packed, queries)
+        return _Attention.apply(packed, queries)
     return _fused(packed, queries)
 
 
@@ -37,8 +39,8 @@ def _heads_first(x: Tensor) -> Tensor:  # [N, T, heads, d] -> [N heads, T, d]
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _tokens_first(x: Tensor, n: int) -> Tensor:  # [N heads, T, d] -> [N, T, heads, d]
-    return x.unflatten(0, (n, -1)).transpose(1, 2)
+def _tokens_first(x: Tensor, heads: int) -> Tensor:  # [N heads, T, d] -> [N, T, heads, d]
+    return x.unflatten(0, (-1, heads)).transpose(1, 2)
 
 
 def _chunks(*tensors: Tensor):
@@ -77,7 +79,7 @@ def _attention_backward(grad: Tensor, packed: Tensor, queries: Tensor | None) ->
         _product(g_scores, k, scale, out=g_q)
         _product(g_scores.transpose(1, 2), q, scale, out=g_k)
     for into, g in zip(_split(g_packed, None if queries is None else g_queries), grads, strict=True):
-        into.copy_(_tokens_first(g, len(packed)))
+        into.copy_(_tokens_first(g, packed.shape[3]))
     return g_packed, g_queries
 
 
@@ -86,14 +88,24 @@ def _(grad, packed, queries):
     return packed.new_empty(packed.shape), packed.new_empty(0) if queries is None else queries.new_empty(queries.shape)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+class _Attention(torch.autograd.Function):
+    """The op's gradient; applied itself too, because torch.func differentiates Functions alone."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(packed, queries):
+        return torch.ops.mae.attention(packed, queries)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        packed, queries = ctx.saved_tensors
+        g_packed, g_queries = once(torch.ops.mae.attention_backward.default, grad, packed, queries)
+        return g_packed, None if queries is None else g_queries
 
 
-def _backward(ctx, grad):
-    packed, queries = ctx.saved_tensors
-    g_packed, g_queries = torch.ops.mae.attention_backward(grad, packed, queries)
-    return g_packed, None if queries is None else g_queries
-
-
-_attention.register_autograd(_backward, setup_context=_setup_context)
+_attention.register_autograd(_Attention.backward, setup_context=_Attention.setup_context)

@@ -56,7 +56,9 @@ class Block(nn.Module):
 def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> Tensor:
     """``linear(norm(x))``: ``[N, T, D] -> [N, T, O]``. The backward normalises x again."""
     dtype = _compute_dtype(x)
-    return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, weight.to(dtype), bias.to(dtype))
+    # A number for torch.compile(dynamic=True) too: torch 2.13 fails on a symbol that two Functions share.
+    eps = float(f"{norm.eps}")
+    return _NormLinear.apply(x, norm.weight, norm.bias, eps, weight.to(dtype), bias.to(dtype))
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -76,13 +78,24 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:  # [N, T, O], [N, T, D]
     return grad.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
+# Both write into memory that is not needed any more: on a CPU touching fresh memory costs as much as the whole of gelu.
+# Where gradients are recorded, for a second derivative or by torch.func, PyTorch does not allow that.
 def _product_into(out: Tensor, grad: Tensor, weight: Tensor) -> Tensor:  # [N, T, O], [O, D] -> [N, T, D]
-    # Into memory that is not needed any more: on a CPU touching fresh memory costs as much as the whole of gelu.
+    if torch.is_grad_enabled():
+        return grad @ weight
     torch.mm(grad.flatten(0, -2), weight, out=out.view(-1, out.shape[-1]))
     return out
 
 
+def _gelu_backward_into(grad: Tensor, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return torch.ops.aten.gelu_backward(grad, x)
+    return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
+
+
 class _NormLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, norm_weight, norm_bias, eps, weight, bias):
         # Mean and variance in the precision of the norm's parameters: x may be a bfloat16 residual stream.
@@ -97,19 +110,25 @@ class _NormLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, norm_weight, norm_bias, weight = ctx.saved_tensors
+        *needs_norm, _, needs_weight, needs_bias = ctx.needs_input_grad
         x_dtype, shape = x.dtype, list(norm_weight.shape)
         x = x.to(norm_weight.dtype)
         normed, mean, rstd = torch.native_layer_norm(x, shape, norm_weight, norm_bias, ctx.eps)
         normed = normed.to(weight.dtype)
-        g_weight = _weight_gradient(grad, normed)
-        g_normed = _product_into(normed, grad, weight).to(x.dtype)
-        g_x, g_norm_weight, g_norm_bias = torch.ops.aten.native_layer_norm_backward(
-            g_normed, x, shape, mean, rstd, norm_weight, norm_bias, [True, True, True]
-        )
-        return g_x.to(x_dtype), g_norm_weight, g_norm_bias, None, g_weight, grad.sum((0, 1))
+        g_weight = _weight_gradient(grad, normed) if needs_weight else None
+        g_x = g_norm_weight = g_norm_bias = None
+        if any(needs_norm):
+            g_normed = _product_into(normed, grad, weight).to(x.dtype)
+            g_x, g_norm_weight, g_norm_bias = torch.ops.aten.native_layer_norm_backward(
+                g_normed, x, shape, mean, rstd, norm_weight, norm_bias, needs_norm
+            )
+        g_x = g_x.to(x_dtype) if needs_norm[0] else None
+        return g_x, g_norm_weight, g_norm_bias, None, g_weight, grad.sum((0, 1)) if needs_bias else None
 
 
 class _GeluLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, weight, bias):
         return F.linear(F.gelu(x).to(weight.dtype), weight, bias)
@@ -121,8 +140,11 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         active = F.gelu(x).to(weight.dtype)
-        g_weight = _weight_gradient(grad, active)
-        g_active = _product_into(active, grad, weight).to(x.dtype)
-        g_x = torch.ops.aten.gelu_backward.grad_input(g_active, x, grad_input=g_active)
-        return g_x, g_weight, grad.sum((0, 1))
+        g_weight = _weight_gradient(grad, active) if needs_weight else None
+        g_x = None
+        if needs_x:
+            g_active = _product_into(active, grad, weight).to(x.dtype)
+            g_x = _gelu_backward_into(g_active, x)
+        return g_x, g_weight, grad.sum((0, 1)) if needs_bias else None

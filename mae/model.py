@@ -289,7 +289,7 @@ class MaskedAutoencoder(nn.Module):
                 raise ValueError("MaskedAutoencoder: pass either noise or masking, got both")
             return masking
         device = images.device if noise is None else None
-        return random_masking(len(images), self.config.num_patches, mask_ratio, noise=noise, device=device)
+        return random_masking(images.shape[0], self.config.num_patches, mask_ratio, noise=noise, device=device)
 
     def _target(self, images: Tensor) -> dict:
         config = self.config

@@ -8,6 +8,8 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
+from mae_kernels import random_masking
+
 Execution = Literal["eager", "compile", "graph"]
 
 # Below 1, what is cheap to compute again (norms, gelu, casts) is not kept for the backward, as the blocks do without
@@ -34,7 +36,7 @@ class TrainingStep:
     Nothing is read back from the device. The result stays on it until someone prints it.
 
     Args:
-        model: a :class:`mae.MaskedAutoencoder`, or one wrapped in DistributedDataParallel.
+        model: a :class:`mae.MaskedAutoencoder`, or one wrapped in DistributedDataParallel or sharded by fully_shard.
         optimizer: see :func:`adamw`.
         mask_ratio: share of hidden patches.
         bfloat16: autocast to it.
@@ -102,14 +104,17 @@ class TrainingStep:
         return loss.detach().clone() if self._replayed else loss.detach()  # a replay overwrites its results
 
     def _forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        # Masked out here: a sharded model may round floating inputs, which would make noise tie and masks uneven.
+        masking = random_masking(images.shape[0], self._num_patches, self.mask_ratio, noise=noise)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
-            loss = self.model(images, self.mask_ratio, noise=noise).loss
+            loss = self.model(images, masking=masking).loss
         return loss / self.micro_batches
 
     def _compiled(self) -> Callable[[Tensor, Tensor], Tensor]:
+        several_processes = torch.distributed.is_available() and torch.distributed.is_initialized()
         compiled = torch.compile(
             self._forward,
-            fullgraph=not _is_distributed(self.model),  # its own forward is left to Python
+            fullgraph=not several_processes,  # what DDP and FSDP do around modules is left to Python
             dynamic=False,
             mode="reduce-overhead" if self._replayed else None,
         )

@@ -72,7 +72,7 @@ def patch_size(op: str, value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def images(op: str, x: Tensor, patch: tuple[int, int]) -> None:
-    """``[N, C, H, W]``, not empty, and divisible into patches."""
+    """``[N, C, H, W]``, not empty but for the batch, and divisible into patches."""
     if isinstance(x, Tensor) and x.ndim == 5:
         raise ValueError(
             f"{op}: images have shape {tuple(x.shape)}; video and volumes [N, C, T, H, W] are not supported yet, "
@@ -81,7 +81,7 @@ def images(op: str, x: Tensor, patch: tuple[int, int]) -> None:
     tensor(op, "images", x, ("N", "C", "H", "W"))
     if x.dtype != torch.uint8 and x.dtype not in _FLOATS:
         raise TypeError(f"{op}: images must be uint8, float32, float16, bfloat16 or float64, got {dtype_name(x)}")
-    for size, dimension in zip(x.shape, ("batch", "channel dimension", "height", "width"), strict=True):
+    for size, dimension in zip(x.shape[1:], ("channel dimension", "height", "width"), strict=True):
         if size == 0:
             raise ValueError(f"{op}: the {dimension} of images is empty, got shape {tuple(x.shape)}")
     for size, p, side in zip(x.shape[2:], patch, ("height", "width"), strict=True):
@@ -129,8 +129,9 @@ def mask_ratio(op: str, value: float) -> None:
         raise ValueError(f"{op}: mask_ratio must lie strictly between 0 and 1, got {value}")
 
 
-def not_empty(op: str, name: str, x: Tensor) -> None:
-    if 0 in x.shape:
+def not_empty(op: str, name: str, x: Tensor, *, batch: bool = False) -> None:
+    """No dimension of size 0, but for the first one where that is the batch."""
+    if 0 in (x.shape[1:] if batch else x.shape):
         raise ValueError(f"{op}: {name} is empty, got shape {tuple(x.shape)}")
 
 

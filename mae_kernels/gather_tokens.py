@@ -12,7 +12,7 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     """Select tokens of each sample: ``out[n, k] = tokens[n, ids[n, k]]``.
 
     Args:
-        tokens: ``[N, L, D]`` floating. Slices such as ``x[:, 1:]`` are read in place.
+        tokens: ``[N, L, D]`` floating; N may be 0. Slices such as ``x[:, 1:]`` are read in place.
         ids: ``[N, K]`` int64, unique in each row: the gradient is a gather too, without accumulation.
 
     Returns:
@@ -26,7 +26,7 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     op = "gather_tokens"
     checks.tensor(op, "tokens", tokens, ("N", "L", "D"))
     checks.floating(op, "tokens", tokens)
-    checks.not_empty(op, "tokens", tokens)
+    checks.not_empty(op, "tokens", tokens, batch=True)
     checks.ids(op, "ids", ids, tokens.shape[0], tokens.shape[1])
     checks.same_device(op, "tokens", tokens, ids=ids)
     return _GatherTokens.apply(tokens, ids)

@@ -146,7 +146,7 @@ def loss_and_scale() -> Specimen:
 
 def masked_mse_backward(dtype: torch.dtype) -> Specimen:
     """Residual N M E and two numbers in, N M E out; a product each."""
-    args = (empty(), empty(N, M, E, dtype=dtype), empty(), dtype)
+    args = (empty(N, M, E, dtype=dtype), empty(), empty(), dtype)
     moved = 2 * N * M * E * dtype.itemsize + 8
     return Specimen("masked_mse_backward", SHORT[dtype], "masked_mse_backward", args, moved, N * M * E)
 

@@ -11,7 +11,7 @@ from mae_kernels.chunks import in_chunks
 from mae_kernels.masked_mse import masked_mse_backward, masked_mse_eager
 from mae_kernels.patchify import Layout, patch_grid
 from mae_kernels.precision import accumulation_dtype
-from mae_kernels.registration import define, differentiable, once
+from mae_kernels.registration import define, differentiable, once, wants_gradient
 
 
 def linear_masked_mse(
@@ -47,7 +47,8 @@ def linear_masked_mse(
         layout: order of the E values in weight: ``"pqc"`` (row, column, channel: published) or ``"cpq"``.
 
     Returns:
-        Scalar float32 (float64 for a float64 hidden). Differentiable in hidden, weight and bias.
+        Scalar float32 (float64 for a float64 hidden). Differentiable in hidden, weight and bias. N = 0 gives 0 and zero
+        gradients.
 
     Raises:
         TypeError, ValueError: see the message. Ids are checked on the CPU, elsewhere with ``MAE_KERNELS_DEBUG=1``.
@@ -82,7 +83,7 @@ def linear_masked_mse(
     checks.eps(op, eps)
     mean, std = checks.mean_std(op, mean, std, images, hidden.dtype)
     compute_dtype = _compute_dtype(op, hidden, weight)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    needs = [wants_gradient(x) for x in (hidden, weight, bias)]
     return _LinearMaskedMSE.apply(
         hidden, weight, bias, images, ids_mask, patch, norm_pix, mean, std, eps, layout, compute_dtype, needs
     )[0]
@@ -122,7 +123,7 @@ class _LinearMaskedMSE(torch.autograd.Function):
         *unscaled, scale = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         grads = (
-            once(masked_mse_backward, grad, x, scale, dtype) if need and grad is not None else None
+            once(masked_mse_backward, x, grad, scale, dtype) if need and grad is not None else None
             for x, dtype, need in zip(unscaled, ctx.dtypes, needs, strict=True)
         )
         return *grads, *[None] * 10

@@ -9,7 +9,7 @@ from torch import Tensor
 from mae_kernels import checks
 from mae_kernels.patchify import Layout, gather_patches, normalize_pixels, patch_grid
 from mae_kernels.precision import accumulation_dtype
-from mae_kernels.registration import define, differentiable, once
+from mae_kernels.registration import define, differentiable, once, wants_gradient
 from mae_kernels.rows import as_rows, row_ids
 
 
@@ -45,7 +45,7 @@ def masked_mse(
 
     Returns:
         Scalar float32 (float64 for a float64 pred), computed in that precision whatever pred's dtype, autocast
-        included. Differentiable in pred. A mask with nothing masked gives 0 and zero gradients.
+        included. Differentiable in pred. A mask with nothing masked gives 0 and zero gradients, and so does N = 0.
 
     Raises:
         TypeError, ValueError: see the message. Ids and mask values are checked on the CPU, elsewhere with
@@ -79,7 +79,7 @@ def masked_mse(
     checks.same_device(op, "pred", pred, images=images, mask=mask, ids_mask=ids_mask)
     checks.eps(op, eps)
     mean, std = checks.mean_std(op, mean, std, images, pred.dtype)
-    needs_grad = torch.is_grad_enabled() and pred.requires_grad
+    needs_grad = wants_gradient(pred)
     return _MaskedMSE.apply(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad)[0]
 
 
@@ -99,7 +99,7 @@ class _MaskedMSE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _residual, _scale):
         residual, scale = ctx.saved_tensors
-        g_pred = None if grad is None else once(masked_mse_backward, grad, residual, scale, ctx.dtype)
+        g_pred = None if grad is None else once(masked_mse_backward, residual, grad, scale, ctx.dtype)
         return g_pred, None, None, None, None, None, None, None, None, None, None
 
 
@@ -150,11 +150,11 @@ def _masked_mse_fake(pred, images, mask, ids_mask, patch, norm_pix, mean, std, e
     return loss, residual, torch.empty_like(loss)
 
 
-def _masked_mse_backward_eager(grad, residual, scale, dtype):
+def _masked_mse_backward_eager(residual, grad, scale, dtype):
     return torch.mul(residual, grad * scale, out=torch.empty_like(residual, dtype=dtype))
 
 
-def _masked_mse_backward_fake(grad, residual, scale, dtype):
+def _masked_mse_backward_fake(residual, grad, scale, dtype):
     return torch.empty_like(residual, dtype=dtype)
 
 
@@ -167,7 +167,7 @@ _masked_mse = define(
     check=_masked_mse_check,
 )
 masked_mse_backward = define(
-    "masked_mse_backward(Tensor grad, Tensor residual, Tensor scale, ScalarType dtype) -> Tensor",
+    "masked_mse_backward(Tensor residual, Tensor grad, Tensor scale, ScalarType dtype) -> Tensor",
     eager=_masked_mse_backward_eager,
     fake=_masked_mse_backward_fake,
 )

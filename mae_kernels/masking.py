@@ -34,7 +34,7 @@ def random_masking(
     ``ids_shuffle = argsort(noise)``; its first K ids stay visible. Equal noise goes to the lower index.
 
     Args:
-        batch_size: N.
+        batch_size: N, 0 included.
         num_patches: L, patches per sample.
         mask_ratio: share of hidden patches, strictly between 0 and 1.
         noise: ``[N, L]`` floating, in place of ``torch.rand(N, L)``: the smallest values stay visible.
@@ -67,8 +67,10 @@ def random_masking(
         raise ValueError(f"{op}: count must be 'visible' or 'masked', got {count!r}")
     checks.integer(op, "batch_size", batch_size)
     checks.integer(op, "num_patches", num_patches)
-    if batch_size < 1 or num_patches < 1:
-        raise ValueError(f"{op}: batch_size and num_patches must be positive, got {batch_size} and {num_patches}")
+    if batch_size < 0 or num_patches < 1:
+        raise ValueError(
+            f"{op}: batch_size must not be negative and num_patches positive, got {batch_size} and {num_patches}"
+        )
     visible = int(num_patches * (1 - mask_ratio)) if count == "visible" else num_patches - int(num_patches * mask_ratio)
     visible = operator.index(visible)  # a shape from here on: torch.compile(dynamic=True) would keep it symbolic
     if not 0 < visible < num_patches:
@@ -95,7 +97,8 @@ def masking_from_mask(mask: Tensor) -> Masking:
 
     Raises:
         TypeError: a mask that is not bool.
-        ValueError: rows that differ in their count, or with nothing visible or nothing hidden.
+        ValueError: rows that differ in their count, or with nothing visible or nothing hidden; no rows, which have no
+            count.
 
     The count of visible patches becomes a shape, so a mask on a GPU costs one device synchronisation.
 

@@ -34,7 +34,7 @@ def patch_embed(
     ``out[n, r] = prefix[r]`` for ``r < R``.
 
     Args:
-        images: ``[N, C, H, W]``, uint8 or floating, any strides. uint8 is read as ``x / 255``.
+        images: ``[N, C, H, W]``, uint8 or floating, any strides; N may be 0. uint8 is read as ``x / 255``.
         weight: ``[D, C, ph, pw]`` floating, as of a convolution; it carries the patch size in pixels.
         bias: ``[D]``.
         pos_embed: ``[L, D]`` or ``[1, L, D]``, without rows for the prefix.

@@ -54,8 +54,8 @@ def random_resized_crop(
     is read: the edge of a box is an edge of the picture. The boxes come from :func:`random_crop_boxes` or elsewhere.
 
     Args:
-        images: uint8, ``[N, C, H, W]`` of any strides; or N tensors ``[C, H_n, W_n]``, which are packed first; or
-            :class:`PackedImages`, packed before, as by the workers of a data loader.
+        images: uint8, ``[N, C, H, W]`` of any strides, N may be 0; or N tensors ``[C, H_n, W_n]``, which are packed
+            first; or :class:`PackedImages`, packed before, as by the workers of a data loader.
         boxes: ``[N, 4]`` int64: top, left, height and width in pixels.
         flips: ``[N]`` bool: True mirrors the result left to right.
         size: ``h = w``, or ``(h, w)``, in pixels.
@@ -86,6 +86,7 @@ def random_resized_crop(
         images, starts, sizes = images
         checks.tensor(op, "images.pixels", images, ("C", "B"))
         checks.tensor(op, "images.starts", starts, ("N",))
+        checks.not_empty(op, "images.starts", starts)
         n = starts.shape[0]
         checks.tensor(op, "images.sizes", sizes, (n, 2))
         checks.int64(op, "images.starts", starts)
@@ -97,7 +98,7 @@ def random_resized_crop(
         checks.tensor(op, "images", images, ("N", "C", "H", "W"))
         n = images.shape[0]
     checks.uint8(op, "images", images)
-    checks.not_empty(op, "images", images)
+    checks.not_empty(op, "images", images, batch=sizes is None)
     checks.tensor(op, "boxes", boxes, (n, 4))
     checks.int64(op, "boxes", boxes)
     checks.tensor(op, "flips", flips, (n,))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from mae_kernels import backend
 
@@ -15,10 +16,15 @@ def define(schema: str, *, eager: Callable, fake: Callable, check: Callable | No
 
     Each call takes the function of that name in ``mae_kernels.kernels``, or the eager implementation, which serves
     every device: see :func:`mae_kernels.backend.takes_triton`. Before either, ``check`` refuses wrong values.
+
+    The first argument holds the batch. Where that is empty neither runs: the results have the fake's shapes, and are
+    the zeros that a sum over nothing gives.
     """
     name = schema.partition("(")[0]
 
     def run(first: Tensor, *rest):
+        if first.shape[0] == 0:
+            return tree_map(Tensor.zero_, fake(first, *rest))
         if check is not None:
             check(first, *rest)
         if backend.takes_triton(name, first, *rest):
@@ -34,9 +40,10 @@ def define(schema: str, *, eager: Callable, fake: Callable, check: Callable | No
 def differentiable(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
     """Give the op itself the gradient of the Function beside it.
 
-    The public functions apply the Function, which torch.func needs. Graphs that hold the bare op, such as exported
-    programs, find its gradient here.
+    The public functions apply the Function, which torch.func needs; vmap maps its two ops, sample by sample. Graphs
+    that hold the bare op, such as exported programs, find its gradient here.
     """
+    function.generate_vmap_rule = True
     torch.library.register_autograd(op, function.backward, setup_context=function.setup_context, lib=_LIBRARY)
 
 
@@ -45,7 +52,16 @@ def once(op: torch._ops.OpOverload, *args) -> Tensor | tuple[Tensor, ...]:
     return _Once.apply(op, *args) if torch.is_grad_enabled() else op(*args)
 
 
+def wants_gradient(x: Tensor | None) -> bool:
+    """Whether autograd may ask for the gradient of x. Inside vmap a tensor does not tell: it may."""
+    if x is None or not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or torch._C._functorch.is_batchedtensor(x)
+
+
 class _Once(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(op, *args):
         return op(*args)

@@ -25,7 +25,7 @@ def scatter_mask_tokens(
     ``out[n, :R] = tokens[n, :R]``.
 
     Args:
-        tokens: ``[N, R + K, D]`` floating, prefix tokens first.
+        tokens: ``[N, R + K, D]`` floating, prefix tokens first; N may be 0.
         mask_token: ``[D]`` or ``[1, 1, D]``.
         ids_restore: ``[N, L]`` int64, a permutation of ``0..L-1`` in each row, see :class:`mae_kernels.Masking`.
         pos_embed: ``[R + L, D]`` or ``[L, D]``, with or without a leading 1. With ``R + L`` rows the prefix tokens
@@ -45,7 +45,7 @@ def scatter_mask_tokens(
     op = "scatter_mask_tokens"
     checks.tensor(op, "tokens", tokens, ("N", "R + K", "D"))
     checks.floating(op, "tokens", tokens)
-    checks.not_empty(op, "tokens", tokens)
+    checks.not_empty(op, "tokens", tokens, batch=True)
     n, num_tokens, d = tokens.shape
     checks.integer(op, "num_prefix", num_prefix)
     if not 0 <= num_prefix < num_tokens:

@@ -7,7 +7,18 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mae_kernels import PackedImages, random_crop_boxes, reference
+from mae_kernels import (
+    PackedImages,
+    gather_tokens,
+    linear_masked_mse,
+    masked_mse,
+    patch_embed,
+    random_crop_boxes,
+    random_masking,
+    random_resized_crop,
+    reference,
+    scatter_mask_tokens,
+)
 
 F16, BF16, F32, F64, U8 = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8
 
@@ -177,8 +188,8 @@ def dispatcher_calls() -> list[tuple]:
         (ops.masked_mse, tokens(1, 2, 192), plain, None, keep1, patch, yes, None, None, 1e-6, "cpq", yes),
         (ops.masked_mse, tokens(3, 2, 192, F64), last, None, keep, patch, no, None, None, 1e-6, "cpq", no),
         (ops.masked_mse, tokens(3, 8, 192), last, mask * 0.0, None, patch, no, *norm, 1e-6, "pqc", yes),
-        (ops.masked_mse_backward, torch.tensor(2.0), residual, scale, F16),
-        (ops.masked_mse_backward, torch.tensor(2.0).expand(()), residual[:1], scale, F32),
+        (ops.masked_mse_backward, residual, torch.tensor(2.0), scale, F16),
+        (ops.masked_mse_backward, residual[:1], torch.tensor(2.0).expand(()), scale, F32),
         (ops.linear_masked_mse, tokens(3, 2, 5, BF16, "permute"), head, torch.randn(192), last, keep, patch, yes, *norm,
          1e-6, "pqc", BF16, [yes, yes, yes]),
         (ops.linear_masked_mse, tokens(1, 2, 5), head, None, plain, keep1, patch, yes, None, None, 1e-6, "cpq", F32,
@@ -201,6 +212,52 @@ def dispatcher_calls() -> list[tuple]:
         (ops.patch_embed_backward, tokens(1, 2, 5), plain[:, :1, :, :8], weight[:, :1], ids(1, 2, 2), None, None, 0,
          F32, [yes, no, no, no, no]),
     ]  # fmt: skip
+
+
+def _masking_in_one(noise):
+    return torch.cat([x.double() for x in random_masking(*noise.shape, 0.7, noise=noise)], dim=1)
+
+
+# Op, inputs for a batch of n, inputs with a gradient. No size equals 3, 4, 5, 7 or 11 but that of such a batch.
+GRID, PATCH = (2, 7), (8, 16)
+OPS_BY_NAME = {
+    "masking": (_masking_in_one, lambda n: {"noise": torch.rand(n, 49)}, ()),
+    "gather": (gather_tokens, lambda n: {"tokens": tokens(n, 49, 24), "ids": ids(n, 49, 12)}, ("tokens",)),
+    "scatter": (
+        scatter_mask_tokens,
+        lambda n: scatter_inputs(n, 49, 12, 24, 2, pos=51),
+        ("tokens", "mask_token", "pos_embed"),
+    ),
+    "scatter, no table": (scatter_mask_tokens, lambda n: scatter_inputs(n, 49, 12, 24, 0), ("tokens", "mask_token")),
+    "loss, mask": (masked_mse, lambda n: loss_inputs(n, GRID, PATCH, 3, norm=True), ("pred",)),
+    "loss, ids": (
+        masked_mse,
+        lambda n: loss_inputs(n, GRID, PATCH, 3, by="ids_mask", pixels=U8, layout="cpq"),
+        ("pred",),
+    ),
+    "head and loss": (
+        linear_masked_mse,
+        lambda n: head_inputs(n, GRID, PATCH, 3, 24, norm=True),
+        ("hidden", "weight", "bias"),
+    ),
+    "head and loss, uint8": (
+        linear_masked_mse,
+        lambda n: head_inputs(n, GRID, PATCH, 3, 24, bias=False, pixels=U8, layout="cpq"),
+        ("hidden", "weight"),
+    ),
+    "embed": (
+        patch_embed,
+        lambda n: patch_embed_inputs(n, GRID, PATCH, 3, 24, k=12, r=2, norm=True),
+        ("images", "weight", "bias", "pos_embed", "prefix"),
+    ),
+    "embed, uint8": (
+        patch_embed,
+        lambda n: patch_embed_inputs(n, GRID, PATCH, 3, 24, pixels=U8, pos=False),
+        ("weight", "bias"),
+    ),
+    "crop": (random_resized_crop, lambda n: crop_inputs(n, 3, 16, 24, (9, 14)), ()),
+    "crop, packed": (random_resized_crop, lambda n: crop_inputs(n, 3, 16, 24, (9, 14), packed=True), ()),
+}
 
 
 def run(op: Callable, inputs: dict, grad: Tensor | None = None, wrt: tuple[str, ...] = ()) -> dict[str, Tensor]:

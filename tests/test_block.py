@@ -1,9 +1,12 @@
 """Norm and gelu that are computed again, and attention: PyTorch's numbers and gradients, less memory."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae.attention import attention
 from mae.block import Block, gelu_linear, norm_linear
@@ -86,6 +89,52 @@ def test_only_the_input_is_kept(name):
     with saved_bytes(*parameters_of(inputs)) as kept:
         ours(*inputs)
     assert kept() == 0
+
+
+class CountProducts(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["norm", "gelu"])
+def test_gradients_that_nobody_wants_are_not_computed(name):
+    """No product for the weight when it is frozen, none for what lies before when nothing of that is trained."""
+    ours, _, inputs = layer(name)
+    leaves = parameters_of(inputs)
+    out = ours(*inputs)
+    grad = torch.randn_like(out)
+    expected = torch.autograd.grad(out, leaves, grad)
+    for wanted in product([False, True], repeat=len(leaves)):
+        for leaf, need in zip(leaves, wanted, strict=True):
+            leaf.requires_grad_(need)
+            leaf.grad = None
+        out = ours(*inputs)
+        assert out.requires_grad == any(wanted)
+        with CountProducts() as counter:
+            if any(wanted):
+                out.backward(grad)
+        for leaf, g, need in zip(leaves, expected, wanted, strict=True):
+            assert (leaf.grad is not None) == need
+            if need:
+                torch.testing.assert_close(leaf.grad, g, rtol=0, atol=0)
+        *before, weight, _ = wanted
+        assert counter.count == any(before) + weight
+
+
+@pytest.mark.parametrize("name", ["norm", "gelu"])
+def test_second_derivatives(name):
+    ours, plain, inputs = layer(name, torch.float64)
+    leaves = parameters_of(inputs)
+    grad = torch.randn(2, 5, 8, dtype=torch.float64)
+    results = []
+    for f in (ours, plain):
+        grads = torch.autograd.grad(f(*inputs), leaves, grad, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves[:-1]))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["norm", "gelu"])

@@ -10,17 +10,13 @@ from cases import (
     F16,
     F32,
     F64,
+    OPS_BY_NAME,
     cast,
     compare,
-    crop_inputs,
     dispatcher_calls,
-    head_inputs,
-    ids,
     images,
-    loss_inputs,
     patch_embed_inputs,
     run,
-    scatter_inputs,
     tokens,
 )
 from conftest import DEVICE
@@ -35,7 +31,6 @@ from mae_kernels import (
     masked_mse,
     patch_embed,
     random_masking,
-    random_resized_crop,
     reference,
     scatter_mask_tokens,
 )
@@ -104,56 +99,10 @@ def test_fakes_foretell_shape_dtype_and_strides(op, args):
     assert described(fake) == real
 
 
-def masking_for_compile(noise):
-    return torch.cat([x.double() for x in random_masking(*noise.shape, 0.7, noise=noise)], dim=1)
-
-
-# Op, inputs for a batch of n, inputs with a gradient. No batch size equals another size: they would share a symbol.
-GRID, PATCH = (2, 7), (8, 16)
-COMPILED = {
-    "masking": (masking_for_compile, lambda n: {"noise": torch.rand(n, 49)}, ()),
-    "gather": (gather_tokens, lambda n: {"tokens": tokens(n, 49, 24), "ids": ids(n, 49, 12)}, ("tokens",)),
-    "scatter": (
-        scatter_mask_tokens,
-        lambda n: scatter_inputs(n, 49, 12, 24, 2, pos=51),
-        ("tokens", "mask_token", "pos_embed"),
-    ),
-    "scatter, no table": (scatter_mask_tokens, lambda n: scatter_inputs(n, 49, 12, 24, 0), ("tokens", "mask_token")),
-    "loss, mask": (masked_mse, lambda n: loss_inputs(n, GRID, PATCH, 3, norm=True), ("pred",)),
-    "loss, ids": (
-        masked_mse,
-        lambda n: loss_inputs(n, GRID, PATCH, 3, by="ids_mask", pixels=U8, layout="cpq"),
-        ("pred",),
-    ),
-    "head and loss": (
-        linear_masked_mse,
-        lambda n: head_inputs(n, GRID, PATCH, 3, 24, norm=True),
-        ("hidden", "weight", "bias"),
-    ),
-    "head and loss, uint8": (
-        linear_masked_mse,
-        lambda n: head_inputs(n, GRID, PATCH, 3, 24, bias=False, pixels=U8, layout="cpq"),
-        ("hidden", "weight"),
-    ),
-    "embed": (
-        patch_embed,
-        lambda n: patch_embed_inputs(n, GRID, PATCH, 3, 24, k=12, r=2, norm=True),
-        ("images", "weight", "bias", "pos_embed", "prefix"),
-    ),
-    "embed, uint8": (
-        patch_embed,
-        lambda n: patch_embed_inputs(n, GRID, PATCH, 3, 24, pixels=U8, pos=False),
-        ("weight", "bias"),
-    ),
-    "crop": (random_resized_crop, lambda n: crop_inputs(n, 3, 16, 24, (9, 14)), ()),
-    "crop, packed": (random_resized_crop, lambda n: crop_inputs(n, 3, 16, 24, (9, 14), packed=True), ()),
-}
-
-
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", OPS_BY_NAME)
 def test_compile(name, dynamic):
-    op, build, wrt = COMPILED[name]
+    op, build, wrt = OPS_BY_NAME[name]
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=1):
         compiled = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -255,7 +204,7 @@ def test_autocast_of_the_projection(table, pixels, dtype):
 @pytest.mark.parametrize("dtype", [F32, BF16, F64])
 @pytest.mark.parametrize("name", ["gather", "scatter", "scatter, no table", "loss, mask", "loss, ids"])
 def test_autocast_leaves_the_other_ops_alone(name, dtype):
-    op, build, wrt = COMPILED[name]
+    op, build, wrt = OPS_BY_NAME[name]
     inputs = cast(build(3), dtype)
     grad = torch.randn_like(op(**inputs))
     outside = run(op, inputs, grad, wrt)
@@ -281,56 +230,6 @@ def test_autocast_and_compile():
         expected, ours = model(*args), torch.compile(model, fullgraph=True, backend="aot_eager")(*args)
     assert ours.dtype == expected.dtype == F32
     torch.testing.assert_close(ours, expected, rtol=2**-7, atol=0)  # a compiler may round to bfloat16 elsewhere
-
-
-DIFFERENTIABLE = [name for name in COMPILED if COMPILED[name][2]]
-
-
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_functional_gradient(name):
-    op, build, wrt = COMPILED[name]
-    inputs = build(3)
-    grad = torch.randn_like(op(**inputs))
-    expected = run(op, inputs, grad, wrt)
-    ours = torch.func.grad(lambda leaves: (op(**{**inputs, **leaves}) * grad).sum())({key: inputs[key] for key in wrt})
-    assert all(torch.equal(ours[key], expected[key]) for key in wrt)
-
-
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_second_derivatives_are_refused(name):
-    op, build, wrt = COMPILED[name]
-    inputs = build(3)
-
-    def loss(x):
-        return op(**{**inputs, wrt[0]: x}).pow(2).sum()
-
-    def refused():
-        return pytest.raises(RuntimeError, match="second derivatives are not supported")
-
-    leaf = inputs[wrt[0]].clone().requires_grad_()
-    value = loss(leaf)
-    (grad,) = torch.autograd.grad(value, leaf, create_graph=True)
-    with refused():
-        torch.autograd.grad(grad.pow(2).sum(), leaf, retain_graph=True)
-    with refused():  # a gradient penalty: the first term has a gradient, which must not pass for that of both
-        torch.autograd.grad(value + grad.pow(2).sum(), leaf, retain_graph=True)
-    with refused():
-        grad.pow(2).sum().backward()
-    with refused():
-        torch.func.grad(lambda x: torch.func.grad(loss)(x).pow(2).sum())(leaf.detach())
-
-
-@pytest.mark.parametrize("name", COMPILED)
-def test_inference_mode(name):
-    op, build, wrt = COMPILED[name]
-    inputs = build(3)
-    expected = run(op, inputs)["value"]
-    for key in wrt:
-        inputs[key].requires_grad_()
-    with torch.inference_mode():
-        out = op(**inputs)
-    assert out.is_inference()
-    assert torch.equal(out, expected)
 
 
 class CountPatchEmbed(TorchDispatchMode):
@@ -377,9 +276,9 @@ def test_fakes_stay_on_the_gpu(op, args):
 
 
 # PyTorch without CUDA cannot record a gradient of a tensor that claims to be there: no leaf requires one.
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", OPS_BY_NAME)
 def test_compile_and_export_for_a_gpu(name):
-    op, build, _ = COMPILED[name]
+    op, build, _ = OPS_BY_NAME[name]
     inputs = build(5)
     inputs |= {key: torch.tensor(inputs[key]) for key in ("mean", "std") if key in inputs}
 

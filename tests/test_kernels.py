@@ -339,7 +339,7 @@ def test_half_precision_rounding(dtype):
 
 def test_the_backward_of_the_loss_scales_the_residual():
     residual = tokens(2, 1500, 3, BF16)  # three programs, the last one in part
-    out = kernels.masked_mse_backward(torch.tensor(3.0), residual, torch.tensor(0.5), F32)
+    out = kernels.masked_mse_backward(residual, torch.tensor(3.0), torch.tensor(0.5), F32)
     assert torch.equal(out, residual.float() * 1.5)
 
 

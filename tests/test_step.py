@@ -4,9 +4,7 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from mae import MAEConfig, MaskedAutoencoder
 from mae.profile import LaunchCounter, saved_bytes
@@ -183,47 +181,3 @@ def test_compiled_steps_keep_as_little_as_eager_ones(model):
             step.loss(images, noise)
         kept.append(saved())
     assert kept[1] <= 1.1 * kept[0]
-
-
-def _train_in_a_process(rank: int, file: str, queue) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = DistributedDataParallel(MaskedAutoencoder(SMALL).double())
-    sums = []
-    model.register_comm_hook(sums, _counted_all_reduce)
-    step = TrainingStep(model, torch.optim.SGD(model.parameters(), lr=0.1), micro_batches=2)
-    images, noise = next(batches())
-    for _ in range(2):
-        step(images.chunk(2)[rank].cpu(), noise.chunk(2)[rank].cpu())
-    if rank == 0:
-        queue.put((sum(sums), {k: v.numpy() for k, v in model.module.state_dict().items()}))
-    dist.destroy_process_group()
-
-
-def _counted_all_reduce(sums: list[int], bucket):
-    sums.append(bucket.buffer().numel())
-    future = dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
-    return future.then(lambda f: f.value()[0])
-
-
-def test_two_processes_equal_one_and_sum_each_gradient_once_a_step(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [
-        context.Process(target=_train_in_a_process, args=(rank, str(tmp_path / "store"), queue)) for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    summed, state = queue.get(timeout=120)
-    for process in processes:
-        process.join()
-    torch.manual_seed(0)
-    model = MaskedAutoencoder(SMALL).double()
-    step = TrainingStep(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    images, noise = next(batches())
-    for _ in range(2):
-        step(images.cpu(), noise.cpu())
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(torch.from_numpy(state[name]), value, rtol=1e-9, atol=1e-12, msg=name)
-    assert summed == 2 * sum(p.numel() for p in model.parameters() if p.requires_grad)

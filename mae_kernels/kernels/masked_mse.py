@@ -208,7 +208,7 @@ def masked_mse(
     return loss, residual, scale
 
 
-def masked_mse_backward(grad: Tensor, residual: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def masked_mse_backward(residual: Tensor, grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     out = residual.new_empty(residual.shape, dtype=dtype)
     block = 4096  # two 128-bit loads a thread in bfloat16
     masked_mse_backward_kernel[(triton.cdiv(residual.numel(), block),)](
