@@ -24,7 +24,9 @@ OPS = [
     "random_resized_crop", "masking", "patch_embed", "gather_tokens", "scatter_mask_tokens", "masked_mse",
     "linear_masked_mse",
 ]  # fmt: skip
-NATIVE = [f"tests/test_{name}.py" for name in (*OPS, "kernels", "dispatch", "backend", "block", "step")]
+NATIVE = [
+    *OPS, "kernels", "dispatch", "transforms", "backend", "cuda", "block", "step", "model_under_pytorch", "nn", "apply",
+]  # fmt: skip
 # Every op at small shapes; without PyTorch's cache each tensor is an allocation of its own, with edges to check.
 SMALL = ["tests/test_kernels.py", "-k", "nothing_is_written_outside"]
 
@@ -38,7 +40,7 @@ def steps(raw: Path, size: str, only: str = "") -> dict[str, list[str]]:
         return [*pytest, file, "--benchmark-only", f"--size={size}", out, *(["-k", only] if only else [])]
 
     return {
-        "native tests": [*pytest, *NATIVE],
+        "native tests": [*pytest, *(f"tests/test_{name}.py" for name in NATIVE)],
         "memcheck": [*_sanitizer("memcheck"), *pytest, *SMALL],
         "racecheck": [*_sanitizer("racecheck"), *pytest, *SMALL],
         "benchmarks of the ops": benchmark("ops"),

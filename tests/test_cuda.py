@@ -1,0 +1,153 @@
+"""What only a GPU can show: CUDA graphs, streams, no waiting for the device, several devices, large tensors."""
+
+import pytest
+import torch
+from cases import OPS_BY_NAME, run
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from mae_kernels import gather_tokens, masked_mse, patch_embed, random_masking, scatter_mask_tokens, use_backend
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu():
+    with torch.device("cuda"), use_backend("triton"):
+        yield
+
+
+def inputs_of(name: str) -> dict:
+    """Mean and std as tensors: as sequences each call would copy them from the host."""
+    inputs = OPS_BY_NAME[name][1](3)
+    return inputs | {key: torch.tensor(inputs[key]) for key in ("mean", "std") if key in inputs}
+
+
+def case(name: str) -> tuple:
+    op, _, wrt = OPS_BY_NAME[name]
+    inputs = inputs_of(name)
+    return op, inputs, torch.randn_like(op(**inputs)) if wrt else None, wrt
+
+
+def changed(x: Tensor) -> Tensor:
+    """Other values of the same kind; ids, boxes and masks stay."""
+    if x.dtype == torch.uint8:
+        return 255 - x
+    return x.flip(0) if x.is_floating_point() else x
+
+
+def assert_equal(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    torch.cuda.synchronize()
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name].cpu(), expected[name].cpu()) for name in expected)
+
+
+@pytest.mark.parametrize("name", OPS_BY_NAME)
+def test_captured_in_a_graph(name):
+    """Forward and backward, replayed on other values in the same memory."""
+    op, inputs, grad, wrt = case(name)
+    others = tree_map(lambda x: changed(x) if isinstance(x, Tensor) else x, inputs)
+    expected = run(op, others, grad, wrt)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run(op, inputs, grad, wrt)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(op, inputs, grad, wrt)
+    for x, y in zip(tree_leaves(inputs), tree_leaves(others), strict=True):
+        if isinstance(x, Tensor) and x is not y:
+            x.copy_(y)
+    graph.replay()
+    assert_equal(captured, expected)
+
+
+@pytest.mark.parametrize("name", OPS_BY_NAME)
+def test_the_host_never_waits(name):
+    op, inputs, grad, wrt = case(name)
+    run(op, inputs, grad, wrt)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(op, inputs, grad, wrt)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", OPS_BY_NAME)
+def test_on_another_stream(name):
+    """While the default stream is busy for a second or so: nothing goes there, nothing waits for it."""
+    op, inputs, grad, wrt = case(name)
+    expected = run(op, inputs, grad, wrt)
+    large = torch.randn(8192, 8192, dtype=torch.float64)
+    large @ large
+    torch.cuda.synchronize()
+    for _ in range(20):
+        large @ large
+    busy = torch.cuda.current_stream().record_event()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        ours = run(op, inputs, grad, wrt)
+    side.synchronize()
+    assert not busy.query()
+    assert_equal(ours, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", OPS_BY_NAME)
+def test_on_a_device_that_is_not_the_current_one(name):
+    op, inputs, grad, wrt = case(name)
+    expected = run(op, inputs, grad, wrt)
+    there, grad = tree_map(lambda x: x.to("cuda:1") if isinstance(x, Tensor) else x, (inputs, grad))
+    with torch.device("cuda:1"):
+        ours = run(op, there, grad, wrt)
+    assert torch.cuda.current_device() == 0
+    assert all(x.device == torch.device("cuda:1") for x in ours.values())
+    assert_equal(ours, expected)
+
+
+def room_for(gigabytes: int) -> bool:
+    return torch.cuda.mem_get_info()[0] > gigabytes * 10**9
+
+
+def test_more_than_two_billion_pixels():
+    if not room_for(16):
+        pytest.skip("needs 16 GB")
+    n = 2**31 // (3 * 224 * 224) + 2
+    images = torch.randint(256, (n, 3, 224, 224), dtype=torch.uint8)
+    weight = torch.randn(64, 3, 16, 16)
+    ids_keep = random_masking(n, 196).ids_keep
+    ours = patch_embed(images, weight, ids_keep=ids_keep)[-2:]
+    assert torch.equal(ours, patch_embed(images[-2:], weight, ids_keep=ids_keep[-2:]))
+
+
+def test_more_than_two_billion_values_of_tokens():
+    if not room_for(24):
+        pytest.skip("needs 24 GB")
+    n = 2**31 // (196 * 768) + 2
+    tokens = torch.randn(n, 196, 768, dtype=torch.bfloat16)
+    masking = random_masking(n, 196, 0.1)
+    visible = gather_tokens(tokens, masking.ids_keep)
+    mask_token = torch.randn(768, dtype=torch.bfloat16)
+    full = scatter_mask_tokens(visible, mask_token, masking.ids_restore, num_prefix=0)
+    expected = torch.where(masking.mask[-2:, :, None], mask_token, tokens[-2:])
+    assert torch.equal(full[-2:], expected)
+
+
+def test_more_than_two_billion_predictions():
+    if not room_for(32):
+        pytest.skip("needs 32 GB")
+    n = 2**31 // (147 * 768) + 2
+    images = torch.randint(256, (n, 3, 224, 224), dtype=torch.uint8)
+    ids_mask = random_masking(n, 196).ids_mask
+    pred = torch.randn(n, 147, 768, dtype=torch.bfloat16)
+
+    def gradient(part: slice) -> Tensor:
+        leaf = pred[part].detach().requires_grad_()
+        loss = masked_mse(leaf, images[part], patch_size=16, ids_mask=ids_mask[part])
+        (grad,) = torch.autograd.grad(loss, leaf, torch.tensor(1e6 * len(leaf)))  # that of each patch, whatever n
+        return grad[-2:]
+
+    torch.testing.assert_close(gradient(slice(None)), gradient(slice(-2, None)), rtol=2**-7, atol=1e-3)
