@@ -19,7 +19,7 @@ from peers import FOLDER
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mae_kernels import apply, unapply
+from mae_kernels import apply, unapply, use_backend
 from mae_kernels.integrations.pieces import given
 
 
@@ -71,6 +71,19 @@ def test_same_numbers(model, training):
     if "mask" in result:
         assert torch.equal(result["mask"], expected["mask"])
         assert result["mask"].dtype == expected["mask"].dtype
+    for name, x in result.items():
+        query = name.replace("key.bias", "query.bias").replace("k_proj.bias", "q_proj.bias")
+        assert distance(x, expected[name], expected[query]) < 1e-5, name
+
+
+def test_same_numbers_from_the_kernels(model):
+    """Without a GPU in Triton's interpreter."""
+    ours = copy.deepcopy(model)
+    batch = images()
+    expected = train(model, batch)
+    with use_backend("triton"):
+        assert not apply(ours).left
+        result = train(ours, batch)
     for name, x in result.items():
         query = name.replace("key.bias", "query.bias").replace("k_proj.bias", "q_proj.bias")
         assert distance(x, expected[name], expected[query]) < 1e-5, name

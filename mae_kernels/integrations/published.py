@@ -34,6 +34,9 @@ def replacements(module: nn.Module) -> list[Replacement]:
     def tokens(*shape: int) -> Tensor:
         return torch.randn(shape, **options)
 
+    def masking_example():
+        return tokens(3, num_patches, 5), 0.75
+
     def encoder_example():
         return example_images(weight, image_size(module)), 0.75
 
@@ -48,12 +51,7 @@ def replacements(module: nn.Module) -> list[Replacement]:
         return images, pred, mask
 
     return [
-        Replacement(
-            "random_masking",
-            _random_masking,
-            ("random_masking", "gather_tokens"),
-            lambda: (tokens(3, num_patches, 5), 0.75),
-        ),
+        Replacement("random_masking", _random_masking, ("random_masking", "gather_tokens"), masking_example),
         Replacement("forward_encoder", _forward_encoder, ("patch_embed",), encoder_example),
         Replacement("forward_decoder", _forward_decoder, ("scatter_mask_tokens",), decoder_example),
         Replacement("forward_loss", _forward_loss, ("masked_mse",), loss_example),
