@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mae_kernels import checks
-from mae_kernels.registration import define, differentiable, once
+from mae_kernels.registration import call, define, differentiable, once
 from mae_kernels.rows import as_rows, row_ids
 
 
@@ -29,7 +29,7 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     checks.not_empty(op, "tokens", tokens, batch=True)
     checks.ids(op, "ids", ids, tokens.shape[0], tokens.shape[1])
     checks.same_device(op, "tokens", tokens, ids=ids)
-    return _GatherTokens.apply(tokens, ids)
+    return call(_GatherTokens, tokens, ids)
 
 
 class _GatherTokens(torch.autograd.Function):

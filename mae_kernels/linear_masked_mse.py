@@ -11,7 +11,7 @@ from mae_kernels.chunks import in_chunks
 from mae_kernels.masked_mse import masked_mse_backward, masked_mse_eager
 from mae_kernels.patchify import Layout, patch_grid
 from mae_kernels.precision import accumulation_dtype
-from mae_kernels.registration import define, differentiable, once, wants_gradient
+from mae_kernels.registration import call, define, differentiable, once, wants_gradient
 
 
 def linear_masked_mse(
@@ -84,9 +84,8 @@ def linear_masked_mse(
     mean, std = checks.mean_std(op, mean, std, images, hidden.dtype)
     compute_dtype = _compute_dtype(op, hidden, weight)
     needs = [wants_gradient(x) for x in (hidden, weight, bias)]
-    return _LinearMaskedMSE.apply(
-        hidden, weight, bias, images, ids_mask, patch, norm_pix, mean, std, eps, layout, compute_dtype, needs
-    )[0]
+    arguments = (hidden, weight, bias, images, ids_mask, patch, norm_pix, mean, std, eps, layout, compute_dtype, needs)
+    return call(_LinearMaskedMSE, *arguments)[0]
 
 
 def _compute_dtype(op: str, hidden: Tensor, weight: Tensor) -> torch.dtype:

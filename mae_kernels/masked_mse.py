@@ -9,7 +9,7 @@ from torch import Tensor
 from mae_kernels import checks
 from mae_kernels.patchify import Layout, gather_patches, normalize_pixels, patch_grid
 from mae_kernels.precision import accumulation_dtype
-from mae_kernels.registration import define, differentiable, once, wants_gradient
+from mae_kernels.registration import call, define, differentiable, once, wants_gradient
 from mae_kernels.rows import as_rows, row_ids
 
 
@@ -80,7 +80,7 @@ def masked_mse(
     checks.eps(op, eps)
     mean, std = checks.mean_std(op, mean, std, images, pred.dtype)
     needs_grad = wants_gradient(pred)
-    return _MaskedMSE.apply(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad)[0]
+    return call(_MaskedMSE, pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad)[0]
 
 
 class _MaskedMSE(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor
 from mae_kernels import checks
 from mae_kernels.patchify import gather_patches, normalize_pixels, patch_grid, unpatchify
 from mae_kernels.precision import accumulation_dtype
-from mae_kernels.registration import define, differentiable, once
+from mae_kernels.registration import call, define, differentiable, once
 from mae_kernels.rows import row_ids
 
 
@@ -87,7 +87,7 @@ def patch_embed(
             out_dtype = out_dtype if table is None else torch.promote_types(out_dtype, table.dtype)
     else:
         checks.out_dtype(op, out_dtype)
-    return _PatchEmbed.apply(images, weight, bias, pos_embed, ids_keep, prefix, mean, std, compute_dtype, out_dtype)
+    return call(_PatchEmbed, images, weight, bias, pos_embed, ids_keep, prefix, mean, std, compute_dtype, out_dtype)
 
 
 def _compute_dtype(op: str, images: Tensor, weight: Tensor) -> torch.dtype:

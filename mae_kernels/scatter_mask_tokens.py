@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mae_kernels import checks
 from mae_kernels.precision import accumulation_dtype
-from mae_kernels.registration import define, differentiable, once
+from mae_kernels.registration import call, define, differentiable, once
 from mae_kernels.rows import as_rows, row_ids
 
 
@@ -69,7 +69,7 @@ def scatter_mask_tokens(
         out_dtype = _promoted(tokens, mask_token, pos_embed)
     else:
         checks.out_dtype(op, out_dtype)
-    return _ScatterMaskTokens.apply(tokens, mask_token.view(d), ids_restore, pos_embed, num_prefix, out_dtype)
+    return call(_ScatterMaskTokens, tokens, mask_token.view(d), ids_restore, pos_embed, num_prefix, out_dtype)
 
 
 def _promoted(tokens: Tensor, mask_token: Tensor, pos_embed: Tensor | None) -> torch.dtype:
