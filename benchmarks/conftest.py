@@ -1,23 +1,31 @@
-"""Options, the interleaved measurement of one row, and the table at the end of a run."""
+"""Options, the hand-over of a row to pytest-benchmark, the tables at the end of a run, and its result file."""
 
-from statistics import median, quantiles
+import sys
+from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import measure, shapes
+from benchmarks import measure, record, shapes
+from benchmarks.ceilings import measured as ceilings_of_this_machine
 
 ROWS = pytest.StashKey[list[dict]]()
-COLUMNS = ("shape", "op", "pass", "reference ms", "ours ms", "speed-up", "reference MiB", "ours MiB")
+CEILINGS = pytest.StashKey[dict]()
+COLUMNS = ("shape", "op", "pass", "reference ms", "ours ms", "of floor", "speed-up", "reference MiB", "ours MiB")
 STEP_COLUMNS = ("shape", "contender", "ms", "images/s", "of matrix rate", "peak MiB", "saved MB/image", "launches",
                 "syncs", "kB/image shipped")  # fmt: skip
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("benchmarks of mae_kernels")
-    group.addoption("--size", choices=["small", "cpu", "full"], default="small", help="small: minutes on two cores")
-    group.addoption("--rounds", type=int, default=10, help="at least; short calls get more, two seconds in all")
     on_gpu = measure.DEVICE.type == "cuda"
+    sizes = ["tiny", "small", "cpu", "full"]
+    group.addoption("--size", choices=sizes, default="small", help="small: minutes on two cores; tiny: interpreted")
+    group.addoption("--rounds", type=int, default=10, help="at least; short calls get more, two seconds in all")
+    group.addoption(
+        "--compiled", default="ViT-B/16 N=256" if on_gpu else "", metavar="SHAPE",
+        help="the reference is compiled too, at shapes whose names hold this",
+    )  # fmt: skip
+    group.addoption("--record", type=Path, metavar="FILE", help="write what was measured, as benchmarks/results holds")
     group.addoption("--contenders", default="abcCgdef" if on_gpu else "acgd", help="of the step")
     group.addoption("--step-dtypes", default="bfloat16" if on_gpu else "float32,bfloat16", help="of the step")
     group.addoption("--step-rounds", type=int, default=5, help="timed steps of each contender")
@@ -25,7 +33,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):  # before the plugin reads its options
-    config.stash[ROWS], config.stash[measure.STEP_ROWS] = [], []
+    config.stash[ROWS], config.stash[CEILINGS] = [], {}
     config.option.benchmark_columns = config.option.benchmark_columns or ["median", "iqr", "min", "rounds"]
 
 
@@ -38,95 +46,95 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("contender", metafunc.config.getoption("contenders"))
 
 
+@pytest.fixture(scope="session")
+def ceilings(request) -> dict:
+    """Measured once, before the first row that is held against them."""
+    found = ceilings_of_this_machine()
+    request.config.stash[CEILINGS].update(found)
+    return found
+
+
 @pytest.fixture
-def race(benchmark, request):
-    """Time one back-end, in every round right after all the others: a drift of the machine then meets them alike."""
+def show(benchmark, request):
+    """Hand a row over to pytest-benchmark, with samples that were interleaved with those of its contenders before."""
 
-    def run(shape, op, stage, backend, calls, *, dtype, logical_bytes, flops):
-        benchmark.group, benchmark.name = f"{shape.id}, {op}, {stage}", backend
-        for _ in range(2):  # the first warms up
-            once = sum(map(measure.seconds, calls.values()))
-        rounds = max(request.config.getoption("rounds"), min(int(2 / once), 500), 2)
-        samples = {name: [] for name in calls}
-
-        def time_one(name):
-            samples[name].append(measure.seconds(calls[name]))
-
-        def time_others():
-            for name in calls:
-                if name != backend:
-                    time_one(name)
-
-        benchmark.pedantic(time_one, [backend], setup=time_others, rounds=rounds)
-        if benchmark.disabled:
-            return
-        medians = {name: median(values) for name, values in samples.items()}
-        p20, *_, p80 = quantiles(samples[backend], n=5)
-        row = {
-            "shape": shape.id,
-            "op": op,
-            "pass": stage,
-            "backend": backend,
-            "dtype": dtype,
-            "rounds": rounds,
-            "median_ms": medians[backend] * 1e3,
-            "p20_ms": p20 * 1e3,
-            "p80_ms": p80 * 1e3,
-            "logical_bytes": logical_bytes,
-            "flops": flops,
-            "images_per_s": shape.batch / medians[backend],
-            "gb_per_s": logical_bytes / medians[backend] / 1e9,
-            "peak_mib": measure.peak_mib(calls[backend]),
-            **measure.conditions(),
-        }
-        if backend != measure.REFERENCE:
-            reference = medians[measure.REFERENCE]
-            row |= {
-                "reference_ms": reference * 1e3,
-                "speedup": reference / medians[backend],
-                "reference_peak_mib": measure.peak_mib(calls[measure.REFERENCE]),
-            }
-            request.config.stash[ROWS].append(row)
+    def run(group: str, name: str, row: dict, samples: list[float]):
+        benchmark.group, benchmark.name = group, name
+        waiting = iter(samples)
+        benchmark.pedantic(measure.replay, setup=lambda: ((next(waiting),), {}), rounds=len(samples))
         benchmark.extra_info.update(row)
+        request.config.stash[ROWS].append(row)
 
-    torch.manual_seed(0)
     return run
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
-    facts = measure.conditions()
+    facts, rows = record.conditions(), config.stash[ROWS]
+    if not rows:
+        return
     machine = (
         f"{facts['device']}, {facts['threads']} threads, load {facts['load']} before the run, torch {facts['torch']}, "
         f"triton {facts['triton']}"
     )
-    if config.stash[ROWS]:
-        _write_ops(terminalreporter, config.stash[ROWS], machine)
-    if config.stash[measure.STEP_ROWS]:
-        _write_steps(terminalreporter, config.stash[measure.STEP_ROWS], machine)
+    for name, write in (("speedup", _write_ops), ("contender", _write_steps), ("host_us", _write_host)):
+        chosen = [row for row in rows if name in row]
+        if chosen:
+            write(terminalreporter, chosen, machine)
+    path = config.option.record
+    if path:
+        command = " ".join(["pytest", *(f"'{word}'" if " " in word else word for word in _arguments(path))])
+        record.write(path, command=command, rows=rows, ceilings=config.stash[CEILINGS])
+        terminalreporter.write_line(f"wrote {path}")
+
+
+def _arguments(path: Path) -> list[str]:
+    """Those of the command line that decide what is measured."""
+    return [word for word in sys.argv[1:] if word not in ("--record", str(path), f"--record={path}")]
 
 
 def _write_ops(reporter, rows, machine):
-    backends = {row["backend"] for row in rows}
+    if record.conditions()["kind"] == "interpreter":
+        reporter.section("kernels in Triton's interpreter")
+        checked = dict.fromkeys(f"{row['shape']}, {row['op']}" for row in rows if row["backend"] == "triton")
+        reporter.write_line("What they take there says nothing about a GPU. As exact as PyTorch, forward and backward:")
+        for name in checked:
+            reporter.write_line(name)
+        return
+    ours = [row for row in rows if row["backend"] in measure.OURS]
+    backends = {row["backend"] for row in ours}
     only = backends.pop() if len(backends) == 1 else None  # its name can then head the columns
     table = [[name.replace("ours", only or "ours") for name in COLUMNS]]
-    for row in rows:
+    for row in ours:
         table.append([
             row["shape"],
             row["op"] if only else f"{row['op']}, {row['backend']}",
             row["pass"],
-            f"{row['reference_ms']:.2f}",
-            f"{row['median_ms']:.2f}",
+            f"{row['reference_ms']:.3f}",
+            f"{row['median_ms']:.3f}",
+            f"{row['of_floor']:.0%}",
             f"{row['speedup']:.2f}x",
-            f"{row['reference_peak_mib']:.2f}",
-            f"{row['peak_mib']:.2f}",
+            *(f"{row[name]:.2f}" if name in row else "" for name in ("reference_peak_mib", "peak_mib")),
         ])  # fmt: skip
     reporter.section("mae_kernels against its reference")
     rounds = min(row["rounds"] for row in rows)
     reporter.write_line(
-        f"{machine}, float32 tensors unless a row says otherwise; interleaved medians of {rounds} or more rounds"
+        f"{machine}, float32 tensors unless a row says otherwise; interleaved medians of {rounds} or more rounds; "
+        "floor: the bytes at the rate of a large copy or the FLOPs at that of a large product, the longer"
     )
     _write_table(reporter, table, names=3)
+
+
+def _write_host(reporter, rows, machine):
+    table = [["op", "pass", "us", "op alone us", "of F.linear"]]
+    for row in rows:
+        of_linear = f"{row['host_us'] / row['linear_host_us']:.1f}x"
+        operator = f"{row['operator_host_us']:.1f}"
+        table.append([row["op"], row["pass"], f"{row['host_us']:.1f}", operator, of_linear])
+    reporter.section("what a call costs the host")
+    launched = "launches included" if measure.DEVICE.type == "cuda" else "allocations included, launches not"
+    reporter.write_line(f"{machine}; medians, {launched}")
+    _write_table(reporter, table, names=2)
 
 
 def _write_steps(reporter, rows, machine):

@@ -5,8 +5,6 @@ became of the ones before it; the command fails if one did.
 """
 
 import argparse
-import datetime
-import json
 import os
 import re
 import shutil
@@ -14,12 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+from benchmarks import record
+from benchmarks.record import ROOT
+
 OPS = [
     "random_resized_crop", "masking", "patch_embed", "gather_tokens", "scatter_mask_tokens", "masked_mse",
     "linear_masked_mse",
@@ -32,17 +31,18 @@ SMALL = ["tests/test_kernels.py", "-k", "nothing_is_written_outside"]
 
 
 def steps(raw: Path, size: str, only: str = "") -> dict[str, list[str]]:
-    """The command of each step; ``raw`` is the folder into which the benchmarks write what pytest-benchmark saw."""
+    """The command of each step; ``raw`` is the folder into which the benchmarks write a result file each."""
     pytest = [sys.executable, "-m", "pytest", "-q"]
 
     def benchmark(name: str) -> list[str]:
-        file, out = f"benchmarks/test_{name}.py", f"--benchmark-json={raw / name}.json"
+        file, out = f"benchmarks/test_{name}.py", f"--record={raw / name}.json"
         return [*pytest, file, "--benchmark-only", f"--size={size}", out, *(["-k", only] if only else [])]
 
     return {
         "native tests": [*pytest, *(f"tests/test_{name}.py" for name in NATIVE)],
         "memcheck": [*_sanitizer("memcheck"), *pytest, *SMALL],
         "racecheck": [*_sanitizer("racecheck"), *pytest, *SMALL],
+        "benchmark of the host": benchmark("host")[:-2] if only else benchmark("host"),
         "benchmarks of the ops": benchmark("ops"),
         "benchmark of the training step": benchmark("step"),
     }
@@ -74,36 +74,16 @@ def run(name: str, command: list[str]) -> dict:
     }
 
 
-def conditions() -> dict:
-    """What the results depend on besides the code."""
-    return {
-        "command": "python -m benchmarks.gpu",
-        "commit": _output("git", "rev-parse", "--short", "HEAD") or "unknown",
-        "uncommitted_changes": bool(_output("git", "status", "--porcelain")),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown",
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "triton": version("triton"),
-    }
-
-
-def _output(*command: str) -> str:
-    if shutil.which(command[0]) is None:
-        return ""
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def rows(raw: Path) -> list[dict]:
-    """One row per benchmark in the folder's files, without the single timings."""
-    texts = [path.read_text(encoding="utf-8") for path in sorted(raw.glob("*.json"))]
-    return [benchmark["extra_info"] for text in texts if text for benchmark in json.loads(text)["benchmarks"]]
+def measured(raw: Path) -> tuple[list[dict], dict]:
+    """The rows of all result files in the folder, and the ceilings that the ops are held against."""
+    results = [record.read(path) for path in sorted(raw.glob("*.json"))]
+    ceilings = [result["ceilings"] for result in results if result["ceilings"]]
+    return [row for result in results for row in result["rows"]], ceilings[-1] if ceilings else {}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result file")
+    parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the result file")
     parser.add_argument("--size", choices=["small", "full"], default="full", help="shapes of the benchmarks")
     parser.add_argument("--step", action="append", help="run only this step; may be repeated")
     parser.add_argument("--only", default="", help="benchmarks whose names match, as of pytest -k, such as ViT-B")
@@ -111,24 +91,25 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.exit(1, "PyTorch sees no GPU on this machine: nothing was run and nothing is claimed\n")
 
-    result = conditions()
+    facts = record.conditions()
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder)
         commands = steps(raw, options.size, options.only)
         unknown = set(options.step or ()) - commands.keys()
         if unknown:
             parser.error(f"unknown step {', '.join(sorted(unknown))}; there are {', '.join(commands)}")
-        result["steps"] = [run(name, commands[name]) for name in commands if name in (options.step or commands)]
-        result["rows"] = rows(raw)
+        done = [run(name, commands[name]) for name in commands if name in (options.step or commands)]
+        rows, ceilings = measured(raw)
 
-    name = re.sub(r"[^a-z0-9]+", "-", result["gpu"].lower()).strip("-")
-    path = options.out / f"{name}-{result['date']}-{result['commit']}.json"
-    options.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for step in result["steps"]:
+    name = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
+    path = options.out / f"{name}-{facts['date']}-{facts['commit']}.json"
+    words = [f"'{word}'" if " " in word else word for word in (sys.argv[1:] if argv is None else argv)]
+    command = " ".join(["python -m benchmarks.gpu", *words])
+    record.write(path, command=command, rows=rows, ceilings=ceilings, steps=done)
+    for step in done:
         print(f"{'passed' if step['passed'] else 'FAILED'}  {step['step']}, {step['seconds']} s: {step['last_line']}")
-    print(f"wrote {path}")
-    return 0 if all(step["passed"] for step in result["steps"]) else 1
+    print(f"wrote {path}; python -m benchmarks.report puts it into the README")
+    return 0 if all(step["passed"] for step in done) else 1
 
 
 if __name__ == "__main__":

@@ -1,30 +1,31 @@
-"""How the benchmarks measure: time, memory and errors, on any device, and the conditions that belong to a number."""
+"""How the benchmarks measure: time, memory and errors, on any device."""
 
-import importlib.util
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
-from importlib.metadata import version
+from contextlib import contextmanager
+from statistics import median
+from unittest.mock import patch
 
-import cpuinfo
-import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mae_kernels import why_not_triton
+from mae_kernels import backend, checks, registration, why_not_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFERENCE = "reference"
-OURS = ["eager"] if why_not_triton(torch.empty(0, device=DEVICE)) else ["eager", "triton"]
+COMPILED = "compiled"  # the reference, by torch.compile
+OURS = ["eager"]
+if backend.INTERPRETED or not why_not_triton(torch.empty(0, device=DEVICE)):
+    OURS.append("triton")
 MIB = 2**20
-STEP_ROWS = pytest.StashKey[list[dict]]()
 
 # On a GPU convolutions would round their inputs to TF32 and matrix products would not; float32 rows mean float32.
 torch.backends.cudnn.allow_tf32 = False
 
+_BACKLOG = 5_000_000  # cycles of a GPU: more than two milliseconds
 _total = 0.0
 
 
@@ -33,39 +34,103 @@ def clock() -> float:
     return _total
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Duration of one call: wall clock on the CPU, the time between two events on a GPU."""
+def seconds(*calls: Callable[[], object]) -> float | list[float]:
+    """Duration of a call, or of each of several in a row: wall clock on the CPU, time between events on a GPU."""
     global _total
     if DEVICE.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(1 + len(calls))]
         # The GPU is kept busy while the host launches, so that the kernels are timed and not the launches.
-        torch.cuda._sleep(5_000_000)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        duration = start.elapsed_time(end) / 1e3
+        torch.cuda._sleep(_BACKLOG)
+        events[0].record()
+        for call, event in zip(calls, events[1:], strict=True):
+            call()
+            event.record()
+        events[-1].synchronize()
+        durations = [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(events)]
     else:
-        begin = time.perf_counter()
+        times = [time.perf_counter()]
+        for call in calls:
+            call()
+            times.append(time.perf_counter())
+        durations = [end - start for start, end in itertools.pairwise(times)]
+    _total += sum(durations)
+    return durations if len(calls) > 1 else durations[0]
+
+
+def wall_seconds(call: Callable[[], object], repeats: int = 5) -> float:
+    """Of a call among others like it, as its user waits for it: launches that a GPU is not busy enough to hide too."""
+    call()
+    _wait()
+    start = time.perf_counter()
+    for _ in range(repeats):
         call()
-        duration = time.perf_counter() - begin
-    _total += duration
-    return duration
+    _wait()
+    return (time.perf_counter() - start) / repeats
+
+
+def host_samples(call: Callable[[], object], repeats: int = 200) -> list[float]:
+    """How long calls keep the host. A GPU is held up meanwhile: nobody waits for its results."""
+    samples = []
+    for i in range(-10, repeats):
+        if i % 20 == 10 and DEVICE.type == "cuda":  # its queue holds about a thousand launches
+            torch.cuda.synchronize()
+            torch.cuda._sleep(_BACKLOG)
+        start = time.perf_counter()
+        call()
+        if i >= 0:
+            samples.append(time.perf_counter() - start)
+    return samples
+
+
+def host_seconds(call: Callable[[], object]) -> float:
+    return median(host_samples(call))
+
+
+@contextmanager
+def no_kernels() -> Iterator[None]:
+    """On the CPU, where computing would hide what a call costs, the ops allocate their results and do nothing else.
+
+    Ids are not read either, as on a GPU. For calls on arguments of the same shapes.
+    """
+    if DEVICE.type == "cuda":
+        yield
+        return
+    run, results = registration._outside_autocast, {}
+
+    def allocate(implementation: Callable, first: Tensor, *rest):
+        key = implementation, first.shape
+        if key not in results:
+            results[key] = run(implementation, first, *rest)
+        like = results[key]
+        return torch.empty_like(like) if isinstance(like, Tensor) else tuple(map(torch.empty_like, like))
+
+    unread = dict.fromkeys(("id_values", "mask_values", "packed_values", "box_values"), lambda *args: None)
+    with patch.object(registration, "_outside_autocast", allocate), patch.multiple(checks, **unread):
+        yield
+
+
+class OpRecorder(TorchDispatchMode):
+    """Inside a ``with`` block, keeps the calls of our ops as they reach the dispatcher, below autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[Callable, tuple]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mae_kernels":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+    def replay(self) -> None:
+        with torch._C._AutoDispatchBelowAutograd():
+            for func, args in self.calls:
+                func(*args)
 
 
 def replay(duration: float) -> None:
     """Let the clock show a duration that was measured before, interleaved with those of others."""
     global _total
     _total += duration
-
-
-def matrix_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of one large product of PyTorch's: the ceiling of a step in this dtype, measured when it is asked for."""
-    rows, width = (32768, 4096) if DEVICE.type == "cuda" else (4096, 2048)
-    # Random numbers: a GPU draws less power, and runs faster, where all are the same.
-    a, b = (torch.randn(n, width, device=DEVICE).to(dtype) for n in (rows, width))
-    torch.nn.functional.linear(a, b)
-    return 2 * rows * width**2 / min(seconds(lambda: torch.nn.functional.linear(a, b)) for _ in range(3))
 
 
 def rotated(make: Callable[[], dict]) -> Iterator[dict]:
@@ -125,14 +190,6 @@ def assert_accurate(ours: dict[str, Tensor], peer: dict[str, Tensor], gold: dict
         assert error <= allowed, f"{name} is off by {error:.3g}, allowed is {allowed:.3g}"
 
 
-@cache
-def conditions() -> dict[str, str | float]:
-    """What a number depends on besides the code. The load is that of the minute before the first row."""
-    on_gpu = DEVICE.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(DEVICE) if on_gpu else cpuinfo.get_cpu_info().get("brand_raw", "CPU"),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "unknown",
-        "torch": torch.__version__,
-        "triton": version("triton") if importlib.util.find_spec("triton") else "none",
-    }
+def _wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,6 +1,6 @@
 """Every shape that the benchmarks run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Shape:
 
     @property
     def id(self) -> str:
-        return f"{self.name} N={self.batch}"
+        size = "" if self.image == 224 else f" {self.image}"
+        return f"{self.name}{size} N={self.batch}"
 
     @property
     def num_patches(self) -> int:  # L
@@ -40,29 +41,27 @@ class Shape:
         return self.channels * self.patch**2
 
 
-def _tiny(batch: int) -> Shape:
-    return Shape("ViT-Ti/16", "mae_vit_tiny_patch16", batch, embed_dim=192, depth=12)
+TINY = Shape("ViT-Ti/16", "mae_vit_tiny_patch16", 1, embed_dim=192, depth=12)
+SMALL = Shape("ViT-S/16", "mae_vit_small_patch16", 1, embed_dim=384, depth=12)
+BASE = Shape("ViT-B/16", "mae_vit_base_patch16", 1, embed_dim=768, depth=12)
+LARGE = Shape("ViT-L/16", "mae_vit_large_patch16", 1, embed_dim=1024, depth=24)
+HUGE = Shape("ViT-H/14", "mae_vit_huge_patch14", 1, embed_dim=1280, depth=32, patch=14)
 
-
-def _small(batch: int) -> Shape:
-    return Shape("ViT-S/16", "mae_vit_small_patch16", batch, embed_dim=384, depth=12)
-
-
-def _base(batch: int) -> Shape:
-    return Shape("ViT-B/16", "mae_vit_base_patch16", batch, embed_dim=768, depth=12)
-
-
-def _large(batch: int) -> Shape:
-    return Shape("ViT-L/16", "mae_vit_large_patch16", batch, embed_dim=1024, depth=24)
-
-
-def _huge(batch: int) -> Shape:
-    return Shape("ViT-H/14", "mae_vit_huge_patch14", batch, embed_dim=1280, depth=32, patch=14)
-
-
-OPS = {"small": [_base(32)], "cpu": [_base(32)], "full": [_base(128), _large(128), _huge(128)]}
+OPS = {
+    # For Triton's interpreter, half a millisecond a program.
+    "tiny": [replace(TINY, batch=2, image=64, embed_dim=64, decoder_dim=64)],
+    "small": [replace(BASE, batch=32)],
+    "cpu": [replace(BASE, batch=32)],
+    "full": [
+        *(replace(BASE, batch=n) for n in (64, 256, 1024)),
+        *(replace(model, batch=256) for model in (SMALL, LARGE, HUGE)),
+        replace(BASE, batch=64, image=448),  # L = 784
+        replace(BASE, batch=16, image=896),  # L = 3136
+    ],
+}
 STEP = {
-    "small": [_tiny(8)],
-    "cpu": [_tiny(16), _base(16)],
-    "full": [_small(256), _base(256), _large(128), _huge(64)],
+    "tiny": [],
+    "small": [replace(TINY, batch=8)],
+    "cpu": [replace(TINY, batch=16), replace(BASE, batch=16)],
+    "full": [replace(SMALL, batch=256), replace(BASE, batch=256), replace(LARGE, batch=128), replace(HUGE, batch=64)],
 }

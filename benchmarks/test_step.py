@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import measure
+from benchmarks.ceilings import matrix_rate
 from benchmarks.measure import DEVICE
 
 mae = pytest.importorskip("mae")  # its requirements are more than those of the ops
@@ -19,21 +20,13 @@ from mae.profile import training_flops  # noqa: E402
 pytestmark = pytest.mark.benchmark(timer=measure.clock)
 
 
-def test_step(contender, step_dtype, step_shape, benchmark, request):
+def test_step(contender, step_dtype, step_shape, show, request):
     options = request.config.option
     rows, samples = _measured(step_shape, step_dtype, options.contenders, options.step_rounds)
     if contender not in rows:
         pytest.skip("CUDA graphs need CUDA")
     row = rows[contender]
-    benchmark.group, benchmark.name = f"{step_shape.id}, {step_dtype}", row["contender"]
-    benchmark.pedantic(measure.replay, setup=_one_after_another(samples[contender]), rounds=len(samples[contender]))
-    benchmark.extra_info.update(row)
-    request.config.stash[measure.STEP_ROWS].append(row)
-
-
-def _one_after_another(samples: list[float]):
-    waiting = iter(samples)
-    return lambda: ((next(waiting),), {})
+    show(f"{step_shape.id}, {step_dtype}", row["contender"], row, samples[contender])
 
 
 @cache
@@ -50,13 +43,13 @@ def _measured(s, dtype: str, names: str, rounds: int) -> tuple[dict[str, dict], 
     model.zero_grad()
     rates, samples = [], {runner.name: [] for runner in runners}
     for number in range(2 + rounds):  # the first two compile and warm up
-        rate = measure.matrix_rate(getattr(torch, dtype))
+        rate = matrix_rate(getattr(torch, dtype))
         times = {runner.name: _seconds(runner.step) for runner in runners}
         if number >= 2:
             rates.append(rate)
             for name, value in times.items():
                 samples[name].append(value)
-    flops, matrix_rate, rows = training_flops(model.config, s.mask_ratio) * s.batch, median(rates), {}
+    flops, ceiling, rows = training_flops(model.config, s.mask_ratio) * s.batch, median(rates), {}
     for runner in runners:
         time_taken = median(samples[runner.name])
         p20, *_, p80 = quantiles(samples[runner.name], n=5)
@@ -74,14 +67,13 @@ def _measured(s, dtype: str, names: str, rounds: int) -> tuple[dict[str, dict], 
             "images_per_s": s.batch / time_taken,
             "flops": flops,
             "tflops": flops / time_taken / 1e12,
-            "matrix_tflops": matrix_rate / 1e12,
-            "mfu": flops / time_taken / matrix_rate,
+            "matrix_tflops": ceiling / 1e12,
+            "mfu": flops / time_taken / ceiling,
             "peak_mib": peak,
             "saved_bytes_per_image": saved[runner.name] / s.batch,
             "launches": launches,
             "host_syncs": syncs,
             "shipped_bytes_per_image": runner.images.nbytes // s.batch,
-            **measure.conditions(),
         }
     return rows, samples
 

@@ -12,6 +12,7 @@ from benchmarks.shapes import Shape
 from mae_kernels import reference
 
 BF16, F32, U8 = torch.bfloat16, torch.float32, torch.uint8
+STAGES = ("forward", "backward", "forward+backward")
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Work:
 
     Bytes: a forward reads each input once and writes its output once. A backward reads the gradient of the output and
     the inputs that it needs once and writes each gradient once. Of images and predictions count the patches in use.
+    What a forward keeps for the backward does not count.
     """
 
     op: str
@@ -29,6 +31,7 @@ class Work:
     pixels: torch.dtype = F32  # of the images, where there are any
     compute: torch.dtype = F32  # of tokens, predictions and products; bfloat16 runs under autocast, weights in float32
     peer: Callable | None = None  # what stands for the reference; None: the published step
+    passes_together: bool = False  # gradients are computed in the forward: only the sum of both passes means something
 
     @property
     def reference(self) -> Callable:
@@ -37,6 +40,12 @@ class Work:
     @property
     def differentiable(self) -> bool:
         return self.bytes[1] > 0
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        if self.passes_together:
+            return STAGES[2:]
+        return STAGES if self.differentiable else STAGES[:1]
 
     @property
     def dtype(self) -> str:
@@ -128,7 +137,7 @@ def scatter_mask_tokens(s: Shape, compute: torch.dtype = F32) -> Work:
 def masked_mse(s: Shape, rows: str, pixels: torch.dtype = F32, compute: torch.dtype = F32) -> Work:
     """Masked predictions and pixels, N M E each, and ids (or mask) in; the loss out.
 
-    Backward: the same in; the gradient of pred out, N M E, or N L E for full predictions.
+    Backward: their residual in, N M E; the gradient of pred out, N M E, or N L E for full predictions.
     FLOPs: 10 per masked value (mean, centre, variance, scale, residual, square, sum), backward 1.
     """
     n, m, e = s.batch, s.num_masked, s.patch_values
@@ -144,21 +153,28 @@ def masked_mse(s: Shape, rows: str, pixels: torch.dtype = F32, compute: torch.dt
         return {**pred, **_images(s, pixels, device), "patch_size": s.patch}
 
     read = n * m * e * (compute.itemsize + pixels.itemsize) + (n * m * 8 if rows == "masked" else n * s.num_patches)
-    gradient = n * (m if rows == "masked" else s.num_patches) * e * compute.itemsize
+    gradients = n * (m + (m if rows == "masked" else s.num_patches)) * e * compute.itemsize
     return Work(
         "masked_mse",
         arguments,
-        bytes=(read + 4, read + gradient),
+        bytes=(read + 4, gradients),
         flops=(10 * n * m * e, n * m * e),
         pixels=pixels,
         compute=compute,
+        peer=published_loss if compute != F32 else None,
     )
+
+
+def published_loss(pred, images, *, mean, std, **options):
+    """Under autocast the published pipeline has its pixels in float32, whatever the predictions are in."""
+    pixels = reference.normalize(images, mean, std, torch.promote_types(pred.dtype, F32))
+    return reference.masked_mse(pred, pixels, **options)
 
 
 def linear_masked_mse(s: Shape, compute: torch.dtype, peer: Callable | None = None) -> Work:
     """Hidden tokens N M D, weight E D, bias E, masked pixels N M E and ids in; the loss out.
 
-    Backward: the same in; the gradients of hidden, weight and bias out. D is the decoder's.
+    Backward: the gradients of hidden, weight and bias out. D is the decoder's.
     FLOPs: 2 N M E D for the projection, 10 N M E for the loss; backward twice the projection.
     """
     n, m, e, d = s.batch, s.num_masked, s.patch_values, s.decoder_dim
@@ -179,10 +195,11 @@ def linear_masked_mse(s: Shape, compute: torch.dtype, peer: Callable | None = No
     return Work(
         "linear_masked_mse",
         arguments,
-        bytes=(read + 4, read + gradients),
+        bytes=(read + 4, gradients),
         flops=(product + 10 * n * m * e, 2 * product),
         compute=compute,
         peer=peer,
+        passes_together=True,
     )
 
 
@@ -192,11 +209,12 @@ def two_ops(hidden, weight, bias, images, ids_mask, **options):
 
 
 def random_resized_crop(s: Shape) -> Work:
-    """Boxes h x w of 375 x 500 uint8 images in, 60 % of their pixels, N C 224 224 out.
+    """Boxes h x w of larger uint8 images in, 60 % of their pixels, N C H W out: 290 x 390 of 375 x 500 to 224 x 224.
 
-    FLOPs: h (4 w) products with taps along the rows of a box, then 224 (4 h) along the columns that are left.
+    FLOPs: h (4 w) products with taps along the rows of a box, then W (4 h) along the columns that are left.
     """
-    n, height, width, h, w = s.batch, 375, 500, 290, 390
+    n = s.batch
+    height, width, h, w = (side * s.image // 224 for side in (375, 500, 290, 390))
 
     def arguments(device):
         # All of the mean area, so that bytes and operations are known, at random places.
