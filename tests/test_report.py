@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
-from benchmarks.aims import AIMS
-from benchmarks.pages import pictures
-from benchmarks.plots import digest_of
-from benchmarks.result import SHOWN, newest, results
+from benchmarks.report import __main__ as report
+from benchmarks.report.aims import AIMS
+from benchmarks.report.pages import pictures
+from benchmarks.report.plots import digest_of
+from benchmarks.report.result import SHOWN, newest, results
 from benchmarks.work import CASES
 
 ROOT = Path(__file__).parent.parent

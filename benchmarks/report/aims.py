@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
-from benchmarks.result import digits, over_compiled, paragraphs, percent, table, times
+from benchmarks.report.result import digits, over_compiled, paragraphs, percent, table, times
 
 
 @dataclass(frozen=True)

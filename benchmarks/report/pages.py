@@ -1,8 +1,8 @@
 """The page and the pictures of a result file."""
 
-from benchmarks import aims
-from benchmarks.plots import Bars, Picture, Point, Roofline
-from benchmarks.result import Result, digits, paragraphs, rounds, setting, table
+from benchmarks.report import aims
+from benchmarks.report.plots import Bars, Picture, Point, Roofline
+from benchmarks.report.result import Result, digits, paragraphs, rounds, setting, table
 
 UNITS = {"copy_gb_per_s": "GB/s", "tflops": "TFLOP/s", "launch_us": "µs", "linear_host_us": "µs", "kernel_us": "µs"}
 

@@ -11,7 +11,7 @@ import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.result import digits, times
+from benchmarks.report.result import digits, times
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")
 OURS, COMPILED, PUBLISHED = "#6fa8dc", "#222222", "#777777"

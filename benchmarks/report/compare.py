@@ -1,6 +1,6 @@
 """What got slower or faster between two result files of one machine."""
 
-from benchmarks.result import Result, milliseconds, table
+from benchmarks.report.result import Result, milliseconds, table
 
 LEAST = 0.03  # a change of this share or less is never told
 SAME = ("kind", "device", "threads")

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
-from benchmarks import aims, record
-from benchmarks.compare import compare, obstacle
-from benchmarks.pages import page, pictures
-from benchmarks.plots import Picture, digest_of
-from benchmarks.result import (
+from benchmarks import record
+from benchmarks.report import aims
+from benchmarks.report.compare import compare, obstacle
+from benchmarks.report.pages import page, pictures
+from benchmarks.report.plots import Picture, digest_of
+from benchmarks.report.result import (
     Result,
     digits,
     milliseconds,
