@@ -46,6 +46,15 @@ def test_commands_take_their_options(command, capsys):
     assert all(f"{option} " in text for option in options)
 
 
+@pytest.mark.parametrize(
+    "module", [c[2] for c in COMMANDS if c[:2] == ["python", "-m"] and c[2] not in ("mae", "pytest")]
+)
+def test_commands_of_modules_explain_themselves(module):
+    result = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert f"usage: python -m {module}" in result.stdout
+
+
 def test_make_targets_exist():
     targets = [command[1] for command in COMMANDS if command[:1] == ["make"]]
     assert sorted(targets) == ["bench", "demo", "faults", "gpu", "test"]
@@ -57,7 +66,7 @@ def test_make_targets_exist():
 def test_linked_and_listed_files_exist():
     links = [link for link in re.findall(r"\]\((.*?)\)", README) if not link.startswith("http")]
     listed = re.findall(r"\b(?:[\w/]+/)?(\w+\.py)\b", README)
-    here = {f.name for f in ROOT.glob("mae*/*.py")}
+    here = {f.name for folder in ("mae*", "benchmarks") for f in ROOT.glob(f"{folder}/*.py")}
     assert links
     assert all((ROOT / link).is_file() for link in links)
     assert listed
