@@ -91,17 +91,17 @@ def masking(kernel: str, num_patches: int, key_bytes: int) -> Specimen:
     return Specimen(kernel, f"fp32 L={num_patches}", "masking", args, N * num_patches * (key_bytes + 8 + 8 + 1))
 
 
-def gather_tokens(dtype: torch.dtype) -> Specimen:
+def gather_tokens(dtype: torch.dtype, width: int = D) -> Specimen:
     """Selected tokens N K D and ids N K in, N K D out."""
-    args = (empty(N, L, D, dtype=dtype), empty(N, K, dtype=I64))
-    moved = 2 * N * K * D * dtype.itemsize + N * K * 8
+    args = (empty(N, L, width, dtype=dtype), empty(N, K, dtype=I64))
+    moved = 2 * N * K * width * dtype.itemsize + N * K * 8
     return Specimen("gather_tokens", SHORT[dtype], "gather_tokens", args, moved)
 
 
-def gather_tokens_backward(dtype: torch.dtype) -> Specimen:
+def gather_tokens_backward(dtype: torch.dtype, width: int = D) -> Specimen:
     """Gradient N K D and ids N K in, N L D out."""
-    args = (empty(N, K, D, dtype=dtype), empty(N, K, dtype=I64), L)
-    moved = N * (K + L) * D * dtype.itemsize + N * K * 8
+    args = (empty(N, K, width, dtype=dtype), empty(N, K, dtype=I64), L)
+    moved = N * (K + L) * width * dtype.itemsize + N * K * 8
     return Specimen("gather_tokens_backward", SHORT[dtype], "gather_tokens_backward", args, moved)
 
 
@@ -124,19 +124,22 @@ def scatter_mask_tokens_backward(dtype: torch.dtype, learned: bool = False) -> S
     return Specimen(name, variant, name, args, moved, N * M * d + N * rows * d)
 
 
-def masked_mse(pixels: torch.dtype, dtype: torch.dtype, layout: str, rows: str) -> Specimen:
+def masked_mse(pixels: torch.dtype, dtype: torch.dtype, layout: str, rows: str, patch: int = PATCH) -> Specimen:
     """Masked predictions and pixels, N M E each, ids N M or mask N L in, residual N M E or N L E and the loss out.
 
     10 operations for each masked value: mean, centre, variance, scale, residual, square, sum.
     """
+    patches, e = (IMAGE // patch) ** 2, C * patch**2
+    m = patches - patches // 4
     if rows == "ids_mask":
-        pred, mask, ids, which = empty(N, M, E, dtype=dtype), None, empty(N, M, dtype=I64), N * M * 8
+        pred, mask, ids, which = empty(N, m, e, dtype=dtype), None, empty(N, m, dtype=I64), N * m * 8
     else:
-        pred, mask, ids, which = empty(N, 1 + L, E, dtype=dtype)[:, 1:], empty(N, L, dtype=torch.bool), None, N * L
-    moved = N * M * E * (dtype.itemsize + pixels.itemsize) + which + pred.numel() * dtype.itemsize + 4
-    args = (pred, images(pixels), mask, ids, [PATCH, PATCH], True, *mean_std(pixels), 1e-6, layout, True)
+        pred, mask, ids = empty(N, 1 + patches, e, dtype=dtype)[:, 1:], empty(N, patches, dtype=torch.bool), None
+        which = N * patches
+    moved = N * m * e * (dtype.itemsize + pixels.itemsize) + which + pred.numel() * dtype.itemsize + 4
+    args = (pred, images(pixels), mask, ids, [patch, patch], True, *mean_std(pixels), 1e-6, layout, True)
     variant = f"{SHORT[dtype]} of {SHORT[pixels]} {layout} {rows}"
-    return Specimen("masked_mse", variant, "masked_mse", args, moved, 10 * N * M * E)
+    return Specimen("masked_mse", variant, "masked_mse", args, moved, 10 * N * m * e)
 
 
 def loss_and_scale() -> Specimen:
@@ -166,22 +169,27 @@ def patch_embed(
     return Specimen("patch_embed", variant, "patch_embed", args, moved, 2 * N * k * e * width)
 
 
-def patch_embed_backward(kernel: str, pixels: torch.dtype, dtype: torch.dtype, grad: torch.dtype) -> Specimen:
+def patch_embed_backward(
+    kernel: str, pixels: torch.dtype, dtype: torch.dtype, grad: torch.dtype, patch: int = PATCH, width: int = D
+) -> Specimen:
     """Gradient N K D and ids N K in.
 
     weight: visible pixels N K E in, D E and bias D out; 2 N K E D, and an addition for each value of the gradient.
     image: weight D E in, visible pixels N K E out; 2 N K E D. position: L D out; an addition for each value.
     """
+    patches, e = (IMAGE // patch) ** 2, C * patch**2
+    k = patches // 4
     moved, flops = {
-        "weight_gradient": (N * K * E * pixels.itemsize + (D * E + D) * 4, 2 * N * K * E * D + N * K * D),
-        "image_gradient": (D * E * dtype.itemsize + N * K * E * pixels.itemsize, 2 * N * K * E * D),
-        "position_gradient": (L * D * 4, N * K * D),
+        "weight_gradient": (N * k * e * pixels.itemsize + (width * e + width) * 4, N * k * (2 * e * width + width)),
+        "image_gradient": (width * e * dtype.itemsize + N * k * e * pixels.itemsize, 2 * N * k * e * width),
+        "position_gradient": (patches * width * 4, N * k * width),
     }[kernel]
     needs = [kernel == "image_gradient", *[kernel == "weight_gradient"] * 2, kernel == "position_gradient", False]
-    g_tokens, weight = empty(N, 1 + K, D, dtype=grad), empty(D, C, PATCH, PATCH, dtype=dtype)
-    args = (g_tokens, images(pixels), weight, empty(N, K, dtype=I64), *mean_std(pixels), 1, dtype, needs)
+    g_tokens, weight = empty(N, 1 + k, width, dtype=grad), empty(width, C, patch, patch, dtype=dtype)
+    args = (g_tokens, images(pixels), weight, empty(N, k, dtype=I64), *mean_std(pixels), 1, dtype, needs)
     variant = f"{SHORT[dtype]} of {SHORT[pixels]} and {SHORT[grad]}"
-    return Specimen(kernel, variant, "patch_embed_backward", args, moved + N * K * (D * grad.itemsize + 8), flops)
+    moved += N * k * (width * grad.itemsize + 8)
+    return Specimen(kernel, variant, "patch_embed_backward", args, moved, flops)
 
 
 def random_resized_crop(layout: str) -> Specimen:
@@ -214,8 +222,8 @@ class Pointer:
         return self._x.untyped_storage().nbytes()
 
 
-def compiled(specimen: Specimen, chip: str):
-    """The kernel as its launcher has it compiled on that chip."""
+def compiled(specimen: Specimen, chip: str) -> tuple:
+    """The kernel as its launcher has it compiled on that chip, and the grid it is launched on."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import jit
 
@@ -227,7 +235,7 @@ def compiled(specimen: Specimen, chip: str):
     def compile_only(kernel, *args, grid, warmup, **options):
         if kernel.__name__ == f"{specimen.kernel}_kernel":
             pointers = (Pointer(x) if isinstance(x, Tensor) else x for x in args)
-            found.append(launch(kernel, *pointers, grid=grid, warmup=True, **options))
+            found.append((launch(kernel, *pointers, grid=grid, warmup=True, **options), grid))
 
     target = GPUTarget("hip", chip, 64) if chip.startswith("gfx") else GPUTarget("cuda", int(chip[3:]), 32)
     answers = {"get_current_device": chip, "get_current_stream": 0, "get_current_target": target}
@@ -238,12 +246,12 @@ def compiled(specimen: Specimen, chip: str):
         chips.assume(chip),
     ):
         getattr(kernels, specimen.op)(*specimen.args)
-    (kernel,) = found
-    return kernel
+    (launched,) = found
+    return launched
 
 
-def read_cubin(cubin: bytes) -> tuple[int, int, list[str], int, int]:
-    """Registers, spills, tensor-core opcodes, widest load and widest store."""
+def read_cubin(cubin: bytes) -> tuple[int, int, list[str], int, int, int]:
+    """Registers, spills, tensor-core opcodes, widest load, widest store, and instructions in all."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
@@ -261,10 +269,10 @@ def read_cubin(cubin: bytes) -> tuple[int, int, list[str], int, int]:
         widths = (re.search(r"\.[US]?(8|16|64|128|256)\b", op) or ("", 128 if op[0] == "U" else 32) for op in found)
         return max((int(width[1]) for width in widths), default=0)
 
-    return registers, stack + local, mma, widest("LDG|LDGSTS|UBLKCP|UTMALDG"), widest("STG|UTMASTG")
+    return registers, stack + local, mma, widest("LDG|LDGSTS|UBLKCP|UTMALDG"), widest("STG|UTMASTG"), len(code)
 
 
-def read_amdgcn(text: str) -> tuple[int, int, list[str], int, int]:
+def read_amdgcn(text: str) -> tuple[int, int, list[str], int, int, int]:
     bits = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
 
     def field(name: str) -> int:
@@ -275,13 +283,15 @@ def read_amdgcn(text: str) -> tuple[int, int, list[str], int, int]:
         return max((bits[width] for width in found), default=0)
 
     spills = field("vgpr_spill_count") + field("sgpr_spill_count")
-    return field("vgpr_count"), spills, re.findall(r"^\s+(v_mfma)", text, re.M), widest("load"), widest("store")
+    instructions = len(re.findall(r"^\s+(?:buffer|ds|flat|global|[sv])_\w+", text, re.M))
+    mma = re.findall(r"^\s+(v_mfma)", text, re.M)
+    return field("vgpr_count"), spills, mma, widest("load"), widest("store"), instructions
 
 
 def inspect(specimen: Specimen, chip: str, bandwidth: float, tflops: float) -> dict:
-    kernel = compiled(specimen, chip)
+    kernel, _ = compiled(specimen, chip)
     read, binary = (read_amdgcn, "amdgcn") if chip.startswith("gfx") else (read_cubin, "cubin")
-    registers, spills, mma, load, store = read(kernel.asm[binary])
+    registers, spills, mma, load, store, _ = read(kernel.asm[binary])
     return {
         "kernel": specimen.kernel,
         "variant": specimen.variant,

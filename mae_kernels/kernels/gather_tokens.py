@@ -4,6 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mae_kernels.kernels import tuned
+from mae_kernels.kernels.chips import chip_of
+from mae_kernels.kernels.host import cdiv, next_power_of_2
 from mae_kernels.kernels.rows import row_tiles
 
 
@@ -66,9 +69,10 @@ def gather_tokens_backward_kernel(
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     n, k = ids.shape
     d = tokens.shape[2]
-    tiles = row_tiles(d)
+    key = "gather_tokens", chip_of(tokens.device), d, tokens.itemsize, tuned.size(n * k)
+    tiles = tuned.tiles(key, row_tiles, d)
     out = tokens.new_empty((n, k, d))
-    gather_tokens_kernel[(triton.cdiv(n * k, tiles.rows),)](
+    gather_tokens_kernel[(cdiv(n * k, tiles.rows),)](
         tokens, ids, out,
         n * k, tokens.shape[1], k,
         *tokens.stride(), *ids.stride(),
@@ -79,9 +83,10 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
 
 def gather_tokens_backward(grad: Tensor, ids: Tensor, num_tokens: int) -> Tensor:
     n, k, d = grad.shape
-    tiles = row_tiles(d)
+    key = "gather_tokens_backward", chip_of(grad.device), d, grad.itemsize, tuned.size(n * num_tokens)
+    tiles = tuned.tiles(key, row_tiles, d)
     out = grad.new_empty((n, num_tokens, d))
-    blocks = triton.cdiv(num_tokens, tiles.rows)
+    blocks = cdiv(num_tokens, tiles.rows)
     gather_tokens_backward_kernel[(n * blocks,)](
         grad, ids, out,
         num_tokens, k, blocks,
@@ -93,4 +98,4 @@ def gather_tokens_backward(grad: Tensor, ids: Tensor, num_tokens: int) -> Tensor
 
 def id_block(num_ids: int) -> int:
     # 128 ids against 32 rows are 32 comparisons a thread.
-    return min(max(triton.next_power_of_2(num_ids), 16), 128)
+    return min(max(next_power_of_2(num_ids), 16), 128)

@@ -1,6 +1,5 @@
 """The loss: targets are read from the images into registers, and only their difference from pred is written."""
 
-from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -8,8 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mae_kernels.kernels import tuned
+from mae_kernels.kernels.chips import chip_of
+from mae_kernels.kernels.host import cdiv, next_power_of_2
 from mae_kernels.kernels.numerics import rounded
 from mae_kernels.kernels.pixels import load_patches, patch_offsets
+from mae_kernels.kernels.tuned import BlockTiles, LossTiles
 from mae_kernels.patchify import patch_grid
 
 
@@ -148,28 +151,25 @@ def masked_mse_backward_kernel(
     tl.store(p_out + i, rounded(factor * residual, p_out.dtype.element_ty), mask=i < num_values)
 
 
-@dataclass(frozen=True)
-class LossTiles:
-    """A program turns ``turns`` times to ``patches`` patches, of which it holds ``rows`` rows of ``cols`` pixels."""
-
-    patches: int
-    rows: int
-    cols: int
-    turns: int
-    num_warps: int
-
-
 def loss_tiles(num_patches: int, channels: int, patch: list[int]) -> LossTiles:
     """Blocks of about 1024 values a warp; enough programs to fill a chip, few enough for one to add their sums.
 
     From the inspector, 2026-11; not measured on a GPU: a patch of 3 x 16 x 16 in one warp is 24 values a lane, in 56 to
     110 registers, without a barrier. 8192 values in 8 warps are 32 a lane; larger patches are read three times.
     """
-    cols = triton.next_power_of_2(patch[1])
-    rows = min(triton.next_power_of_2(channels * patch[0]), max(8192 // cols, 1))
+    cols = next_power_of_2(patch[1])
+    rows = min(next_power_of_2(channels * patch[0]), max(8192 // cols, 1))
     patches = max(1, 512 // (rows * cols))
-    turns = min(max(num_patches // (16384 * patches), 1), 16)
+    turns = _turns(num_patches, patches)
     return LossTiles(patches, rows, cols, turns, num_warps=min(max(patches * rows * cols // 1024, 1), 8))
+
+
+def _turns(num_patches: int, patches: int) -> int:
+    return min(max(num_patches // (16384 * patches), 1), 16)
+
+
+def backward_tiles() -> BlockTiles:
+    return BlockTiles(values=4096, num_warps=8)  # two 128-bit loads a thread in bfloat16
 
 
 def masked_mse(
@@ -188,14 +188,19 @@ def masked_mse(
     n, rows, values = pred.shape
     channels, (ph, pw) = images.shape[1], patch
     grid = patch_grid(images, patch)
-    tiles = loss_tiles(n * rows, channels, patch)
-    programs = triton.cdiv(n * rows, tiles.patches * tiles.turns)
+    key = (
+        "masked_mse", chip_of(images.device), channels, ph, pw, images.dtype, pred.dtype, layout,
+        "ids_mask" if mask is None else "mask", mean is not None, tuned.size(n * rows),
+    )  # fmt: skip
+    tiles = tuned.tiles(key, loss_tiles, n * rows, channels, patch)
+    turns = max(tiles.turns, _turns(n * rows, tiles.patches))  # a class of shapes has no largest one
+    programs = cdiv(n * rows, tiles.patches * turns)
     residual = pred.new_empty(pred.shape if needs_grad else 0)
     sums = pred.new_empty(programs, dtype=torch.float32)
     counts = None if mask is None else pred.new_empty(programs, dtype=torch.int32)
     masked_mse_kernel[(programs,)](
         pred, images, mean, std, mask, ids_mask, residual if needs_grad else None, sums, counts,
-        n * rows, rows, prod(grid), grid[1], tiles.turns, eps,
+        n * rows, rows, prod(grid), grid[1], turns, eps,
         *pred.stride(), *images.stride(), *(ids_mask if mask is None else mask).stride(),
         C=channels, PH=ph, PW=pw, NORM_PIX=norm_pix, PQC=layout == "pqc",
         BLOCK=tiles.patches, ROWS=tiles.rows, COLS=tiles.cols, num_warps=tiles.num_warps,
@@ -203,15 +208,18 @@ def masked_mse(
     loss, scale = (pred.new_empty((), dtype=torch.float32) for _ in range(2))
     loss_and_scale_kernel[(1,)](
         sums, counts, loss, scale, programs, n * rows,
-        E=values, BLOCK=min(max(triton.next_power_of_2(programs), 16), 4096), num_warps=8,
+        E=values, BLOCK=min(max(next_power_of_2(programs), 16), 4096), num_warps=8,
     )  # fmt: skip
     return loss, residual, scale
 
 
 def masked_mse_backward(residual: Tensor, grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     out = residual.new_empty(residual.shape, dtype=dtype)
-    block = 4096  # two 128-bit loads a thread in bfloat16
-    masked_mse_backward_kernel[(triton.cdiv(residual.numel(), block),)](
-        grad, residual, scale, out, residual.numel(), BLOCK=block, num_warps=8
+    values = residual.numel()
+    rows = tuned.size(values // residual.shape[-1])
+    key = "masked_mse_backward", chip_of(residual.device), residual.itemsize, dtype.itemsize, rows
+    tiles = tuned.tiles(key, backward_tiles)
+    masked_mse_backward_kernel[(cdiv(values, tiles.values),)](
+        grad, residual, scale, out, values, BLOCK=tiles.values, num_warps=tiles.num_warps
     )
     return out

@@ -5,6 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mae_kernels.kernels import tuned
+from mae_kernels.kernels.chips import chip_of
+from mae_kernels.kernels.host import cdiv, next_power_of_2
+from mae_kernels.kernels.tuned import BlockTiles
+
 # Larger rows are sorted by PyTorch: the sort of 4096 keys takes seconds to compile already.
 MAX_PATCHES = 4096
 
@@ -64,20 +69,25 @@ def masking(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     ids_restore = noise.new_empty((n, num_patches), dtype=torch.int64)
     mask = noise.new_empty((n, num_patches), dtype=torch.bool)
     results = (ids_keep, ids_mask, ids_restore, mask)
+    chip, block = chip_of(noise.device), max(next_power_of_2(num_patches), 16)
     if num_patches > MAX_PATCHES:
         ids_shuffle = torch.sort(noise.contiguous(), dim=1, stable=True).indices
-        block = 1024
-        masking_of_order_kernel[(n, triton.cdiv(num_patches, block))](
-            ids_shuffle, *results, num_patches, num_keep, BLOCK=block, num_warps=4
+        tiles = tuned.tiles(("masking_of_order", chip, block), order_tiles)
+        masking_of_order_kernel[(n, cdiv(num_patches, tiles.values))](
+            ids_shuffle, *results, num_patches, num_keep, BLOCK=tiles.values, num_warps=tiles.num_warps
         )
         return results
-    block = max(triton.next_power_of_2(num_patches), 16)
+    tiles = tuned.tiles(("masking", chip, block), sort_tiles, block)
     masking_kernel[(n,)](
-        noise, *results, num_patches, num_keep, *noise.stride(), BLOCK=block, num_warps=_num_warps(block)
+        noise, *results, num_patches, num_keep, *noise.stride(), BLOCK=tiles.values, num_warps=tiles.num_warps
     )
     return results
 
 
-def _num_warps(block: int) -> int:
+def sort_tiles(block: int) -> BlockTiles:
     # From the inspector, 2026-11; not measured on a GPU: 196 patches take 32 registers, 1568 at most 76.
-    return min(max(block // 64, 1), 4) if block <= 1024 else block // 256
+    return BlockTiles(block, num_warps=min(max(block // 64, 1), 4) if block <= 1024 else block // 256)
+
+
+def order_tiles() -> BlockTiles:
+    return BlockTiles(values=1024, num_warps=4)

@@ -1,6 +1,6 @@
 """Patch embedding as an implicit matrix product: its left operand is read from the images, patch by patch."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -8,11 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mae_kernels.kernels import tuned
 from mae_kernels.kernels.chips import chip_of
 from mae_kernels.kernels.gather_tokens import id_block, places
+from mae_kernels.kernels.host import cdiv, next_power_of_2
 from mae_kernels.kernels.numerics import dot, rounded
 from mae_kernels.kernels.pixels import load_patches, patch_offsets
 from mae_kernels.kernels.rows import row_tiles, split_samples
+from mae_kernels.kernels.tuned import GemmTiles
 from mae_kernels.patchify import patch_grid
 
 
@@ -179,25 +182,13 @@ def position_gradient_kernel(
     tl.store(p_pos_embed + o_out[:, None] + d[None, :], acc, mask=(i < num_patches)[:, None] & m_d[None, :])
 
 
-@dataclass(frozen=True)
-class GemmTiles:
-    """A program multiplies ``tokens`` rows with ``width`` columns of the weight, ``rows`` rows of pixels at a time."""
-
-    tokens: int
-    width: int
-    rows: int
-    cols: int
-    num_warps: int
-    num_stages: int
-
-
 def projection_tiles(num_rows: int, d: int, patch_width: int, dtype: torch.dtype, chip: str) -> GemmTiles:
     """Tiles of patch_embed.
 
     From the inspector and the floors, 2026-11; not measured on a GPU. 128 x 128 is 64 accumulators a thread, in 116 to
     206 registers; with 4 warps it spills, and 64 x 256 takes more shared memory for the same traffic.
     """
-    cols = triton.next_power_of_2(patch_width)
+    cols = next_power_of_2(patch_width)
     if dtype == torch.float32:
         # Three products of TF32 halves each: 128 x 64 takes at most 179 registers, 128 x 128 249 on sm_90.
         tokens, width, values, num_warps = 128, 64, 32, 8
@@ -206,25 +197,31 @@ def projection_tiles(num_rows: int, d: int, patch_width: int, dtype: torch.dtype
     else:
         # Padded rows of pixels cost addresses: 64 values of patches of 14 spill on sm_80, 32 take 214 registers.
         tokens, width, values, num_warps = 128, 128, 32, 8
-    if triton.cdiv(num_rows, tokens) * triton.cdiv(d, width) < 128:  # fewer programs than multiprocessors
+    if cdiv(num_rows, tokens) * cdiv(d, width) < 128:  # fewer programs than multiprocessors
         tokens, width, num_warps = 64, 64, 4
     num_stages = 2 if chip == "gfx942" else 3  # gfx942 has 64 KiB of shared memory, the others 99 KiB and more
     return GemmTiles(tokens, width, max(values // cols, 1), cols, num_warps, num_stages)
 
 
 def gradient_tiles(patch_width: int, dtype: torch.dtype, grad_dtype: torch.dtype, chip: str) -> GemmTiles:
-    """Tiles of the weight and image gradients; ``tokens`` is the depth of the product for the weight.
+    """Tiles of the weight's gradient, and in part of the images'.
 
     From the inspector and the floors, 2026-11; not measured on a GPU. 128 x 128 over 64 tokens takes at most 184
     registers with 8 warps and spills with 4. Over 64 tokens of a float32 gradient it spills on sm_80. float32 products
     halve the width, for their TF32 halves.
     """
-    cols = triton.next_power_of_2(patch_width)
+    cols = next_power_of_2(patch_width)
     if dtype == torch.float32:
         return GemmTiles(32, 64, max(64 // cols, 1), cols, num_warps=4, num_stages=2)
     tokens = 32 if grad_dtype == torch.float32 else 64
     num_stages = 2 if chip == "gfx942" else 3
     return GemmTiles(tokens, 128, max(128 // cols, 1), cols, num_warps=8, num_stages=num_stages)
+
+
+def image_gradient_tiles(patch_width: int, dtype: torch.dtype, grad_dtype: torch.dtype, chip: str) -> GemmTiles:
+    depth = 16 if dtype == torch.float32 else 64  # 32 in float32 take all 255 registers on sm_80
+    # 64 rows are the fewest that a product takes on sm_90 and sm_100.
+    return replace(gradient_tiles(patch_width, dtype, grad_dtype, chip), tokens=64, width=depth)
 
 
 def patch_embed(
@@ -248,8 +245,11 @@ def patch_embed(
     out = images.new_empty((n, num_tokens, d), dtype=out_dtype)
     weight = weight.flatten(1).to(compute_dtype)
     chip = chip_of(images.device)
-    tiles = projection_tiles(rows, d, pw, compute_dtype, chip)
-    patch_embed_kernel[(triton.cdiv(rows, tiles.tokens) * triton.cdiv(d, tiles.width),)](
+    key = (
+        "patch_embed", chip, d, c, ph, pw, images.dtype, mean is not None, compute_dtype, out_dtype, tuned.size(rows)
+    )  # fmt: skip
+    tiles = tuned.tiles(key, projection_tiles, rows, d, pw, compute_dtype, chip)
+    patch_embed_kernel[(cdiv(rows, tiles.tokens) * cdiv(d, tiles.width),)](
         images, mean, std, ids_keep, weight, bias, pos_embed, prefix, out,
         rows, num_tokens, num_prefix, num_patches, grid[1],
         *images.stride(), *_strides(ids_keep, 2), *weight.stride(), *_strides(bias, 1), *_strides(pos_embed, 2),
@@ -294,12 +294,15 @@ def _weight_gradient(grad, images, weight, ids, mean, std, dtype, needs_bias):
     (n, k, d), (_, c, ph, pw) = grad.shape, weight.shape
     grid = patch_grid(images, (ph, pw))
     chip = chip_of(images.device)
-    tiles = gradient_tiles(pw, dtype, grad.dtype, chip)
-    blocks_d, blocks_e = triton.cdiv(d, tiles.width), triton.cdiv(c * ph, tiles.rows)
+    key = (
+        "weight_gradient", chip, d, c, ph, pw, images.dtype, mean is not None, dtype, grad.dtype, tuned.size(n * k)
+    )  # fmt: skip
+    tiles = tuned.tiles(key, gradient_tiles, pw, dtype, grad.dtype, chip)
+    blocks_d, blocks_e = cdiv(d, tiles.width), cdiv(c * ph, tiles.rows)
     # About 264 programs, two for each multiprocessor of a large chip, but no split of less than four blocks of tokens.
     splits = max(1, min(264 // (blocks_d * blocks_e), n * k // (4 * tiles.tokens)))
-    per_split = triton.cdiv(triton.cdiv(n * k, splits), tiles.tokens) * tiles.tokens
-    splits = triton.cdiv(n * k, per_split)
+    per_split = cdiv(cdiv(n * k, splits), tiles.tokens) * tiles.tokens
+    splits = cdiv(n * k, per_split)
     g_weight = grad.new_empty((splits, *weight.shape), dtype=torch.float32)
     g_bias = grad.new_empty((splits, d) if needs_bias else 0, dtype=torch.float32)
     weight_gradient_kernel[(blocks_d, blocks_e, splits)](
@@ -317,17 +320,18 @@ def _image_gradient(grad, images, weight, ids, std, dtype):
     (n, k, d), (_, c, ph, pw) = grad.shape, weight.shape
     grid = patch_grid(images, (ph, pw))
     chip = chip_of(images.device)
-    tiles = gradient_tiles(pw, dtype, grad.dtype, chip)
+    key = (
+        "image_gradient", chip, d, c, ph, pw, images.dtype, std is not None, dtype, grad.dtype, tuned.size(n * k)
+    )  # fmt: skip
+    tiles = tuned.tiles(key, image_gradient_tiles, pw, dtype, grad.dtype, chip)
     # Patches that were not embedded have no gradient.
     g_images = (images.new_empty if ids is None else images.new_zeros)(images.shape)
     rows_of_weight = weight.flatten(1).to(dtype)
-    block = 64  # the fewest rows that a product takes on sm_90 and sm_100
-    depth = 16 if dtype == torch.float32 else 64  # 32 in float32 take all 255 registers on sm_80
-    image_gradient_kernel[(triton.cdiv(n * k, block), triton.cdiv(c * ph, tiles.rows))](
+    image_gradient_kernel[(cdiv(n * k, tiles.tokens), cdiv(c * ph, tiles.rows))](
         grad, std, ids, rows_of_weight, g_images,
         n * k, k, prod(grid), grid[1],
         *grad.stride(), *_strides(ids, 2), *rows_of_weight.stride(), *g_images.stride(),
-        D=d, C=c, PH=ph, PW=pw, BLOCK=block, BLOCK_D=depth, ROWS=tiles.rows, COLS=tiles.cols,
+        D=d, C=c, PH=ph, PW=pw, BLOCK=tiles.tokens, BLOCK_D=tiles.width, ROWS=tiles.rows, COLS=tiles.cols,
         DTYPE=_TRITON[dtype], PRECISION=_precision(dtype, chip),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
@@ -337,8 +341,9 @@ def _image_gradient(grad, images, weight, ids, std, dtype):
 def _position_gradient(grad, ids, images, weight):
     n, k, d = grad.shape
     num_patches = prod(patch_grid(images, weight.shape[2:]))
-    tiles = row_tiles(d)
-    blocks_l, blocks_d = triton.cdiv(num_patches, tiles.rows), triton.cdiv(d, tiles.width)
+    key = "position_gradient", chip_of(grad.device), d, grad.itemsize, tuned.size(n * k)
+    tiles = tuned.tiles(key, row_tiles, d)
+    blocks_l, blocks_d = cdiv(num_patches, tiles.rows), cdiv(d, tiles.width)
     splits, per_split = split_samples(n, blocks_l * blocks_d)
     g_pos = grad.new_empty((splits, num_patches, d), dtype=torch.float32)
     position_gradient_kernel[(blocks_l, blocks_d, splits)](

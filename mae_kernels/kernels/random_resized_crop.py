@@ -1,12 +1,14 @@
 """Crop, resize and flip in one launch: each program resizes a tile of one channel of one output image."""
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mae_kernels.kernels import tuned
+from mae_kernels.kernels.chips import chip_of
+from mae_kernels.kernels.host import cdiv
 from mae_kernels.kernels.numerics import dot
+from mae_kernels.kernels.tuned import CropTiles
 
 
 @triton.jit
@@ -113,14 +115,6 @@ def random_resized_crop_kernel(
     tl.store(p_out + o_out, value.to(tl.uint8), mask=(y < out_height)[:, None] & (x < out_width)[None, :])
 
 
-@dataclass(frozen=True)
-class CropTiles:
-    rows: int  # of the output
-    cols: int
-    lines: int  # of the input, resized at a time
-    num_warps: int
-
-
 def crop_tiles(out_width: int) -> CropTiles:
     # From the inspector, 2026-11; not measured on a GPU.
     return CropTiles(rows=16, cols=64 if out_width > 32 else 32, lines=16, num_warps=4)
@@ -137,9 +131,13 @@ def random_resized_crop(
         channels, num_pixels = images.shape
         height, width = 0, 0
         strides = (0, images.stride(0), 0, images.stride(1), *starts.stride(), *sizes.stride())
-    tiles = crop_tiles(out_width)
+    key = (
+        "random_resized_crop", chip_of(images.device), out_height, out_width, sizes is not None,
+        tuned.size(n * channels),
+    )  # fmt: skip
+    tiles = tuned.tiles(key, crop_tiles, out_width)
     out = images.new_empty((n, channels, out_height, out_width))
-    blocks = triton.cdiv(out_height, tiles.rows) * triton.cdiv(out_width, tiles.cols)
+    blocks = cdiv(out_height, tiles.rows) * cdiv(out_width, tiles.cols)
     random_resized_crop_kernel[(n * channels * blocks,)](
         images, starts, sizes, boxes, flips, out,
         height, width, num_pixels, channels, out_height, out_width,

@@ -1,19 +1,12 @@
 """How copies of token rows are split among programs."""
 
-from dataclasses import dataclass
+from functools import cache
 
-import triton
-
-
-@dataclass(frozen=True)
-class RowTiles:
-    """A program moves ``rows`` rows of D values, ``width`` values of each at a time."""
-
-    rows: int
-    width: int
-    num_warps: int = 4
+from mae_kernels.kernels.host import cdiv, next_power_of_2
+from mae_kernels.kernels.tuned import RowTiles
 
 
+@cache
 def row_tiles(d: int) -> RowTiles:
     """Widths that pad D least, and the widest of them; 2048 values at a time.
 
@@ -21,10 +14,10 @@ def row_tiles(d: int) -> RowTiles:
     each way in bfloat16 and four in float32, in at most 44 registers, 80 with sums. Padding costs lanes, not bytes:
     masked lanes do not access memory.
     """
-    widths = [min(1024, triton.next_power_of_2(max(d, 16)))]
+    widths = [min(1024, next_power_of_2(max(d, 16)))]
     while widths[-1] > 64:
         widths.append(widths[-1] // 2)
-    width = min(widths, key=lambda w: (triton.cdiv(d, w) * w, -w))
+    width = min(widths, key=lambda w: (cdiv(d, w) * w, -w))
     return RowTiles(rows=2048 // width, width=width)
 
 
@@ -33,5 +26,5 @@ def split_samples(n: int, blocks: int) -> tuple[int, int]:
 
     About 2048 programs: 16 for each multiprocessor of a large chip. Not measured on a GPU.
     """
-    per_split = triton.cdiv(n, max(1, min(n, 2048 // blocks)))
-    return triton.cdiv(n, per_split), per_split
+    per_split = cdiv(n, max(1, min(n, 2048 // blocks)))
+    return cdiv(n, per_split), per_split
