@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from cases import BF16, F32, ids, loss_inputs, patch_embed_inputs, scatter_inputs, tokens
+from cases import BF16, F32, U8, ids, loss_inputs, patch_embed_inputs, scatter_inputs, tokens
 from conftest import DEVICE
 
-from benchmarks import tune
-from benchmarks.tune import CHIPS, Demand, Entry, Resources
+from benchmarks.tune import __main__ as command
+from benchmarks.tune import prediction, search, table, timing
+from benchmarks.tune.prediction import CHIPS, Demand, Resources
+from benchmarks.tune.table import Entry
 from mae_kernels import gather_tokens, inspect, kernels, masked_mse, patch_embed, scatter_mask_tokens, use_backend
 from mae_kernels.kernels import tuned
 from mae_kernels.kernels.tuned import BlockTiles, CropTiles, GemmTiles, LossTiles, RowTiles
@@ -35,26 +37,26 @@ def compiling(code: str, *arguments: str) -> subprocess.CompletedProcess:
 SEARCHED = """
 import json
 from dataclasses import astuple
-from benchmarks import tune
+from benchmarks.tune import search
 from mae_kernels.kernels import tuned
 from mae_kernels.kernels.tuned import GemmTiles
 
 found, keys = {}, []
-for specimen in tune.specimens():
-    key, rule, grid = tune.plan(specimen, "sm_90")
+for specimen in search.specimens():
+    key, rule, grid = search.plan(specimen, "sm_90")
     keys.append(key)
     found[f"{specimen.kernel} {specimen.variant}"] = [
-        repr(key), astuple(rule), list(map(astuple, tune.candidates(specimen, rule))), grid
+        repr(key), astuple(rule), list(map(astuple, search.candidates(specimen, rule))), grid
     ]
-by_name = {f"{s.kernel} {s.variant}": s for s in tune.specimens()}
+by_name = {f"{s.kernel} {s.variant}": s for s in search.specimens()}
 
 def resources(name, tiles):
-    found = tune.compiled(by_name[name], "sm_90", tiles)
+    found = search.compiled(by_name[name], "sm_90", tiles)
     return found and vars(found)
 
 embed = "patch_embed bf16 of bf16 to bf16"
 compiled = {
-    "rule": resources(embed, tune.plan(by_name[embed], "sm_90")[1]),
+    "rule": resources(embed, search.plan(by_name[embed], "sm_90")[1]),
     "spills": resources(embed, GemmTiles(128, 256, 4, 16, 4, 3)),
     "shared memory": resources(embed, GemmTiles(128, 128, 8, 16, 8, 5)),
     "tensor cores": resources(embed, GemmTiles(32, 128, 4, 16, 4, 3)),
@@ -93,29 +95,29 @@ def test_every_kernel_with_tiles_is_searched(searched):
 def test_what_cannot_run_well_is_dropped(searched, reason):
     compiled = {name: found and Resources(**found) for name, found in searched["compiled"].items()}
     rule = compiled["rule"]
-    assert tune.why_not(rule, rule, H200) == ""
-    assert tune.why_not(compiled[reason], rule, H200) == reason
+    assert search.why_not(rule, rule, H200) == ""
+    assert search.why_not(compiled[reason], rule, H200) == reason
 
 
 def test_narrow_accesses_are_dropped():
     wide = Resources(32, 0, 0, "", 128, 128, 100)
-    assert tune.why_not(replace(wide, load_bits=32), wide, H200) == "narrow accesses"
-    assert tune.why_not(replace(wide, store_bits=64), wide, H200) == "narrow accesses"
+    assert search.why_not(replace(wide, load_bits=32), wide, H200) == "narrow accesses"
+    assert search.why_not(replace(wide, store_bits=64), wide, H200) == "narrow accesses"
 
 
 def test_programs_that_a_multiprocessor_holds():
     light = Resources(32, 0, 0, "", 128, 128, 100)
-    assert tune.resident(light, 4, H200) == 16  # 64 warps
-    assert tune.resident(light, 1, H200) == 32  # programs
-    assert tune.resident(replace(light, registers=128), 4, H200) == 4  # 65536 registers
-    assert tune.resident(replace(light, shared=100 * 1024), 4, H200) == 2  # 228 KiB
+    assert prediction.resident(light, 4, H200) == 16  # 64 warps
+    assert prediction.resident(light, 1, H200) == 32  # programs
+    assert prediction.resident(replace(light, registers=128), 4, H200) == 4  # 65536 registers
+    assert prediction.resident(replace(light, shared=100 * 1024), 4, H200) == 2  # 228 KiB
 
 
 def test_the_model_prefers_what_is_obviously_better():
     light = Resources(32, 0, 0, "", 128, 128, 100)
 
     def seconds(demand, resources=light, warps=4, programs=4096):
-        return tune.predicted(demand, resources, warps, programs, H200)
+        return prediction.predicted(demand, resources, warps, programs, H200)
 
     copy = Demand(2, 1, 100e6)
     # No faster than memory, and not much slower where enough is in flight.
@@ -203,9 +205,9 @@ def test_odd_tiles_compute_the_same(op, make, wrt):
 
 def test_the_committed_table():
     text = Path(tuned.__file__).read_text(encoding="utf-8")
-    entries = tune.read_table(text)
+    entries = table.read_table(text)
     assert {entry.key: entry.tiles for entry in entries} == tuned.TABLE
-    assert tune.rewritten(text, []) == text
+    assert table.rewritten(text, []) == text
     kinds = {
         BlockTiles: {"masking", "masking_of_order", "masked_mse_backward"},
         RowTiles: {
@@ -232,16 +234,16 @@ def test_the_table_has_the_keys_that_launchers_ask_with(searched):
 
 KEY = ("patch_embed", "sm_90", 768, 3, 16, 16, torch.uint8, True, BF16, F32, 14)
 MEASURED = Entry(KEY, GemmTiles(64, 128, 4, 16, 4, 3), "bf16 of uint8", 20.1, 22.0, 15.0, "NVIDIA H200", "2026-11-01")
-PREDICTED = replace(MEASURED, tiles=GemmTiles(128, 64, 4, 16, 4, 3), time=18.2, source=tune.PREDICTED)
+PREDICTED = replace(MEASURED, tiles=GemmTiles(128, 64, 4, 16, 4, 3), time=18.2, source=table.PREDICTED)
 OTHER = Entry(("gather_tokens", "sm_90", 64, 2, 9), RowTiles(8, 64), "bf16", 8.5, 9.0, 8.0, "predicted", "2026-11-02")
 EMPTY = "# a head\n\nTABLE: dict[tuple, Tiles] = {}\n"
 
 
 def test_a_table_is_written_sorted_and_read_back(tmp_path):
-    text = tune.rewritten(EMPTY, [MEASURED, OTHER])
-    assert text == tune.rewritten(EMPTY, [OTHER, MEASURED])
-    assert text == tune.rewritten(text, [MEASURED])
-    assert tune.read_table(text) == [OTHER, MEASURED]
+    text = table.rewritten(EMPTY, [MEASURED, OTHER])
+    assert text == table.rewritten(EMPTY, [OTHER, MEASURED])
+    assert text == table.rewritten(text, [MEASURED])
+    assert table.read_table(text) == [OTHER, MEASURED]
     assert text.startswith("# a head\n\nTABLE: ")
     assert text.index("gather_tokens") < text.index("patch_embed")
     assert "    # bf16 of uint8: 20.1 µs, rule 22.0, floor 15.0; NVIDIA H200, 2026-11-01\n" in text
@@ -254,11 +256,11 @@ def test_a_table_is_written_sorted_and_read_back(tmp_path):
 
 
 def test_predictions_leave_measured_entries():
-    measured = tune.rewritten(EMPTY, [MEASURED])
-    assert tune.rewritten(measured, [PREDICTED]) == measured
-    assert tune.rewritten(tune.rewritten(EMPTY, [PREDICTED]), [MEASURED]) == measured
+    measured = table.rewritten(EMPTY, [MEASURED])
+    assert table.rewritten(measured, [PREDICTED]) == measured
+    assert table.rewritten(table.rewritten(EMPTY, [PREDICTED]), [MEASURED]) == measured
     newer = replace(PREDICTED, time=17.0)
-    assert tune.read_table(tune.rewritten(tune.rewritten(EMPTY, [PREDICTED]), [newer])) == [newer]
+    assert table.read_table(table.rewritten(table.rewritten(EMPTY, [PREDICTED]), [newer])) == [newer]
 
 
 class Planted:
@@ -277,7 +279,7 @@ class Planted:
         return [t * (1 + s) for t, s in zip(self.times, swing, strict=True)]
 
     def fastest(self, seconds: float) -> tuple[int, list[float]]:
-        return tune.fastest(self.one_round, seconds, self.clock)
+        return timing.fastest(self.one_round, seconds, self.clock)
 
 
 def test_the_fastest_is_taken():
@@ -303,14 +305,14 @@ def test_measuring_ends_with_the_time():
 
 def test_results_that_differ_are_noticed():
     x = torch.linspace(-1, 1, 100)
-    assert tune.same((x + 1e-6, x), (x, x))
-    assert not tune.same(x + 0.01, x)
-    assert not tune.same(torch.full_like(x, torch.nan), x)
-    assert tune.same(torch.arange(5), torch.arange(5))
-    assert not tune.same(torch.arange(5) + 1, torch.arange(5))
+    assert timing.same((x + 1e-6, x), (x, x))
+    assert not timing.same(x + 0.01, x)
+    assert not timing.same(torch.full_like(x, torch.nan), x)
+    assert timing.same(torch.arange(5), torch.arange(5))
+    assert not timing.same(torch.arange(5) + 1, torch.arange(5))
     pixels = torch.arange(5, dtype=torch.uint8)
-    assert tune.same(pixels + 1, pixels)
-    assert not tune.same(pixels + 2, pixels)
+    assert timing.same(pixels + 1, pixels)
+    assert not timing.same(pixels + 2, pixels)
 
 
 @pytest.fixture
@@ -326,12 +328,12 @@ def small_launches(monkeypatch):
         inspect.gather_tokens_backward(BF16, 64),
         inspect.scatter_mask_tokens(F32),
         inspect.scatter_mask_tokens_backward(F32, learned=True),
-        inspect.masked_mse(tune.U8, BF16, "pqc", "ids_mask"),
+        inspect.masked_mse(U8, BF16, "pqc", "ids_mask"),
         inspect.masked_mse(F32, F32, "cpq", "mask"),
         inspect.masked_mse_backward(BF16),
-        inspect.patch_embed(tune.U8, BF16, F32, width=64),
+        inspect.patch_embed(U8, BF16, F32, width=64),
         *(backward(name, F32, F32, F32, width=64) for name in ("weight_gradient", "image_gradient")),
-        backward("position_gradient", tune.U8, BF16, F32, width=64),
+        backward("position_gradient", U8, BF16, F32, width=64),
         *map(inspect.random_resized_crop, ("packed", "batch")),
     ]
 
@@ -347,7 +349,7 @@ def assert_inside(images, starts, sizes, boxes):
 def test_launches_get_arguments_that_they_can_run_on(small_launches):
     device = torch.device(DEVICE)
     for specimen in small_launches:
-        args = tune.filled(specimen, device)
+        args = timing.filled(specimen, device)
         for x, y in zip(args, specimen.args, strict=True):
             if isinstance(y, torch.Tensor):
                 assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride()), specimen
@@ -357,7 +359,7 @@ def test_launches_get_arguments_that_they_can_run_on(small_launches):
         out = getattr(kernels, specimen.op)(*args)
         if specimen.kernel not in ODD:
             continue
-        assert tune.same(tune.run(specimen, ODD[specimen.kernel], args), out), specimen
+        assert timing.same(timing.run(specimen, ODD[specimen.kernel], args), out), specimen
         floats = [x for x in out if x.is_floating_point()] if isinstance(out, tuple) else [out]
         assert all(x.isfinite().all() for x in floats), specimen
 
@@ -376,29 +378,29 @@ def test_a_class_is_measured(small_launches, monkeypatch):
             call()
         return [{rule: 3.0, right: 2.0, unlikely: 1.0}[tiles] for tiles in ran[-len(calls) :]]
 
-    monkeypatch.setattr(tune, "run", run)
-    monkeypatch.setattr(tune.measure, "seconds", seconds)
+    monkeypatch.setattr(timing, "run", run)
+    monkeypatch.setattr(timing.measure, "seconds", seconds)
     key = ("gather_tokens", "sm_90", 64, 2, 3)
     survivors = [(rule, 1.0), (wrong, 0.5), (right, 0.6), *[(replace(rule, rows=32 << i), 0.7) for i in range(4)]]
     survivors = [*survivors[:3], (unlikely, 2.0)]
-    monkeypatch.setattr(tune, "MEASURED", 2)
-    search = tune.Search(specimen, key, survivors)
-    assert tune.by_clock(search, 60) == (right, 2.0, 3.0), "wrong results are not timed"
+    monkeypatch.setattr(timing, "MEASURED", 2)
+    case = search.Search(specimen, key, survivors)
+    assert timing.by_clock(case, 60) == (right, 2.0, 3.0), "wrong results are not timed"
     assert ran.count(wrong) == 1
     monkeypatch.setitem(tuned.TABLE, key, unlikely)
-    assert tune.by_clock(search, 60) == (unlikely, 1.0, 3.0), "the table's tiles compete"
+    assert timing.by_clock(case, 60) == (unlikely, 1.0, 3.0), "the table's tiles compete"
 
 
 def test_the_model_needs_a_lead():
     rule, other = RowTiles(1, 16), RowTiles(2, 16)
     for seconds, taken in ((0.96, rule), (0.94, other)):
-        search = tune.Search(None, (), [(rule, 1.0), (other, seconds)])
-        tiles, predicted, rules = tune.by_model(search)
+        case = search.Search(None, (), [(rule, 1.0), (other, seconds)])
+        tiles, predicted, rules = search.by_model(case)
         assert (tiles, rules) == (taken, 1.0)
         assert predicted == (1.0 if taken is rule else seconds)
 
 
-MAIN = "import sys; from benchmarks import tune; tune.main(sys.argv[1:])"
+MAIN = "import sys; from benchmarks.tune.__main__ import main; main(sys.argv[1:])"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -413,7 +415,7 @@ def test_interpreted_kernels_are_not_tuned(capsys):
     if not triton.knobs.runtime.interpret:
         pytest.skip("kernels are compiled here")
     with pytest.raises(SystemExit) as stop:
-        tune.main(["--predict"])
+        command.main(["--predict"])
     assert stop.value.code == 1
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
 
@@ -424,11 +426,11 @@ def test_a_prediction(tmp_path):
     result = compiling(MAIN, *options, "--out", str(out), "--json", str(rows))
     assert result.returncode == 0, result.stderr
     text = out.read_text(encoding="utf-8")
-    new = [entry for entry in tune.read_table(text) if entry.key[:2] == ("masking_of_order", "sm_80")]
+    new = [entry for entry in table.read_table(text) if entry.key[:2] == ("masking_of_order", "sm_80")]
     assert [(entry.what, entry.source) for entry in new] == [("fp32 L=6272", "predicted")]
     committed = Path(tuned.__file__).read_text(encoding="utf-8")
     assert text.partition("TABLE: ")[0] == committed.partition("TABLE: ")[0]
-    assert len(tune.read_table(text)) == len(tuned.TABLE) + len(new) - sum(e.key in tuned.TABLE for e in new)
+    assert len(table.read_table(text)) == len(tuned.TABLE) + len(new) - sum(e.key in tuned.TABLE for e in new)
     found = json.loads(rows.read_text(encoding="utf-8"))
     assert found["kind"] == "prediction"
     assert [(row["kernel"], row["source"], row["chip"]) for row in found["rows"]] == [
