@@ -22,10 +22,12 @@ def interpreted(tmp_path_factory) -> tuple[dict, str]:
     pytest.importorskip("triton")
     path = tmp_path_factory.mktemp("results") / "tiny.json"
     command = [sys.executable, "-m", "pytest", "benchmarks/test_ops.py", "--benchmark-only", "--size=tiny"]
+    # Inside a worker of pytest-xdist, whose variables it would inherit, pytest-benchmark measures nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     result = subprocess.run(
-        [*command, "--rounds=2", f"--record={path}", "-k", "gather or scatter or masking"],
+        [*command, "--rounds=2", f"--record={path}", "-k", "gather or masking"],
         cwd=record.ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env=environment | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -37,7 +39,7 @@ def interpreted(tmp_path_factory) -> tuple[dict, str]:
 def test_a_record_of_interpreted_kernels_says_so(interpreted):
     result, printed = interpreted
     assert result["kind"] == "interpreter"
-    assert result["command"].endswith("--rounds=2 -k 'gather or scatter or masking'")
+    assert result["command"].endswith("--rounds=2 -k 'gather or masking'")
     assert {"copy_gb_per_s", "tflops", "launch_us", "linear_host_us"} <= result["ceilings"].keys()
     assert "says nothing about a GPU" in printed
     assert "speed-up" not in printed
@@ -46,7 +48,7 @@ def test_a_record_of_interpreted_kernels_says_so(interpreted):
 def test_rows(interpreted):
     result, _ = interpreted
     rows = {(row["op"], row["pass"], row["backend"]): row for row in result["rows"]}
-    chosen = [name for name in CASES if name.startswith(("gather", "scatter", "random_masking"))]
+    chosen = [name for name in CASES if name.startswith(("gather", "random_masking"))]
     assert set(rows) == {
         (name, stage, backend)
         for name in chosen
