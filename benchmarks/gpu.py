@@ -34,7 +34,7 @@ def steps(raw: Path, size: str, only: str = "") -> dict[str, list[str]]:
     """The command of each step; ``raw`` is the folder into which the benchmarks write a result file each."""
     pytest = [sys.executable, "-m", "pytest", "-q"]
 
-    def benchmark(name: str) -> list[str]:
+    def benchmark(name: str, only: str = only) -> list[str]:
         file, out = f"benchmarks/test_{name}.py", f"--record={raw / name}.json"
         return [*pytest, file, "--benchmark-only", f"--size={size}", out, *(["-k", only] if only else [])]
 
@@ -42,7 +42,7 @@ def steps(raw: Path, size: str, only: str = "") -> dict[str, list[str]]:
         "native tests": [*pytest, *(f"tests/test_{name}.py" for name in NATIVE)],
         "memcheck": [*_sanitizer("memcheck"), *pytest, *SMALL],
         "racecheck": [*_sanitizer("racecheck"), *pytest, *SMALL],
-        "benchmark of the host": benchmark("host")[:-2] if only else benchmark("host"),
+        "benchmark of the host": benchmark("host", only=""),
         "benchmarks of the ops": benchmark("ops"),
         "benchmark of the training step": benchmark("step"),
     }

@@ -58,13 +58,6 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def newest(kind: str, folder: Path = RESULTS) -> Path | None:
-    """The file of that kind with the latest date, of several the last by name; None if there is none."""
-    files = [(read(path), path) for path in sorted(folder.glob("*.json"))]
-    dated = [(result["date"], path) for result, path in files if result["kind"] == kind]
-    return max(dated, default=(None, None))[1]
-
-
 def _output(*command: str) -> str:
     if shutil.which(command[0]) is None:
         return ""

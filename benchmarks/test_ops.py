@@ -86,6 +86,7 @@ def _measured(case: str, s: Shape, compiled: bool, rounds: int) -> tuple[dict, d
                 row |= contender.costs(inputs, backward=stage != "forward")
             if name != REFERENCE:
                 row |= _against(rows, row, REFERENCE)
+                row["speedup"] = row["reference_ms"] / row["median_ms"]
             if compiled and name in OURS:
                 row |= _against(rows, row, COMPILED)
             rows[stage, name] = row
@@ -169,8 +170,6 @@ def _statistics(values: list[float]) -> dict[str, float]:
 
 def _against(rows: dict, row: dict, other: str) -> dict[str, float]:
     theirs = rows[row["pass"], other]
-    names = {REFERENCE: ("reference", "speedup"), COMPILED: ("compiled", "speedup_over_compiled")}[other]
-    found = {f"{names[0]}_ms": theirs["median_ms"], names[1]: theirs["median_ms"] / row["median_ms"]}
-    if "peak_mib" in theirs:
-        found[f"{names[0]}_peak_mib"] = theirs["peak_mib"]
-    return found
+    return {
+        f"{other}_{name}": theirs[key] for name, key in (("ms", "median_ms"), ("peak_mib", "peak_mib")) if key in theirs
+    }

@@ -104,7 +104,7 @@ def results(root: Path) -> list[Result]:
 
 
 def newest(found: list[Result], kind: str, rows: str = "facts") -> Result | None:
-    """As :func:`benchmarks.record.newest`, of the files that have such rows."""
+    """The result of that kind with the latest date, of several the last by name, among those that have such rows."""
     return next((result for result in reversed(found) if result.kind == kind and getattr(result, rows)), None)
 
 
