@@ -3,14 +3,19 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= benchmarks/results
+CALL ?= 1
 
-.PHONY: demo test bench faults gpu lint clean
+.PHONY: demo test compile bench faults gpu lint clean
 
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/python -m mae demo
 
 test: $(VENV)/test.installed $(VENV)/peers.installed
 	$(VENV)/bin/python -m pytest --numprocesses 2
+
+# Every launch of the tests, for every chip, under the oldest and the newest Triton; goes on where it was stopped.
+compile: $(VENV)/test.installed $(VENV)/peers.installed
+	$(VENV)/bin/python tests/launches.py
 
 bench: $(VENV)/bench.installed
 	$(VENV)/bin/python -m pytest benchmarks/ --benchmark-only
@@ -22,20 +27,21 @@ lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# Takes the packages of $(PYTHON) as they are when they suffice, so that a GPU machine needs no network.
+# In two calls, CALL=1 and CALL=2. Takes the packages of $(PYTHON) as they are when they suffice: a lent machine may have
+# no network.
 gpu:
 	@if $(PYTHON) -c "import torch, triton, einops, hypothesis, pytest_benchmark" 2>/dev/null; then python=$(PYTHON); \
 	else $(MAKE) $(VENV)/test.installed && python=$(VENV)/bin/python; fi; \
-	$$python -m benchmarks.gpu --out $(OUT)
+	$$python -m benchmarks.gpu $(CALL) --out $(OUT)
 
 $(VENV)/%.installed: setup.py constraints.txt
 	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
-# Models of others that the tests try apply and convert on: see tests/peers.py.
-$(VENV)/peers.installed: tests/peers-timm.txt tests/peers-transformers-4.txt $(VENV)/test.installed
-	for peer in timm transformers-4; do \
+# Models of others that the tests try apply and convert on, and the oldest Triton: see tests/peers.py.
+$(VENV)/peers.installed: $(wildcard tests/peers-*.txt) $(VENV)/test.installed
+	for peer in timm transformers-4 triton-3.6; do \
 		$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/peers/$$peer \
 			--requirement tests/peers-$$peer.txt || exit 1; done
 	touch $@

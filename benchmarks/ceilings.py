@@ -1,11 +1,17 @@
 """What this machine can do at most, measured in the same run as what is held against it."""
 
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from benchmarks.measure import DEVICE, host_seconds, seconds
+from benchmarks import record
+from benchmarks.measure import DEVICE, host_samples, seconds
 
 ON_GPU = DEVICE.type == "cuda"
 
@@ -13,28 +19,30 @@ ON_GPU = DEVICE.type == "cuda"
 def measured() -> dict:
     """The ceilings of a result file.
 
-    ``copy_gb_per_s`` counts bytes read and written by a copy many times as large as the caches, ``tflops`` is the rate
-    of a large product of random matrices, ``launch_us`` what the smallest op costs the host, ``linear_host_us`` what
+    ``copy_gb_per_s`` counts bytes read and written by a copy many times as large as the caches. ``tflops`` are rates of
+    a large product of random matrices by the PyTorch function that computes it: on a CPU ``linear`` and ``convolution``
+    are served by different libraries. ``launch_us`` is what the smallest op costs the host, ``linear_host_us`` what
     ``F.linear`` does, forward and forward+backward. GPUs have two more: float32 products in ``tf32``, and
     ``kernel_us``, the device's time for a kernel that does nothing much, in a row of them.
     """
-    rates = {name: matrix_rate(getattr(torch, name)) / 1e12 for name in ("bfloat16", "float32")}
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    rates = {"linear": {name: matrix_rate(dtype) / 1e12 for name, dtype in dtypes.items()}}
     found = {"copy_gb_per_s": copy_rate() / 1e9, "tflops": rates}
     if ON_GPU:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        rates["tf32"] = matrix_rate(torch.float32) / 1e12
+        rates["linear"]["tf32"] = matrix_rate(torch.float32) / 1e12
         torch.backends.cuda.matmul.fp32_precision = "ieee"
         found["kernel_us"] = _kernel_seconds() * 1e6
+    else:
+        rates["convolution"] = {name: matrix_rate(dtype, _convolution) / 1e12 for name, dtype in dtypes.items()}
     one = torch.zeros(1, device=DEVICE)
     x, weight, grad = (torch.randn(4, 4, device=DEVICE, requires_grad=name != "grad") for name in ("x", "w", "grad"))
 
     def forward_and_backward():
         torch.autograd.grad(F.linear(x, weight), (x, weight), grad)
 
-    found["launch_us"] = host_seconds(lambda: one.add_(1)) * 1e6
-    found["linear_host_us"] = [
-        host_seconds(call) * 1e6 for call in (lambda: F.linear(x, weight), forward_and_backward)
-    ]  # fmt: skip
+    calls = lambda: one.add_(1), lambda: F.linear(x, weight), forward_and_backward
+    found["launch_us"], *found["linear_host_us"] = (median(host_samples(call)) * 1e6 for call in calls)
     return found
 
 
@@ -43,16 +51,21 @@ def copy_rate() -> float:
     source = torch.empty(2**30 if ON_GPU else 2**27, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
     target.copy_(source)
-    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source)) for _ in range(10))
+    return 2 * source.nbytes / min(seconds(*[lambda: target.copy_(source)] * 10))
 
 
-def matrix_rate(dtype: torch.dtype) -> float:
+def matrix_rate(dtype: torch.dtype, product: Callable[[Tensor, Tensor], Tensor] = F.linear) -> float:
     """FLOP/s of one large product of PyTorch's."""
     rows, width = (32768, 4096) if ON_GPU else (4096, 2048)
     # Random numbers: a GPU draws less power, and runs faster, where all are the same.
     a, b = (torch.randn(n, width, device=DEVICE).to(dtype) for n in (rows, width))
-    F.linear(a, b)
-    return 2 * rows * width**2 / min(seconds(lambda: F.linear(a, b)) for _ in range(3))
+    product(a, b)
+    return 2 * rows * width**2 / min(seconds(*[lambda: product(a, b)] * 3))
+
+
+def _convolution(a: Tensor, b: Tensor) -> Tensor:
+    # All four strides are those of channels last: see mae_kernels.patch_embed.
+    return F.conv2d(a[None, None].permute(0, 3, 1, 2), b[:, :, None, None])
 
 
 def floor_seconds(bytes_moved: int, flops: int, compute: torch.dtype, ceilings: dict) -> float:
@@ -60,8 +73,10 @@ def floor_seconds(bytes_moved: int, flops: int, compute: torch.dtype, ceilings: 
 
     float32 products may also be three products of TF32 halves, which are as accurate.
     """
-    rates = ceilings["tflops"]
-    rate = rates["bfloat16"] if compute == torch.bfloat16 else max(rates["float32"], rates.get("tf32", 0) / 3)
+    rates = {"bfloat16": 0.0, "float32": 0.0, "tf32": 0.0}
+    for by_dtype in ceilings["tflops"].values():
+        rates |= {name: max(rate, rates[name]) for name, rate in by_dtype.items()}
+    rate = rates["bfloat16"] if compute == torch.bfloat16 else max(rates["float32"], rates["tf32"] / 3)
     return max(bytes_moved / ceilings["copy_gb_per_s"] / 1e9, flops / rate / 1e12)
 
 
@@ -71,4 +86,12 @@ def _kernel_seconds() -> float:
     with torch.cuda.graph(graph):
         for _ in range(launches):
             one.add_(1)
-    return median(seconds(graph.replay) for _ in range(10)) / launches
+    return median(seconds(*[graph.replay] * 10)) / launches
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ceilings", description=__doc__)
+    parser.add_argument("--record", type=Path, required=True, metavar="FILE", help="result file to append to")
+    path = parser.parse_args().record
+    record.begin(path, " ".join(["python -m benchmarks.ceilings", *sys.argv[1:]]))
+    record.append(path, ceilings=measured())

@@ -1,31 +1,29 @@
-"""Options, the hand-over of a row to pytest-benchmark, the tables at the end of a run, and its result file."""
+"""Options, the hand-over of rows to pytest-benchmark and to a result file, and the tables at the end of a run."""
 
+import copy
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import measure, record, shapes
-from benchmarks.ceilings import measured as ceilings_of_this_machine
+from benchmarks import ceilings as ceilings_of_this_machine
+from benchmarks import measure, record, work
 
 ROWS = pytest.StashKey[list[dict]]()
-CEILINGS = pytest.StashKey[dict]()
-COLUMNS = ("shape", "op", "pass", "reference ms", "ours ms", "of floor", "speed-up", "reference MiB", "ours MiB")
-STEP_COLUMNS = ("shape", "contender", "ms", "images/s", "of matrix rate", "peak MiB", "saved MB/image", "launches",
-                "syncs", "kB/image shipped")  # fmt: skip
+KERNELS = pytest.StashKey[set[str]]()
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("benchmarks of mae_kernels")
     on_gpu = measure.DEVICE.type == "cuda"
-    sizes = ["tiny", "small", "cpu", "full"]
-    group.addoption("--size", choices=sizes, default="small", help="small: minutes on two cores; tiny: interpreted")
+    group.addoption("--size", choices=[*work.OP_SHAPES], default="small",
+                    help="small: minutes on two cores; tiny: interpreted")  # fmt: skip
     group.addoption("--rounds", type=int, default=10, help="at least; short calls get more, two seconds in all")
-    group.addoption(
-        "--compiled", default="ViT-B/16 N=256" if on_gpu else "", metavar="SHAPE",
-        help="the reference is compiled too, at shapes whose names hold this",
-    )  # fmt: skip
-    group.addoption("--record", type=Path, metavar="FILE", help="write what was measured, as benchmarks/results holds")
+    group.addoption("--max-rounds", type=int, default=500, help="at most, of an op")
+    group.addoption("--compiled", default="ViT-B/16 N=256" if on_gpu else "", metavar="SHAPE",
+                    help="the reference is compiled too, at shapes whose names hold this")  # fmt: skip
+    group.addoption("--record", type=Path, metavar="FILE",
+                    help="append each row, the moment it is measured; a folder: to this machine's file")  # fmt: skip
     group.addoption("--contenders", default="abcCgdef" if on_gpu else "acgd", help="of the step")
     group.addoption("--step-dtypes", default="bfloat16" if on_gpu else "float32,bfloat16", help="of the step")
     group.addoption("--step-rounds", type=int, default=5, help="timed steps of each contender")
@@ -33,135 +31,117 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):  # before the plugin reads its options
-    config.stash[ROWS], config.stash[CEILINGS] = [], {}
+    config.stash[ROWS], config.stash[KERNELS] = [], set()
     config.option.benchmark_columns = config.option.benchmark_columns or ["median", "iqr", "min", "rounds"]
+    path = config.option.record
+    if path and path.is_dir():
+        config.option.record = path / f"{record.name()}.jsonl"
 
 
 def pytest_generate_tests(metafunc):
-    for fixture, table in (("op_shape", shapes.OPS), ("step_shape", shapes.STEP)):
+    size = metafunc.config.getoption("size")
+    for fixture, table in (("op_shape", work.OP_SHAPES), ("step_shape", work.STEP_SHAPES)):
         if fixture in metafunc.fixturenames:
-            metafunc.parametrize(fixture, table[metafunc.config.getoption("size")], ids=lambda shape: shape.id)
-    if "contender" in metafunc.fixturenames:
+            metafunc.parametrize(fixture, table[size], ids=lambda shape: shape.id)
+    if "step_dtype" in metafunc.fixturenames:
         metafunc.parametrize("step_dtype", metafunc.config.getoption("step_dtypes").split(","))
-        metafunc.parametrize("contender", metafunc.config.getoption("contenders"))
 
 
 @pytest.fixture(scope="session")
 def ceilings(request) -> dict:
     """Measured once, before the first row that is held against them."""
-    found = ceilings_of_this_machine()
-    request.config.stash[CEILINGS].update(found)
+    found = ceilings_of_this_machine.measured()
+    _append(request.config, ceilings=found)
     return found
 
 
 @pytest.fixture
-def show(benchmark, request):
-    """Hand a row over to pytest-benchmark, with samples that were interleaved with those of its contenders before."""
+def hand_over(benchmark, request):
+    """Hand a row over: its samples, interleaved with those of its contenders, to pytest-benchmark's table."""
 
-    def run(group: str, name: str, row: dict, samples: list[float]):
-        benchmark.group, benchmark.name = group, name
-        waiting = iter(samples)
-        benchmark.pedantic(measure.replay, setup=lambda: ((next(waiting),), {}), rounds=len(samples))
-        benchmark.extra_info.update(row)
+    def run(group: str, name: str, samples: list[float], row: dict):
+        entry = copy.copy(benchmark)  # a test has one fixture, and as many rows as contenders
+        entry.group, entry.name, entry.fullname, entry.extra_info = group, name, f"{group}, {name}", row
+        stats = entry._make_stats(iterations=1)
+        for seconds in samples:
+            stats.update(seconds)
+        benchmark._mode = "hand_over"  # else the plugin warns that the fixture was not used
         request.config.stash[ROWS].append(row)
+        for kernel in measure.compiled_kernels(except_for=request.config.stash[KERNELS]):
+            _append(request.config, kernel=kernel)
+        _append(request.config, row=row)
 
     return run
+
+
+def _append(config, **line) -> None:
+    path = config.option.record
+    if path:
+        words = [word for word in sys.argv[1:] if word not in ("--record", str(path)) and "--record=" not in word]
+        record.begin(path, " ".join(["pytest", *(f"'{word}'" if " " in word else word for word in words)]))
+        record.append(path, **line)
+
+
+# Title, caption, number of columns that are names, and how a row fills each; by a field that only such rows have.
+TABLES = {
+    "speedup": (
+        "mae_kernels against its reference",
+        "interleaved medians; floor: bytes at a large copy's rate or FLOPs at a large product's; clone: as many bytes",
+        3,
+        {"shape": "{shape}", "op": "{op}", "pass": "{pass}", "reference ms": "{reference_ms:.3f}",
+         "{backend} ms": "{median_ms:.3f}", "of floor": "{of_floor:.0%}", "of clone": "{of_clone:.0%}",
+         "speed-up": "{speedup:.2f}x", "reference MiB": "{reference_peak_mib:.2f}", "{backend} MiB": "{peak_mib:.2f}"},
+    ),
+    "contender": (
+        "the whole training step",
+        "interleaved medians; share of the rate of a large matrix product in the same run",
+        2,
+        {"shape": "{shape}, {dtype}", "contender": "{contender}", "ms": "{median_ms:.0f}",
+         "images/s": "{images_per_s:.1f}", "of matrix rate": "{mfu:.0%} of {matrix_tflops:.2f} TFLOP/s",
+         "peak MiB": "{peak_mib:.0f}", "saved bytes/image": "{saved_bytes_per_image:,.0f}", "launches": "{launches}",
+         "syncs": "{host_syncs}", "shipped bytes/image": "{shipped_bytes_per_image:,}"},
+    ),
+    "host_us": (
+        "what a call costs the host",
+        "medians; launches included on a GPU, not elsewhere",
+        2,
+        {"op": "{op}", "pass": "{pass}", "us": "{host_us:.1f}", "op alone us": "{operator_host_us:.1f}",
+         "of F.linear": "{of_linear:.1f}x"},
+    ),
+}  # fmt: skip
+INTERPRETED = (
+    "kernels in Triton's interpreter",
+    "what they take there says nothing about a GPU; each is as exact as PyTorch, forward and backward",
+    3,
+    {"shape": "{shape}", "op": "{op}", "pass": "{pass}"},
+)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
     facts, rows = record.conditions(), config.stash[ROWS]
-    if not rows:
-        return
-    machine = (
-        f"{facts['device']}, {facts['threads']} threads, load {facts['load']} before the run, torch {facts['torch']}, "
-        f"triton {facts['triton']}"
-    )
-    for name, write in (("speedup", _write_ops), ("contender", _write_steps), ("host_us", _write_host)):
-        chosen = [row for row in rows if name in row]
-        if chosen:
-            write(terminalreporter, chosen, machine)
-    path = config.option.record
-    if path:
-        command = " ".join(["pytest", *(f"'{word}'" if " " in word else word for word in _arguments(path))])
-        record.write(path, command=command, rows=rows, ceilings=config.stash[CEILINGS])
-        terminalreporter.write_line(f"wrote {path}")
+    tables = TABLES | ({"speedup": INTERPRETED} if facts["kind"] == "interpreter" else {})
+    for field, (title, caption, names, columns) in tables.items():
+        for backend in [*measure.OURS, None]:  # of ops and hosts, of steps
+            chosen = [row for row in rows if field in row and row.get("backend") == backend]
+            if chosen:
+                terminalreporter.section(title)
+                terminalreporter.write_line(
+                    f"{facts['device']}, {facts['threads']} threads, load {facts['load']} before the run, torch "
+                    f"{facts['torch']}, triton {facts['triton']}; {caption}"
+                )
+                header = [name.format(backend=backend) for name in columns]
+                _write_table(terminalreporter, [header, *(_cells(columns, row) for row in chosen)], names)
+    if rows and config.option.record:
+        terminalreporter.write_line(f"wrote {config.option.record}")
 
 
-def _arguments(path: Path) -> list[str]:
-    """Those of the command line that decide what is measured."""
-    return [word for word in sys.argv[1:] if word not in ("--record", str(path), f"--record={path}")]
+def _cells(columns: dict[str, str], row: dict) -> list[str]:
+    unmeasured = dict.fromkeys(("reference_peak_mib", "peak_mib"), float("nan"))  # of a backward alone
+    return [form.format_map(unmeasured | row).replace("nan", "") for form in columns.values()]
 
 
-def _write_ops(reporter, rows, machine):
-    if record.conditions()["kind"] == "interpreter":
-        reporter.section("kernels in Triton's interpreter")
-        checked = dict.fromkeys(f"{row['shape']}, {row['op']}" for row in rows if row["backend"] == "triton")
-        reporter.write_line("What they take there says nothing about a GPU. As exact as PyTorch, forward and backward:")
-        for name in checked:
-            reporter.write_line(name)
-        return
-    ours = [row for row in rows if row["backend"] in measure.OURS]
-    backends = {row["backend"] for row in ours}
-    only = backends.pop() if len(backends) == 1 else None  # its name can then head the columns
-    table = [[name.replace("ours", only or "ours") for name in COLUMNS]]
-    for row in ours:
-        table.append([
-            row["shape"],
-            row["op"] if only else f"{row['op']}, {row['backend']}",
-            row["pass"],
-            f"{row['reference_ms']:.3f}",
-            f"{row['median_ms']:.3f}",
-            f"{row['of_floor']:.0%}",
-            f"{row['speedup']:.2f}x",
-            *(f"{row[name]:.2f}" if name in row else "" for name in ("reference_peak_mib", "peak_mib")),
-        ])  # fmt: skip
-    reporter.section("mae_kernels against its reference")
-    rounds = min(row["rounds"] for row in rows)
-    reporter.write_line(
-        f"{machine}, float32 tensors unless a row says otherwise; interleaved medians of {rounds} or more rounds; "
-        "floor: the bytes at the rate of a large copy or the FLOPs at that of a large product, the longer"
-    )
-    _write_table(reporter, table, names=3)
-
-
-def _write_host(reporter, rows, machine):
-    table = [["op", "pass", "us", "op alone us", "of F.linear"]]
-    for row in rows:
-        of_linear = f"{row['host_us'] / row['linear_host_us']:.1f}x"
-        operator = f"{row['operator_host_us']:.1f}"
-        table.append([row["op"], row["pass"], f"{row['host_us']:.1f}", operator, of_linear])
-    reporter.section("what a call costs the host")
-    launched = "launches included" if measure.DEVICE.type == "cuda" else "allocations included, launches not"
-    reporter.write_line(f"{machine}; medians, {launched}")
-    _write_table(reporter, table, names=2)
-
-
-def _write_steps(reporter, rows, machine):
-    table = [list(STEP_COLUMNS)]
-    for row in rows:
-        table.append([
-            f"{row['shape']}, {row['dtype']}",
-            row["contender"],
-            f"{row['median_ms']:.0f}",
-            f"{row['images_per_s']:.1f}",
-            f"{row['mfu']:.0%}",
-            f"{row['peak_mib']:.0f}",
-            f"{row['saved_bytes_per_image'] / 1e6:.1f}",
-            str(row["launches"]),
-            str(row["host_syncs"]),
-            f"{row['shipped_bytes_per_image'] / 1e3:.0f}",
-        ])  # fmt: skip
-    reporter.section("the whole training step")
-    rates = {row["dtype"]: f"{row['matrix_tflops']:.2f} TFLOP/s in {row['dtype']}" for row in rows}
-    reporter.write_line(
-        f"{machine}; interleaved medians of {rows[0]['rounds']} steps; share of the rate of a large matrix product in "
-        f"the same run, {', '.join(rates.values())}"
-    )
-    _write_table(reporter, table, names=2)
-
-
-def _write_table(reporter, table, names):
+def _write_table(reporter, table: list[list[str]], names: int) -> None:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         cells = [

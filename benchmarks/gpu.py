@@ -1,17 +1,21 @@
-"""All that needs a GPU, in one command: ``python -m benchmarks.gpu --out benchmarks/results``, or ``make gpu``.
+"""A dossier of one lent GPU, in two calls: ``python -m benchmarks.gpu 1 --out DIR``, then ``2 --after FILE``.
 
-The native tests, NVIDIA's memory and race checkers on small shapes, then the benchmarks. Every step runs whatever
-became of the ones before it; the command fails if one did.
+Whatever is measured is appended to one result file the moment it exists, what is printed to a log beside it. Each stage
+has a limit of its own and ends without the next; killed at any second, the file holds all that came before.
+``--rehearse`` runs the same stages without a GPU, kernels in Triton's interpreter, on tiny shapes.
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,97 +23,165 @@ import torch
 from benchmarks import record
 from benchmarks.record import ROOT
 
-OPS = [
-    "random_resized_crop", "masking", "patch_embed", "gather_tokens", "scatter_mask_tokens", "masked_mse",
-    "linear_masked_mse",
-]  # fmt: skip
+# tests/test_NAME.py
 NATIVE = [
-    *OPS, "kernels", "dispatch", "transforms", "backend", "cuda", "block", "step", "model_under_pytorch", "nn", "apply",
+    "random_resized_crop", "masking", "patch_embed", "gather_tokens", "scatter_mask_tokens", "masked_mse",
+    "linear_masked_mse", "kernels", "dispatch", "strides", "any_size", "transforms", "backend", "nn", "block", "step",
+    "model_under_pytorch", "apply", "apply_precision",
 ]  # fmt: skip
 # Every op at small shapes; without PyTorch's cache each tensor is an allocation of its own, with edges to check.
 SMALL = ["tests/test_kernels.py", "-k", "nothing_is_written_outside"]
+MEMCHECK = ["compute-sanitizer", "--tool=memcheck", "--error-exitcode=1", "--target-processes=all"]
+BUDGET = {1: 400, 2: 330}  # seconds
 
 
-def steps(raw: Path, size: str, only: str = "") -> dict[str, list[str]]:
-    """The command of each step; ``raw`` is the folder into which the benchmarks write a result file each."""
-    pytest = [sys.executable, "-m", "pytest", "-q"]
-
-    def benchmark(name: str, only: str = only) -> list[str]:
-        file, out = f"benchmarks/test_{name}.py", f"--record={raw / name}.json"
-        return [*pytest, file, "--benchmark-only", f"--size={size}", out, *(["-k", only] if only else [])]
-
-    return {
-        "native tests": [*pytest, *(f"tests/test_{name}.py" for name in NATIVE)],
-        "memcheck": [*_sanitizer("memcheck"), *pytest, *SMALL],
-        "racecheck": [*_sanitizer("racecheck"), *pytest, *SMALL],
-        "benchmark of the host": benchmark("host", only=""),
-        "benchmarks of the ops": benchmark("ops"),
-        "benchmark of the training step": benchmark("step"),
-    }
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    limit: int  # seconds
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
 
 
-def _sanitizer(tool: str) -> list[str]:
-    return ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=1", "--target-processes=all"]
+def stages(call: int, path: Path, rehearse: bool = False, failed: Sequence[str] = ()) -> list[Stage]:
+    """Those of a call, what matters most first; ``path`` is the result file, ``failed`` are tests of call 1."""
+    python, cores = [sys.executable, "-m"], "2" if rehearse else str(max((os.cpu_count() or 3) - 2, 1))
+    tests = [*python, "pytest", "-p", "benchmarks.gpu", f"--outcomes={path}", "--continue-on-collection-errors"]
+    tests += ["--timeout=60"] if importlib.util.find_spec("pytest_timeout") else []
+    size, at = ("tiny", "gather or masking") if rehearse else ("full", "256 and ViT-B")
+    bench = [*python, "pytest", "--benchmark-only", f"--record={path}", f"--size={size}"]
+    short = ["--step-rounds=2", "--step-dtypes=float32"]
+    step = [*bench, "benchmarks/test_step.py", *(short if rehearse else ["-k", at])]
+    race = [*python, "benchmarks.race", f"--record={path}", "--seconds=75", *(["--only=gather"] if rehearse else [])]
+    checked = [
+        Stage("memcheck", 120, [*MEMCHECK, *tests, *SMALL], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+        *(Stage(mode, 40, [*tests, *SMALL], {"TRITON_INSTRUMENTATION_MODE": mode}) for mode in _instrumentation()),
+    ]
+    if call == 1:
+        files = [f"tests/test_{name}.py" for name in (["gather_tokens"] if rehearse else NATIVE)]
+        return [
+            Stage("ceilings", 40, [*python, "benchmarks.ceilings", f"--record={path}"]),
+            Stage("native tests", 170, [*tests, "-n", cores, *files]),
+            Stage("test_cuda", 60, [*tests, "tests/test_cuda.py"]),
+            Stage("ops", 90, [*bench, "benchmarks/test_ops.py", "-k", at, "--compiled=", "--max-rounds=100"]),
+            Stage("host", 30, [*bench, "benchmarks/test_host.py"]),
+            *checked[:1],
+        ]
+    return [
+        *([Stage("failed tests again", 60, [*tests, "-n", cores, *failed])] if failed else []),
+        # The second compiles for a minute, in which nothing is measured yet.
+        Stage("step", 60, [*step, f"--contenders={'ad' if rehearse else 'acgd'}"]),
+        Stage("step, compiled", 140, [*step, f"--contenders={'ae' if rehearse else 'abCdef'}"]),
+        Stage("race of tiles", 90, race),
+        *checked,
+    ]
 
 
-def run(name: str, command: list[str]) -> dict:
-    """Run one step, show what it prints, and keep its outcome and last line."""
-    print(f"--- {name}: {' '.join(command)}", flush=True)
-    if shutil.which(command[0]) is None:
-        print(f"{command[0]} is not on this machine's PATH", flush=True)
-        return {"step": name, "passed": False, "seconds": 0, "last_line": f"{command[0]} is not on the PATH"}
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if "sanitizer" in command[0] else None
-    start, last = time.monotonic(), ""
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            last = line.strip() or last
-    return {
-        "step": name,
-        "passed": process.returncode == 0,
-        "seconds": round(time.monotonic() - start),
-        "last_line": last,
-    }
+def _instrumentation() -> list[str]:
+    """Triton's own checkers: it takes the name of one that it does not have in silence."""
+    compiler = importlib.util.find_spec("triton.backends.nvidia.compiler")
+    text = Path(compiler.origin).read_text(encoding="utf-8") if compiler else ""
+    return [mode for mode in ("consan", "gsan") if mode in text]
 
 
-def measured(raw: Path) -> tuple[list[dict], dict]:
-    """The rows of all result files in the folder, and the ceilings that the ops are held against."""
-    results = [record.read(path) for path in sorted(raw.glob("*.json"))]
-    ceilings = [result["ceilings"] for result in results if result["ceilings"]]
-    return [row for result in results for row in result["rows"]], ceilings[-1] if ceilings else {}
+def run(stage: Stage, limit: float, log: Path) -> dict:
+    """Run one stage with its output in the log; at its limit it is killed with all that it started."""
+    start, problem = time.monotonic(), ""
+    with log.open("ab") as out:
+        out.write(f"\n--- {stage.name}: {' '.join(stage.command)}\n".encode())
+        out.flush()
+        begin = out.tell()
+        if shutil.which(stage.command[0]) is None:
+            problem = f"{stage.command[0]} is not on the PATH"
+        else:
+            environment = {**os.environ, **stage.environment}
+            # A group of its own can be killed whole. A session of its own would outlive whoever ends this command.
+            streams = {"cwd": ROOT, "env": environment, "stdout": out, "stderr": out}
+            process = subprocess.Popen(stage.command, **streams, preexec_fn=os.setpgrp)
+            try:
+                problem = f"exit code {code}" if (code := process.wait(limit)) else ""
+            except subprocess.TimeoutExpired:
+                problem = f"killed after {limit:.0f} s"
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+    last = log.read_bytes()[begin:].decode(errors="replace").strip().rpartition("\n")[2].strip(" =")[:200]
+    seconds, told = round(time.monotonic() - start, 1), "; ".join(filter(None, (problem, last)))
+    return {"stage": stage.name, "passed": not problem, "seconds": seconds, "last_line": told}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the result file")
-    parser.add_argument("--size", choices=["small", "full"], default="full", help="shapes of the benchmarks")
-    parser.add_argument("--step", action="append", help="run only this step; may be repeated")
-    parser.add_argument("--only", default="", help="benchmarks whose names match, as of pytest -k, such as ViT-B")
+    parser.add_argument("call", type=int, choices=[1, 2], help="1: correctness and ops; 2: the step and the tiles")
+    parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the result file and its log")
+    parser.add_argument("--after", type=Path, metavar="FILE", help="of call 1: its failed tests run again in call 2")
+    parser.add_argument("--seconds", type=float, help=f"in all; by default {BUDGET[1]} and {BUDGET[2]}")
+    parser.add_argument("--commit", help="of the sources, where there is no git")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU, in Triton's interpreter")
     options = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    if options.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not torch.cuda.is_available():
         parser.exit(1, "PyTorch sees no GPU on this machine: nothing was run and nothing is claimed\n")
-
+    if options.commit:
+        os.environ["MAE_COMMIT"] = options.commit
+    name = "rehearsal" if options.rehearse else record.name()
     facts = record.conditions()
-    with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder)
-        commands = steps(raw, options.size, options.only)
-        unknown = set(options.step or ()) - commands.keys()
-        if unknown:
-            parser.error(f"unknown step {', '.join(sorted(unknown))}; there are {', '.join(commands)}")
-        done = [run(name, commands[name]) for name in commands if name in (options.step or commands)]
-        rows, ceilings = measured(raw)
+    path = options.out.resolve() / f"{name}-{facts['date']}-{facts['commit']}-call-{options.call}.jsonl"
+    failed = [t["id"] for t in record.read(options.after)["tests"] if t["outcome"] == "failed"] if options.after else []
+    chosen = stages(options.call, path, options.rehearse, failed)
 
-    name = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    path = options.out / f"{name}-{facts['date']}-{facts['commit']}.json"
-    words = [f"'{word}'" if " " in word else word for word in (sys.argv[1:] if argv is None else argv)]
-    command = " ".join(["python -m benchmarks.gpu", *words])
-    record.write(path, command=command, rows=rows, ceilings=ceilings, steps=done)
-    for step in done:
-        print(f"{'passed' if step['passed'] else 'FAILED'}  {step['step']}, {step['seconds']} s: {step['last_line']}")
-    print(f"wrote {path}; python -m benchmarks.report puts it into the README")
-    return 0 if all(step["passed"] for step in done) else 1
+    end = time.monotonic() + (options.seconds or BUDGET[options.call])
+    record.begin(path, f"python -m benchmarks.gpu {options.call}{' --rehearse' * options.rehearse}")
+    passed = True
+    for stage in chosen:
+        if (left := end - time.monotonic()) < 1:
+            break
+        done = run(stage, min(stage.limit, left), path.with_suffix(".log"))
+        record.append(path, stage=done)
+        passed &= done["passed"]
+        outcome = "passed" if done["passed"] else "FAILED"
+        print(f"{outcome}  {stage.name}, {done['seconds']} s: {done['last_line']}", flush=True)
+    print("\n".join(summary(record.read(path))))
+    print(f"wrote {path}")
+    return 0 if passed else 1
+
+
+def summary(result: dict) -> list[str]:
+    """At most 40 lines: the first tests that failed, then each op beside its floor and its clone, and the steps."""
+    failed = [test for test in result["tests"] if test["outcome"] == "failed"]
+    lines = [f"{len(failed)} of {len(result['tests'])} tests failed"] if result["tests"] else []
+    lines += [f"  {test['id']}: {test['error']}"[:200] for test in failed[:12]]
+    for row in result["rows"] if result["kind"] == "gpu" else ():
+        if row.get("backend") == "triton" and row["pass"] != "backward" and "median_ms" in row:
+            shares = f"{row['of_floor']:.0%} of the floor, {row['of_clone']:.0%} of a clone, {row['speedup']:.1f}x"
+            lines.append(f"{row['op']}, {row['pass']}: {row['median_ms'] * 1e3:.1f} us, {shares}")
+        elif "contender" in row:
+            lines.append(f"{row['shape']}, {row['contender']}: {row['images_per_s']:.0f} images/s")
+    return lines[:40]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--outcomes", type=Path, help="result file to which the outcome of each test is appended")
+
+
+def pytest_configure(config):
+    path = config.getoption("--outcomes")
+    if path and not hasattr(config, "workerinput"):  # a worker of pytest-xdist tells its controller, which writes
+        config.pluginmanager.register(_Outcomes(path))
+
+
+class _Outcomes:
+    def __init__(self, path: Path):
+        self._path = path
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.outcome != "passed":
+            crash = getattr(report.longrepr, "reprcrash", None)
+            error = re.sub(r"\s+", " ", crash.message if crash else str(report.longrepr or ""))[:300]
+            test = {"id": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
+            record.append(self._path, test=test | ({"error": error} if report.outcome == "failed" else {}))
 
 
 if __name__ == "__main__":

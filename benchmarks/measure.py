@@ -1,11 +1,13 @@
 """How the benchmarks measure: time, memory and errors, on any device."""
 
+import hashlib
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from statistics import median
+from statistics import median, quantiles
 from unittest.mock import patch
 
 import torch
@@ -23,20 +25,13 @@ if backend.INTERPRETED or not why_not_triton(torch.empty(0, device=DEVICE)):
 MIB = 2**20
 
 # On a GPU convolutions would round their inputs to TF32 and matrix products would not; float32 rows mean float32.
-torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.conv.fp32_precision = "ieee"
 
 _BACKLOG = 5_000_000  # cycles of a GPU: more than two milliseconds
-_total = 0.0
 
 
-def clock() -> float:
-    """The sum of all seconds measured so far: as pytest-benchmark's timer it shows them and nothing around them."""
-    return _total
-
-
-def seconds(*calls: Callable[[], object]) -> float | list[float]:
-    """Duration of a call, or of each of several in a row: wall clock on the CPU, time between events on a GPU."""
-    global _total
+def seconds(*calls: Callable[[], object]) -> list[float]:
+    """Duration of each of several calls in a row: wall clock on the CPU, time between events on a GPU."""
     if DEVICE.type == "cuda":
         events = [torch.cuda.Event(enable_timing=True) for _ in range(1 + len(calls))]
         # The GPU is kept busy while the host launches, so that the kernels are timed and not the launches.
@@ -46,25 +41,27 @@ def seconds(*calls: Callable[[], object]) -> float | list[float]:
             call()
             event.record()
         events[-1].synchronize()
-        durations = [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(events)]
-    else:
-        times = [time.perf_counter()]
-        for call in calls:
-            call()
-            times.append(time.perf_counter())
-        durations = [end - start for start, end in itertools.pairwise(times)]
-    _total += sum(durations)
-    return durations if len(calls) > 1 else durations[0]
+        return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(events)]
+    times = [time.perf_counter()]
+    for call in calls:
+        call()
+        times.append(time.perf_counter())
+    return [end - start for start, end in itertools.pairwise(times)]
+
+
+def statistics(samples: list[float]) -> dict[str, float]:
+    p20, *_, p80 = quantiles(samples, n=5)
+    return {"median_ms": median(samples) * 1e3, "p20_ms": p20 * 1e3, "p80_ms": p80 * 1e3}
 
 
 def wall_seconds(call: Callable[[], object], repeats: int = 5) -> float:
     """Of a call among others like it, as its user waits for it: launches that a GPU is not busy enough to hide too."""
     call()
-    _wait()
+    wait()
     start = time.perf_counter()
     for _ in range(repeats):
         call()
-    _wait()
+    wait()
     return (time.perf_counter() - start) / repeats
 
 
@@ -80,10 +77,6 @@ def host_samples(call: Callable[[], object], repeats: int = 200) -> list[float]:
         if i >= 0:
             samples.append(time.perf_counter() - start)
     return samples
-
-
-def host_seconds(call: Callable[[], object]) -> float:
-    return median(host_samples(call))
 
 
 @contextmanager
@@ -125,12 +118,6 @@ class OpRecorder(TorchDispatchMode):
         with torch._C._AutoDispatchBelowAutograd():
             for func, args in self.calls:
                 func(*args)
-
-
-def replay(duration: float) -> None:
-    """Let the clock show a duration that was measured before, interleaved with those of others."""
-    global _total
-    _total += duration
 
 
 def rotated(make: Callable[[], dict]) -> Iterator[dict]:
@@ -190,6 +177,23 @@ def assert_accurate(ours: dict[str, Tensor], peer: dict[str, Tensor], gold: dict
         assert error <= allowed, f"{name} is off by {error:.3g}, allowed is {allowed:.3g}"
 
 
-def _wait() -> None:
+def wait() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
+
+
+def compiled_kernels(except_for: set[str]) -> Iterator[dict]:
+    """Each of our kernels that Triton has compiled in this process: which, and the SHA-256 of its machine code.
+
+    ``except_for`` holds the keys of those told before, and gets those of the new ones.
+    """
+    for module in [m for name, m in sys.modules.items() if name.startswith("mae_kernels.kernels.")]:
+        for function in vars(module).values():
+            for cache, *_ in getattr(function, "device_caches", {}).values():
+                for signature, kernel in cache.items():
+                    key = f"{kernel.name} {signature}"
+                    if key not in except_for:
+                        except_for.add(key)
+                        code = kernel.asm.get("cubin") or kernel.asm["hsaco"]
+                        digest = hashlib.sha256(code).hexdigest()
+                        yield {"name": kernel.name, "signature": signature, "sha256": digest}

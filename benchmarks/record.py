@@ -1,15 +1,26 @@
-"""The result files under ``benchmarks/results``: what a number depends on, the ceilings of its run, and its rows.
+"""Result files: what a number depends on, the ceilings of its run and what was measured, a line of JSON each.
 
-A file is a JSON object. ``kind`` tells what made the numbers: ``"gpu"``, ``"cpu"``, ``"interpreter"`` (kernels in
-Triton's interpreter: shapes and correctness, never a speed) or ``"demo"``. ``ceilings`` are those of
-:mod:`benchmarks.ceilings`, measured in the same run; files from before they were measured lack them. ``rows`` are
-ops (``backend``) and training steps (``contender``).
+A line is appended the moment it exists, so that a run killed at any second has left what it measured. It is an object
+with one key, which says what it holds:
+
+=============  =====================================================================================================
+conditions     machine, versions, commit, command: the first line. Its ``kind`` tells what made the numbers: ``"gpu"``,
+               ``"cpu"``, ``"interpreter"`` (shapes and correctness, never a speed) or ``"demo"``
+ceilings       see :mod:`benchmarks.ceilings`
+row            an op (``backend``), a training step (``contender``) or the cost of a call (``host_us``)
+kernel         a kernel that the rows before it ran: name, signature and SHA-256 of its machine code
+tiles          a race of tiles for one kernel, see :mod:`benchmarks.race`
+test           outcome of a test on a GPU
+stage          a stage of :mod:`benchmarks.gpu`: whether it passed, its seconds and its last line
+=============  =====================================================================================================
 """
 
 import datetime
+import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,42 +31,105 @@ from pathlib import Path
 import cpuinfo
 import torch
 
-from mae_kernels import backend
-
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+KEY = ("shape", "op", "pass", "contender", "backend", "dtype")  # what a row of an op, a step or a call measures
+_LISTS = {"row": "rows", "kernel": "kernels", "tiles": "tiles", "test": "tests", "stage": "stages"}
+# What products run on, where a CPU has it.
+_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "asimd", "sve")
 
 
 @cache
-def conditions() -> dict[str, str | int | float | bool]:
+def conditions() -> dict:
     """What a number depends on besides the shape. The load is that of the minute before the first row."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu, cpu = torch.cuda.is_available(), cpuinfo.get_cpu_info()
     facts = {
-        "kind": "gpu" if on_gpu else "interpreter" if backend.INTERPRETED else "cpu",
-        "commit": _output("git", "rev-parse", "--short", "HEAD") or "unknown",
+        "kind": "gpu" if on_gpu else "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "cpu",
+        "commit": os.environ.get("MAE_COMMIT") or _output("git", "rev-parse", "--short", "HEAD") or "unknown",
         "uncommitted_changes": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        "sources": sources(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "device": torch.cuda.get_device_name() if on_gpu else cpuinfo.get_cpu_info().get("brand_raw", "CPU"),
+        "device": torch.cuda.get_device_name() if on_gpu else cpu.get("brand_raw", "CPU"),
+        "cpu": {name: cpu.get(key, "unknown") for name, key in (
+            ("brand", "brand_raw"), ("vendor", "vendor_id_raw"), ("family", "family"), ("model", "model")
+        )} | {"instruction_sets": [name for name in _INSTRUCTION_SETS if name in cpu.get("flags", ())]},
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "unknown",
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "triton": version("triton") if importlib.util.find_spec("triton") else "none",
-    }
+    }  # fmt: skip
     if on_gpu:
         facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
     return facts
 
 
-def write(path: Path, *, command: str, rows: list[dict], ceilings: dict | None = None, **more) -> None:
-    """Write a result file; ``more`` are further fields of the file."""
-    facts = {**conditions(), "command": command, **more, "ceilings": ceilings or {}, "rows": rows}
+def sources() -> str:
+    """The first digits of the SHA-256 of the package's files, which a copy without git has too."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "mae_kernels").rglob("*.py")):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def name() -> str:
+    """The file name of this machine's results, without a suffix: a CPU by vendor, family and threads, not by brand."""
+    facts = conditions()
+    cpu = facts["cpu"]
+    vendor = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}.get(cpu["vendor"], cpu["vendor"])
+    parts = [facts["device"]] if facts["kind"] == "gpu" else [
+        facts["kind"], vendor, f"family {cpu['family']} model {cpu['model']}", f"{facts['threads']} threads"
+    ]  # fmt: skip
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
+
+
+def append(path: Path, **line) -> None:
+    """Add one line, such as ``row={...}``: it is on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    with path.open("ab+") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":  # a line that was cut off
+            file.write(b"\n")
+        file.write(json.dumps(line).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def begin(path: Path, command: str) -> None:
+    """Write the conditions, unless the file has them: several processes may write into one file, in turn.
+
+    Raises:
+        ValueError: the file holds what another machine or other code made.
+    """
+    facts = conditions()
+    before = read(path) if path.is_file() and path.stat().st_size else {}
+    for name in ("kind", "device", "commit", "sources", "torch", "triton"):
+        if before.get(name, facts[name]) != facts[name]:
+            raise ValueError(f"{path} holds results of {name} {before[name]}, not {facts[name]}: write to another file")
+    if not before:
+        append(path, conditions={**facts, "command": command})
 
 
 def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The conditions, with ``ceilings`` and the lists ``rows``, ``kernels``, ``tiles``, ``tests`` and ``stages``.
+
+    Of rows that were measured twice the later one counts.
+    """
+    found, rows = {"ceilings": {}, **{name: [] for name in _LISTS.values()}}, {}
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            ((what, value),) = json.loads(text).items()
+        except ValueError:  # a line that was cut off
+            continue
+        if what == "row" and "op" in value:
+            rows[tuple(value.get(name) for name in KEY)] = value
+        elif what in _LISTS:
+            found[_LISTS[what]].append(value)
+        elif what == "ceilings":
+            found["ceilings"] |= value
+        else:
+            found = {**value, **found}
+    found["rows"] += rows.values()
+    return found
 
 
 def _output(*command: str) -> str:

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache, partial
-from statistics import median, quantiles
+from functools import partial
+from statistics import median
 
 import pytest
 import torch
@@ -13,84 +13,63 @@ import mae_kernels
 from benchmarks import measure
 from benchmarks.ceilings import floor_seconds
 from benchmarks.measure import COMPILED, DEVICE, OURS, REFERENCE, as_double, assert_accurate, rotated
-from benchmarks.shapes import Shape
-from benchmarks.work import CASES, STAGES, Work
+from benchmarks.work import CASES, Work
 from mae_kernels import use_backend
 
-pytestmark = pytest.mark.benchmark(timer=measure.clock)
+CLONE = "clone"  # a copy of as many bytes as the op has to move
+PASSES = {"forward": slice(0, 1), "backward": slice(1, 2), "forward+backward": slice(0, 2)}
 
 
-@pytest.mark.parametrize("backend", [REFERENCE, COMPILED, *OURS])
-@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("case", CASES)
-def test_op(case, stage, backend, op_shape, ceilings, show, request):
-    if stage not in CASES[case](op_shape).stages:
-        pytest.skip("this op has no such pass of its own")
+def test_op(case, op_shape, ceilings, hand_over, request):
     options = request.config.option
-    compiled = bool(options.compiled) and options.compiled in op_shape.id
-    if backend == COMPILED and not compiled:
-        pytest.skip("compiled only where --compiled says so")
-    rows, samples = _measured(case, op_shape, compiled, options.rounds)
-    row = rows[stage, backend]
-    floor = floor_seconds(row["logical_bytes"], row["flops"], CASES[case](op_shape).compute, ceilings)
-    row |= {"floor_ms": floor * 1e3, "of_floor": floor * 1e3 / row["median_ms"]}
-    show(f"{op_shape.id}, {case}, {stage}", backend, row, samples[stage, backend])
-
-
-@cache
-def _measured(case: str, s: Shape, compiled: bool, rounds: int) -> tuple[dict, dict[tuple[str, str], list[float]]]:
-    """Rows and times of all passes and contenders, which take turns: a drift of the machine then meets all alike."""
+    work = CASES[case](op_shape)
     torch.manual_seed(0)
     torch.compiler.reset()
-    work = CASES[case](s)
     inputs = rotated(partial(_arguments, work))
     ops: dict[str, Callable] = {REFERENCE: work.reference}
-    if compiled:
+    if options.compiled and options.compiled in op_shape.id:
         # CUDA graphs would copy every input to a place of their own, which costs more than they save here.
         mode = "max-autotune-no-cudagraphs" if DEVICE.type == "cuda" else "default"
         ops[COMPILED] = torch.compile(work.reference, mode=mode, dynamic=False)
     ops |= dict.fromkeys(OURS, getattr(mae_kernels, work.op))
     contenders = {name: _Contender(name, op, work) for name, op in ops.items()}
     _assert_accurate(contenders, next(inputs))
-    once = 0.0
+
+    run: dict[str, Callable[[], list[float]]] = {
+        name: partial(lambda contender: contender.seconds(next(inputs)), contender)
+        for name, contender in contenders.items()
+    }
+    run[CLONE] = _clone(work)
     for _ in range(2):  # the first warms up
-        once = sum(sum(contender.seconds(next(inputs))) for contender in contenders.values())
-    rounds = max(rounds, min(int(2 / once), 500), 2)
-    forward, backward = ({name: [] for name in contenders} for _ in range(2))
-    for _ in range(rounds):
-        for name, contender in contenders.items():
-            times = contender.seconds(next(inputs))
-            forward[name].append(times[0])
-            backward[name].append(sum(times[1:]))
-    both = {name: [sum(x) for x in zip(forward[name], backward[name], strict=True)] for name in contenders}
-    samples = dict(zip(STAGES, (forward, backward, both), strict=True))
-    rows = {}
+        once = sum(sum(seconds()) for seconds in run.values())
+    rounds = max(options.rounds, min(int(2 / once), options.max_rounds), 2)
+    times: dict[str, list[list[float]]] = {name: [] for name in run}
+    for _ in range(rounds):  # all take turns, so that a drift of the machine meets all alike
+        for name, seconds in run.items():
+            times[name].append(seconds())
+
     for stage in work.stages:
-        first, last = {"forward": (0, 1), "backward": (1, 2), "forward+backward": (0, 2)}[stage]
+        part, rows = PASSES[stage], {}
+        moved, flops = sum(work.bytes[part]), sum(work.flops[part])
+        floor_ms = floor_seconds(moved, flops, work.compute, ceilings) * 1e3
+        clone_ms = median(sum(passes[part]) for passes in times[CLONE]) * 1e3
         for name, contender in contenders.items():
-            values = samples[stage][name]
-            row = {
-                "shape": s.id,
-                "op": case,
-                "pass": stage,
-                "backend": name,
-                "dtype": work.dtype,
-                "rounds": rounds,
-                **_statistics(values),
-                "logical_bytes": sum(work.bytes[first:last]),
-                "flops": sum(work.flops[first:last]),
-                "images_per_s": s.batch / median(values),
-                "gb_per_s": sum(work.bytes[first:last]) / median(values) / 1e9,
-            }
+            samples = [sum(passes[part]) for passes in times[name]]
+            row = {"shape": op_shape.id, "op": case, "pass": stage, "backend": name, "dtype": work.dtype}
+            row |= {"rounds": rounds, **measure.statistics(samples), "logical_bytes": moved, "flops": flops}
+            row |= {"images_per_s": op_shape.batch / median(samples), "gb_per_s": moved / median(samples) / 1e9}
+            row |= {"floor_ms": floor_ms, "of_floor": floor_ms / row["median_ms"]}
+            row |= {"clone_ms": clone_ms, "of_clone": clone_ms / row["median_ms"]}
             if stage != "backward":
                 row |= contender.costs(inputs, backward=stage != "forward")
+            for other in {REFERENCE, COMPILED} & rows.keys():
+                keys = ("median_ms", "peak_mib") if "peak_mib" in rows[other] else ("median_ms",)
+                row |= {f"{other}_{key.removeprefix('median_')}": rows[other][key] for key in keys}
             if name != REFERENCE:
-                row |= _against(rows, row, REFERENCE)
                 row["speedup"] = row["reference_ms"] / row["median_ms"]
-            if compiled and name in OURS:
-                row |= _against(rows, row, COMPILED)
-            rows[stage, name] = row
-    return rows, {(stage, name): values for stage, lists in samples.items() for name, values in lists.items()}
+            rows[name] = row
+            hand_over(f"{op_shape.id}, {case}, {stage}", name, samples, row)
 
 
 class _Contender:
@@ -100,7 +79,7 @@ class _Contender:
         self._name, self._op, self._work = name, op, work
 
     def forward(self, arguments: dict):
-        with self._backend(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=_autocast(self._work)):
+        with self._backend(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=self._work.is_autocast):
             return self._op(**{name: x for name, x in arguments.items() if name != "grad"})
 
     def backward(self, arguments: dict, out: Tensor) -> dict[str, Tensor]:
@@ -115,7 +94,7 @@ class _Contender:
     def seconds(self, arguments: dict) -> list[float]:
         """Of the forward and, where there is one, the backward."""
         if not self._work.differentiable:
-            return [measure.seconds(lambda: self.forward(arguments))]
+            return measure.seconds(lambda: self.forward(arguments))
         kept = []
         return measure.seconds(
             lambda: kept.append(self.forward(arguments)), lambda: self.backward(arguments, kept.pop())
@@ -151,8 +130,19 @@ def _arguments(work: Work) -> dict:
         return {**arguments, "grad": torch.randn_like(_Contender(REFERENCE, work.reference, work).forward(arguments))}
 
 
-def _autocast(work: Work) -> bool:
-    return work.compute == torch.bfloat16
+def _clone(work: Work) -> Callable[[], list[float]]:
+    """A function that times copies of as many bytes as each pass moves, half of them read and half of them written."""
+
+    def buffers() -> dict:
+        return {i: torch.empty(2, max(moved // 2, 1), dtype=torch.uint8, device=DEVICE)
+                for i, moved in enumerate(work.bytes)}  # fmt: skip
+
+    turns = rotated(buffers)
+
+    def run() -> list[float]:
+        return measure.seconds(*(partial(target.copy_, source) for target, source in next(turns).values()))
+
+    return run
 
 
 def _assert_accurate(contenders: dict[str, _Contender], arguments: dict) -> None:
@@ -161,15 +151,3 @@ def _assert_accurate(contenders: dict[str, _Contender], arguments: dict) -> None
     gold = contenders[REFERENCE].outputs(as_double(arguments))
     for name in OURS:
         assert_accurate(contenders[name].outputs(arguments), peer, gold)
-
-
-def _statistics(values: list[float]) -> dict[str, float]:
-    p20, *_, p80 = quantiles(values, n=5)
-    return {"median_ms": median(values) * 1e3, "p20_ms": p20 * 1e3, "p80_ms": p80 * 1e3}
-
-
-def _against(rows: dict, row: dict, other: str) -> dict[str, float]:
-    theirs = rows[row["pass"], other]
-    return {
-        f"{other}_{name}": theirs[key] for name, key in (("ms", "median_ms"), ("peak_mib", "peak_mib")) if key in theirs
-    }

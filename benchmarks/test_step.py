@@ -1,8 +1,7 @@
 """The whole training step, forward, backward and optimizer, of every contender in one interleaved run."""
 
 import time
-from functools import cache
-from statistics import median, quantiles
+from statistics import median
 
 import pytest
 import torch
@@ -17,79 +16,63 @@ pytest.importorskip("transformers")
 from benchmarks.contenders import LABELS, contenders  # noqa: E402 (needs both)
 from mae.profile import training_flops  # noqa: E402
 
-pytestmark = pytest.mark.benchmark(timer=measure.clock)
 
-
-def test_step(contender, step_dtype, step_shape, show, request):
-    options = request.config.option
-    rows, samples = _measured(step_shape, step_dtype, options.contenders, options.step_rounds)
-    if contender not in rows:
-        pytest.skip("CUDA graphs need CUDA")
-    row = rows[contender]
-    show(f"{step_shape.id}, {step_dtype}", row["contender"], row, samples[contender])
-
-
-@cache
-def _measured(s, dtype: str, names: str, rounds: int) -> tuple[dict[str, dict], dict[str, list[float]]]:
-    """Rows and times of all contenders. In every round each runs once, so that a drift of the machine meets all."""
+def test_step(step_dtype, step_shape, hand_over, request):
+    options, bfloat16 = request.config.option, step_dtype == "bfloat16"
     torch.manual_seed(0)
     torch.compiler.reset()
-    model = getattr(mae, s.model)().to(DEVICE)
-    images = torch.randint(0, 256, (s.batch, s.channels, s.image, s.image), dtype=torch.uint8)
-    noise = torch.rand(s.batch, s.num_patches, device=DEVICE)
-    runners = contenders(names, model, images, noise, dtype == "bfloat16")
-    _assert_accurate(runners, model, images, noise, dtype == "bfloat16")
+    model = getattr(mae, step_shape.model)().to(DEVICE)
+    size = (step_shape.batch, step_shape.channels, step_shape.image, step_shape.image)
+    images = torch.randint(0, 256, size, dtype=torch.uint8)
+    noise = torch.rand(step_shape.batch, step_shape.num_patches, device=DEVICE)
+    runners = contenders(options.contenders, model, images, noise, bfloat16)
+    _assert_accurate(runners, model, images, noise, bfloat16)
     saved = {runner.name: runner.saved_bytes() for runner in runners}
     model.zero_grad()
+
     rates, samples = [], {runner.name: [] for runner in runners}
-    for number in range(2 + rounds):  # the first two compile and warm up
-        rate = matrix_rate(getattr(torch, dtype))
+    for number in range(2 + options.step_rounds):  # the first two compile and warm up
+        rate = matrix_rate(getattr(torch, step_dtype))
         times = {runner.name: _seconds(runner.step) for runner in runners}
         if number >= 2:
             rates.append(rate)
             for name, value in times.items():
                 samples[name].append(value)
-    flops, ceiling, rows = training_flops(model.config, s.mask_ratio) * s.batch, median(rates), {}
+
+    flops, ceiling = training_flops(model.config, step_shape.mask_ratio) * step_shape.batch, median(rates)
     for runner in runners:
-        time_taken = median(samples[runner.name])
-        p20, *_, p80 = quantiles(samples[runner.name], n=5)
-        peak = measure.peak_mib(runner.step)
+        times = samples[runner.name]
         launches, syncs = runner.launches_and_syncs()
-        rows[runner.name] = {
-            "shape": s.id,
+        row = {
+            "shape": step_shape.id,
             "op": "training step",
             "contender": f"({runner.name}) {LABELS[runner.name]}",
-            "dtype": dtype,
-            "rounds": rounds,
-            "median_ms": time_taken * 1e3,
-            "p20_ms": p20 * 1e3,
-            "p80_ms": p80 * 1e3,
-            "images_per_s": s.batch / time_taken,
+            "dtype": step_dtype,
+            "rounds": options.step_rounds,
+            **measure.statistics(times),
+            "images_per_s": step_shape.batch / median(times),
             "flops": flops,
-            "tflops": flops / time_taken / 1e12,
+            "tflops": flops / median(times) / 1e12,
             "matrix_tflops": ceiling / 1e12,
-            "mfu": flops / time_taken / ceiling,
-            "peak_mib": peak,
-            "saved_bytes_per_image": saved[runner.name] / s.batch,
+            "mfu": flops / median(times) / ceiling,
+            "peak_mib": measure.peak_mib(runner.step),
+            "saved_bytes_per_image": saved[runner.name] / step_shape.batch,
             "launches": launches,
             "host_syncs": syncs,
-            "shipped_bytes_per_image": runner.images.nbytes // s.batch,
+            "shipped_bytes_per_image": runner.images.nbytes // step_shape.batch,
         }
-    return rows, samples
+        hand_over(f"{step_shape.id}, {step_dtype}", row["contender"], times, row)
 
 
 def _seconds(step) -> float:
     """Of one step, as a user waits for it: on a GPU the mean of four that follow each other."""
-    if DEVICE.type == "cpu":
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
-    torch.cuda.synchronize()
+    repeats = 1 if DEVICE.type == "cpu" else 4
+    measure.wait()
     start = time.perf_counter()
-    for _ in range(4):
+    for _ in range(repeats):
         step()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / 4
+    measure.wait()
+    return (time.perf_counter() - start) / repeats
 
 
 def _assert_accurate(runners, model, images, noise, bfloat16: bool) -> None:

@@ -1,37 +1,120 @@
-"""What every op has to do at a shape: its arguments, and the bytes and operations that no implementation can avoid."""
+"""What is measured: shapes, each op's arguments there, and the bytes and operations that nobody can avoid."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import mae_kernels
-from benchmarks.shapes import Shape
 from mae_kernels import reference
+from mae_kernels.masked_mse import residual_is_less
 
 BF16, F32, U8 = torch.bfloat16, torch.float32, torch.uint8
 STAGES = ("forward", "backward", "forward+backward")
 
 
 @dataclass(frozen=True)
-class Work:
-    """One op at one shape: its arguments, and what a pass at least has to move and to compute.
+class Shape:
+    """A published model and a batch. Letters as everywhere in the package: N, L, K, M, E, D."""
 
-    Bytes: a forward reads each input once and writes its output once. A backward reads the gradient of the output and
-    the inputs that it needs once and writes each gradient once. Of images and predictions count the patches in use.
-    What a forward keeps for the backward does not count.
-    """
+    name: str
+    model: str  # factory in mae
+    batch: int  # N
+    embed_dim: int  # D
+    patch: int = 16  # pixels
+    image: int = 224  # pixels
+    channels: int = 3
+    decoder_dim: int = 512
+    mask_ratio: float = 0.75
+
+    @property
+    def id(self) -> str:
+        size = "" if self.image == 224 else f" {self.image}"
+        return f"{self.name}{size} N={self.batch}"
+
+    @property
+    def num_patches(self) -> int:  # L
+        return (self.image // self.patch) ** 2
+
+    @property
+    def num_keep(self) -> int:  # K
+        return int(self.num_patches * (1 - self.mask_ratio))
+
+    @property
+    def visible(self) -> Fraction:
+        return Fraction(self.num_keep, self.num_patches)
+
+    @property
+    def num_masked(self) -> int:  # M
+        return self.num_patches - self.num_keep
+
+    @property
+    def patch_values(self) -> int:  # E
+        return self.channels * self.patch**2
+
+
+TINY = Shape("ViT-Ti/16", "mae_vit_tiny_patch16", 1, embed_dim=192)
+SMALL = Shape("ViT-S/16", "mae_vit_small_patch16", 1, embed_dim=384)
+BASE = Shape("ViT-B/16", "mae_vit_base_patch16", 1, embed_dim=768)
+LARGE = Shape("ViT-L/16", "mae_vit_large_patch16", 1, embed_dim=1024)
+HUGE = Shape("ViT-H/14", "mae_vit_huge_patch14", 1, embed_dim=1280, patch=14)
+
+OP_SHAPES = {
+    # For Triton's interpreter, half a millisecond a program.
+    "tiny": [replace(TINY, batch=2, image=64, embed_dim=64, decoder_dim=64)],
+    "small": [replace(BASE, batch=32)],
+    "cpu": [replace(BASE, batch=32)],
+    "full": [
+        *(replace(BASE, batch=n) for n in (64, 256, 1024)),
+        *(replace(model, batch=256) for model in (SMALL, LARGE, HUGE)),
+        replace(BASE, batch=64, image=448),  # L = 784
+        replace(BASE, batch=16, image=896),  # L = 3136
+    ],
+}
+STEP_SHAPES = {
+    "tiny": [replace(TINY, batch=2)],
+    "small": [replace(TINY, batch=8)],
+    "cpu": [replace(TINY, batch=16), replace(BASE, batch=16)],
+    "full": [replace(SMALL, batch=256), replace(BASE, batch=256), replace(LARGE, batch=128), replace(HUGE, batch=64)],
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One op at one shape: its arguments, and what a pass at least has to move and to compute."""
 
     op: str
     arguments: Callable[[torch.device], dict]
-    bytes: tuple[int, int]  # forward, backward
-    flops: tuple[int, int] = (0, 0)
+    flops: tuple[int, int] = (0, 0)  # forward, backward
     pixels: torch.dtype = F32  # of the images, where there are any
     compute: torch.dtype = F32  # of tokens, predictions and products; bfloat16 runs under autocast, weights in float32
+    used: dict[str, Fraction] = field(default_factory=dict)  # of arguments that the op needs in part
+    again: tuple[str, ...] = ()  # arguments that the backward reads once more
+    keeps: str = ""  # the argument of whose size, as used, is what the forward writes for the backward
     peer: Callable | None = None  # what stands for the reference; None: the published step
     passes_together: bool = False  # gradients are computed in the forward: only the sum of both passes means something
+
+    @cached_property
+    def bytes(self) -> tuple[int, int]:
+        """Of a forward, which reads each argument and writes each result once, and of a backward.
+
+        That reads the gradient of the result and what it needs again, and writes the gradient of each parameter.
+        """
+        with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=self.is_autocast):
+            arguments = self.arguments(torch.device("cpu"))
+            out = getattr(mae_kernels, self.op)(**arguments)
+        tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and name not in ("mean", "std")}
+        read = {name: int(x.nbytes * self.used.get(name, 1)) for name, x in tensors.items()}
+        written = sum(x.nbytes for x in ((out,) if isinstance(out, Tensor) else out))
+        kept = read[self.keeps] if self.keeps else 0
+        gradients = sum(x.nbytes for x in tensors.values() if x.requires_grad)
+        backward = written + kept + sum(read[name] for name in self.again) + gradients if gradients else 0
+        return sum(read.values()) + written + kept, backward
 
     @property
     def reference(self) -> Callable:
@@ -40,6 +123,10 @@ class Work:
     @property
     def differentiable(self) -> bool:
         return self.bytes[1] > 0
+
+    @property
+    def is_autocast(self) -> bool:
+        return self.compute == BF16
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -54,22 +141,16 @@ class Work:
 
 
 def random_masking(s: Shape) -> Work:
-    """Reads noise [N, L] float32; writes ids_keep, ids_mask and ids_restore, 8 bytes each, and mask, 1 byte."""
-
     def arguments(device):
         sizes = {"batch_size": s.batch, "num_patches": s.num_patches, "mask_ratio": s.mask_ratio}
         return {**sizes, "noise": torch.rand(s.batch, s.num_patches, device=device)}
 
-    return Work("random_masking", arguments, bytes=(s.batch * s.num_patches * (4 + 8 + 8 + 1), 0))
+    return Work("random_masking", arguments)
 
 
 def patch_embed(s: Shape, pixels: torch.dtype, compute: torch.dtype = F32) -> Work:
-    """Visible pixels N K E, ids N K, weight D E, bias D, positions L D, prefix D in; N (1 + K) D out.
-
-    Backward: gradient N (1 + K) D, visible pixels and ids in; weight, bias and prefix gradients out.
-    FLOPs: 2 N K E D for the projection, as many for the weight gradient.
-    """
-    n, k, e, d = s.batch, s.num_keep, s.patch_values, s.embed_dim
+    """FLOPs: 2 N K E D for the projection, as many for the weight gradient."""
+    e, d = s.patch_values, s.embed_dim
 
     def arguments(device):
         return {
@@ -81,38 +162,28 @@ def patch_embed(s: Shape, pixels: torch.dtype, compute: torch.dtype = F32) -> Wo
             "ids_keep": _masking(s, device).ids_keep,
         }
 
-    read = n * k * e * pixels.itemsize + n * k * 8
-    parameters, positions, tokens = (d * e + 2 * d) * 4, s.num_patches * d * 4, n * (1 + k) * d * 4
-    flops = 2 * n * k * e * d
+    flops = 2 * s.batch * s.num_keep * e * d
     return Work(
         "patch_embed",
         arguments,
-        bytes=(read + parameters + positions + tokens, read + tokens + parameters),
         flops=(flops, flops),
         pixels=pixels,
         compute=compute,
+        used={"images": s.visible},
+        again=("images", "ids_keep"),
     )
 
 
 def gather_tokens(s: Shape, compute: torch.dtype = F32) -> Work:
-    """Selected tokens N K D and ids in, N K D out. Backward: N K D and ids in, N L D out."""
-    n, k, d = s.batch, s.num_keep, s.embed_dim
-
     def arguments(device):
-        tokens = _normal(device, n, s.num_patches, d, dtype=compute)
+        tokens = _normal(device, s.batch, s.num_patches, s.embed_dim, dtype=compute)
         return {"tokens": tokens.requires_grad_(), "ids": _masking(s, device).ids_keep}
 
-    selected, ids = n * k * d * compute.itemsize, n * k * 8
-    everything = n * s.num_patches * d * compute.itemsize
-    return Work("gather_tokens", arguments, bytes=(2 * selected + ids, selected + ids + everything), compute=compute)
+    return Work("gather_tokens", arguments, compute=compute, used={"tokens": s.visible}, again=("ids",))
 
 
 def scatter_mask_tokens(s: Shape, compute: torch.dtype = F32) -> Work:
-    """Tokens N (1 + K) D, mask token D, ids N L, positions (1 + L) D in; N (1 + L) D out. D is the decoder's.
-
-    Backward: N (1 + L) D and ids in; N (1 + K) D and D out. Everything but the tokens is float32.
-    FLOPs: one addition per output value; backward one per masked value.
-    """
+    """FLOPs: one addition per output value; backward one per masked value. All but the tokens is float32."""
     n, k, num_patches, d = s.batch, s.num_keep, s.num_patches, s.decoder_dim
 
     def arguments(device):
@@ -123,44 +194,33 @@ def scatter_mask_tokens(s: Shape, compute: torch.dtype = F32) -> Work:
             "pos_embed": _normal(device, 1, 1 + num_patches, d),  # fixed, as published
         }
 
-    tokens, mask_token = n * (1 + k) * d * compute.itemsize, d * 4
-    full, ids = n * (1 + num_patches) * d * 4, n * num_patches * 8
-    return Work(
-        "scatter_mask_tokens",
-        arguments,
-        bytes=(tokens + mask_token + ids + (1 + num_patches) * d * 4 + full, full + ids + tokens + mask_token),
-        flops=(full // 4, n * s.num_masked * d),
-        compute=compute,
-    )
+    flops = n * (1 + num_patches) * d, n * s.num_masked * d
+    return Work("scatter_mask_tokens", arguments, flops=flops, compute=compute, again=("ids_restore",))
 
 
 def masked_mse(s: Shape, rows: str, pixels: torch.dtype = F32, compute: torch.dtype = F32) -> Work:
-    """Masked predictions and pixels, N M E each, and ids (or mask) in; the loss out.
-
-    Backward: their residual in, N M E; the gradient of pred out, N M E, or N L E for full predictions.
-    FLOPs: 10 per masked value (mean, centre, variance, scale, residual, square, sum), backward 1.
-    """
-    n, m, e = s.batch, s.num_masked, s.patch_values
+    """FLOPs: 10 per masked value (mean, centre, variance, scale, residual, square, sum), backward 1."""
+    n, m, e, which = s.batch, s.num_masked, s.patch_values, "ids_mask" if rows == "masked" else "mask"
 
     def arguments(device):
         masking = _masking(s, device)
         if rows == "masked":
-            pred = {"pred": _normal(device, n, m, e, dtype=compute), "ids_mask": masking.ids_mask}
-        else:
-            # The head of the published model predicts the class token too; the loss sees a slice without it.
-            pred = {"pred": _normal(device, n, 1 + s.num_patches, e, dtype=compute)[:, 1:], "mask": masking.mask}
-        pred["pred"].requires_grad_()
-        return {**pred, **_images(s, pixels, device), "patch_size": s.patch}
+            pred = _normal(device, n, m, e, dtype=compute)
+        else:  # the head of the published model predicts the class token too; the loss sees a slice without it
+            pred = _normal(device, n, 1 + s.num_patches, e, dtype=compute)[:, 1:]
+        given = {"pred": pred.requires_grad_(), which: getattr(masking, which)}
+        return {**given, **_images(s, pixels, device), "patch_size": s.patch}
 
-    read = n * m * e * (compute.itemsize + pixels.itemsize) + (n * m * 8 if rows == "masked" else n * s.num_patches)
-    gradients = n * (m + (m if rows == "masked" else s.num_patches)) * e * compute.itemsize
+    keeps = residual_is_less(compute, pixels)
     return Work(
         "masked_mse",
         arguments,
-        bytes=(read + 4, gradients),
         flops=(10 * n * m * e, n * m * e),
         pixels=pixels,
         compute=compute,
+        used={"images": 1 - s.visible, **({} if rows == "masked" else {"pred": 1 - s.visible})},
+        keeps="pred" if keeps else "",
+        again=() if keeps else ("pred", "images", which),
         peer=published_loss if compute != F32 else None,
     )
 
@@ -172,11 +232,7 @@ def published_loss(pred, images, *, mean, std, **options):
 
 
 def linear_masked_mse(s: Shape, compute: torch.dtype, peer: Callable | None = None) -> Work:
-    """Hidden tokens N M D, weight E D, bias E, masked pixels N M E and ids in; the loss out.
-
-    Backward: the gradients of hidden, weight and bias out. D is the decoder's.
-    FLOPs: 2 N M E D for the projection, 10 N M E for the loss; backward twice the projection.
-    """
+    """FLOPs: 2 N M E D for the projection, 10 N M E for the loss; backward twice the projection."""
     n, m, e, d = s.batch, s.num_masked, s.patch_values, s.decoder_dim
 
     def arguments(device):
@@ -189,15 +245,13 @@ def linear_masked_mse(s: Shape, compute: torch.dtype, peer: Callable | None = No
             "patch_size": s.patch,
         }
 
-    gradients = (n * m * d + e * d + e) * 4
-    read = gradients + n * m * e * 4 + n * m * 8
     product = 2 * n * m * e * d
     return Work(
         "linear_masked_mse",
         arguments,
-        bytes=(read + 4, gradients),
         flops=(product + 10 * n * m * e, 2 * product),
         compute=compute,
+        used={"images": 1 - s.visible},
         peer=peer,
         passes_together=True,
     )
@@ -209,7 +263,7 @@ def two_ops(hidden, weight, bias, images, ids_mask, **options):
 
 
 def random_resized_crop(s: Shape) -> Work:
-    """Boxes h x w of larger uint8 images in, 60 % of their pixels, N C H W out: 290 x 390 of 375 x 500 to 224 x 224.
+    """Boxes of 60 % of larger images: 290 x 390 of 375 x 500 to 224 x 224.
 
     FLOPs: h (4 w) products with taps along the rows of a box, then W (4 h) along the columns that are left.
     """
@@ -227,9 +281,10 @@ def random_resized_crop(s: Shape) -> Work:
             "size": (s.image, s.image),
         }
 
-    moved = n * s.channels * (h * w + s.image**2) + n * (4 * 8 + 1)
     flops = 2 * n * s.channels * 4 * h * (w + s.image)
-    return Work("random_resized_crop", arguments, bytes=(moved, 0), flops=(flops, 0), pixels=U8)
+    return Work(
+        "random_resized_crop", arguments, flops=(flops, 0), pixels=U8, used={"images": Fraction(h * w, height * width)}
+    )
 
 
 # The names say dtypes that are not float32: of pixels, then of tokens, predictions and products.

@@ -236,7 +236,7 @@ class ProfileConfig:
     batch_size: int = 16
     """Images of a step."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
+    """auto: bfloat16 autocast on GPUs of compute capability 8.0 or more, float32 elsewhere."""
     rounds: int = 5
     """Timed steps, of which the medians are shown."""
     device: str = "auto"

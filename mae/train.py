@@ -19,7 +19,8 @@ from tqdm import tqdm
 from mae.checkpoint import save_checkpoint
 from mae.data import DataError, on_device
 from mae.model import MaskedAutoencoder
-from mae.step import TrainingStep, adamw
+from mae.step import Execution, TrainingStep, adamw
+from mae_kernels.backend import is_recent_gpu
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,12 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
+    """auto: bfloat16 autocast on GPUs of compute capability 8.0 or more, float32 elsewhere."""
     residual: Literal["float32", "bfloat16"] = "float32"
     """Tokens between the blocks under bfloat16 autocast: float32 as published; bfloat16 saves memory, not exact."""
     execution: Literal["auto", "eager", "compile", "graph"] = "auto"
-    """compile: one graph by torch.compile; graph: that, replayed as a CUDA graph. auto: compile on CUDA, else eager."""
+    """compile: one graph by torch.compile; graph: that, replayed as a CUDA graph. auto: compile on GPUs of compute
+    capability 8.0 or more, eager elsewhere."""
     micro_batches: int = 1
     """Parts in which a batch is computed, for models that do not fit; the update is that of the whole batch."""
     clip_grad: float | None = None
@@ -73,7 +75,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def uses_bfloat16(precision: str, device: torch.device) -> bool:
-    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    return precision == "bfloat16" or (precision == "auto" and is_recent_gpu(device))
+
+
+def choose_execution(execution: Execution | Literal["auto"], device: torch.device) -> Execution:
+    if execution != "auto":
+        return execution
+    return "compile" if is_recent_gpu(device) else "eager"
 
 
 def train(model: MaskedAutoencoder, batches: Iterable[Tensor], config: TrainConfig, run: Path) -> list[dict]:
@@ -105,7 +113,7 @@ def train(model: MaskedAutoencoder, batches: Iterable[Tensor], config: TrainConf
         optimizer,
         mask_ratio=config.mask_ratio,
         bfloat16=bfloat16,
-        execution=("compile" if device.type == "cuda" else "eager") if config.execution == "auto" else config.execution,
+        execution=choose_execution(config.execution, device),
         micro_batches=config.micro_batches,
         clip_grad=config.clip_grad,
     )

@@ -72,8 +72,8 @@ def why_not_triton(*tensors: Tensor) -> list[str]:
         reasons.append("the package triton is not installed")
     for i, x in enumerate(tensors):
         if x.device.type == "cuda":
-            capability = _capability(x.device)
-            if capability < (8, 0):
+            if not is_recent_gpu(x.device):
+                capability = _capability(x.device)
                 reasons.append(f"tensor {i} is on {x.device}, of compute capability {capability}, below (8, 0)")
         elif not (x.device.type == "cpu" and _selected == "triton" and INTERPRETED):
             reasons.append(f"tensor {i} is on {x.device}, not on a CUDA or ROCm device")
@@ -82,13 +82,23 @@ def why_not_triton(*tensors: Tensor) -> list[str]:
     return reasons
 
 
+def is_recent_gpu(device: torch.device) -> bool:
+    """Whether it is a GPU of compute capability 8.0 or more: those run the kernels, and compute in bfloat16."""
+    return device.type == "cuda" and _capability(device) >= (8, 0)
+
+
+def is_eager(x: Tensor) -> bool:
+    """Whether eager PyTorch is what was chosen for x, not what is left where the kernels cannot run."""
+    return _selected == "eager" or (_selected == "auto" and x.device.type == "cpu")
+
+
 def takes_triton(op: str, *args) -> bool:
     """Whether a call of the op takes its Triton kernels.
 
     Raises:
         RuntimeError: it cannot, but ``"triton"`` was asked for: there is no fall-back in silence.
     """
-    if _selected == "eager" or (_selected == "auto" and args[0].device.type == "cpu"):
+    if is_eager(args[0]):
         return False
     reasons = why_not_triton(*(x for x in args if isinstance(x, Tensor)))
     if reasons and _selected == "triton":

@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from mae_kernels import checks
+from mae_kernels import backend, checks
 from mae_kernels.patchify import Layout, gather_patches, normalize_pixels, patch_grid
 from mae_kernels.precision import accumulation_dtype
 from mae_kernels.registration import call, define, differentiable, once, wants_gradient
@@ -79,27 +79,48 @@ def masked_mse(
     checks.same_device(op, "pred", pred, images=images, mask=mask, ids_mask=ids_mask)
     checks.eps(op, eps)
     mean, std = checks.mean_std(op, mean, std, images, pred.dtype)
-    needs_grad = wants_gradient(pred)
-    return call(_MaskedMSE, pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad)[0]
+    keep_residual = wants_gradient(pred) and (backend.is_eager(pred) or residual_is_less(pred.dtype, images.dtype))
+    return call(_MaskedMSE, pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, keep_residual)[0]
+
+
+def residual_is_less(pred: torch.dtype, pixels: torch.dtype) -> bool:
+    """Whether a kept residual moves at most as many bytes in both passes together as one that is computed again.
+
+    The kept one is written by the forward and read by the backward, in the dtype of pred; for the other one the
+    backward reads predictions and pixels once more. So uint8 pixels are read again, and all others are not.
+    """
+    return pixels.itemsize >= pred.itemsize
 
 
 class _MaskedMSE(torch.autograd.Function):
     @staticmethod
-    def forward(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad):
-        return _masked_mse(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad)
+    def forward(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, keep_residual):
+        return _masked_mse(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, keep_residual)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, ctx.keep_residual = inputs
         _, residual, scale = output
         ctx.mark_non_differentiable(residual, scale)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(residual, scale)
-        ctx.dtype = inputs[0].dtype
+        if ctx.keep_residual:
+            ctx.save_for_backward(residual, scale)
+            ctx.dtype = pred.dtype
+        else:
+            ctx.save_for_backward(pred, images, mask, ids_mask, mean, std, scale)
+            ctx.options = patch, norm_pix, eps, layout
 
     @staticmethod
     def backward(ctx, grad, _residual, _scale):
-        residual, scale = ctx.saved_tensors
-        g_pred = None if grad is None else once(masked_mse_backward, residual, grad, scale, ctx.dtype)
+        g_pred = None
+        if grad is not None and ctx.keep_residual:
+            residual, scale = ctx.saved_tensors
+            g_pred = once(masked_mse_backward, residual, grad, scale, ctx.dtype)
+        elif grad is not None:
+            pred, images, mask, ids_mask, mean, std, scale = ctx.saved_tensors
+            patch, norm_pix, eps, layout = ctx.options
+            inputs = pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout
+            g_pred = once(_masked_mse_recomputed_backward, *inputs, grad, scale)
         return g_pred, None, None, None, None, None, None, None, None, None, None
 
 
@@ -110,7 +131,7 @@ def _masked_mse_check(pred, images, mask, ids_mask, patch, *_):
         checks.mask_values("masked_mse", "mask", mask)
 
 
-def masked_mse_eager(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad):
+def masked_mse_eager(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, keep_residual):
     n, rows, values = pred.shape
     dtype = accumulation_dtype(pred.dtype)
     num_patches = prod(patch_grid(images, patch))
@@ -136,7 +157,7 @@ def masked_mse_eager(pred, images, mask, ids_mask, patch, norm_pix, mean, std, e
     residual = torch.sub(pred_rows, target, out=target)
     loss = torch.linalg.vector_norm(residual, dim=-1).square_().sum() * (scale / 2)
 
-    if not needs_grad:
+    if not keep_residual:
         return loss, pred.new_empty(0), scale
     if mask is not None:
         compact, residual = residual.to(pred.dtype), pred.new_empty((n * rows, values))
@@ -144,23 +165,33 @@ def masked_mse_eager(pred, images, mask, ids_mask, patch, norm_pix, mean, std, e
     return loss, residual.to(pred.dtype).view(n, rows, values), scale
 
 
-def _masked_mse_fake(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, needs_grad):
+def _masked_mse_fake(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, keep_residual):
     loss = pred.new_empty((), dtype=accumulation_dtype(pred.dtype))
-    residual = pred.new_empty(pred.shape if needs_grad else 0)
+    residual = pred.new_empty(pred.shape if keep_residual else 0)
     return loss, residual, torch.empty_like(loss)
 
 
 def _masked_mse_backward_eager(residual, grad, scale, dtype):
-    return torch.mul(residual, grad * scale, out=torch.empty_like(residual, dtype=dtype))
+    return torch.mul(residual, grad * scale, out=residual.new_empty(residual.shape, dtype=dtype))
 
 
 def _masked_mse_backward_fake(residual, grad, scale, dtype):
-    return torch.empty_like(residual, dtype=dtype)
+    return residual.new_empty(residual.shape, dtype=dtype)
+
+
+def _masked_mse_recomputed_backward_eager(*args):
+    *inputs, grad, scale = args
+    _, residual, _ = masked_mse_eager(*inputs, True)
+    return _masked_mse_backward_eager(residual, grad, scale, residual.dtype)
+
+
+def _masked_mse_recomputed_backward_fake(pred, *_):
+    return pred.new_empty(pred.shape)
 
 
 _masked_mse = define(
     "masked_mse(Tensor pred, Tensor images, Tensor? mask, Tensor? ids_mask, int[2] patch, bool norm_pix, "
-    "Tensor? mean, Tensor? std, float eps, str layout, bool needs_grad) "
+    "Tensor? mean, Tensor? std, float eps, str layout, bool keep_residual) "
     "-> (Tensor loss, Tensor residual, Tensor scale)",
     eager=masked_mse_eager,
     fake=_masked_mse_fake,
@@ -170,6 +201,12 @@ masked_mse_backward = define(
     "masked_mse_backward(Tensor residual, Tensor grad, Tensor scale, ScalarType dtype) -> Tensor",
     eager=_masked_mse_backward_eager,
     fake=_masked_mse_backward_fake,
+)
+_masked_mse_recomputed_backward = define(
+    "masked_mse_recomputed_backward(Tensor pred, Tensor images, Tensor? mask, Tensor? ids_mask, int[2] patch, "
+    "bool norm_pix, Tensor? mean, Tensor? std, float eps, str layout, Tensor grad, Tensor scale) -> Tensor",
+    eager=_masked_mse_recomputed_backward_eager,
+    fake=_masked_mse_recomputed_backward_fake,
 )
 
 differentiable(_masked_mse, _MaskedMSE)

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from mae_kernels import (
@@ -23,13 +21,6 @@ from mae_kernels import (
 F16, BF16, F32, F64, U8 = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-# The fixture that poisons memory serves all examples of a test alike.
-any_size = settings(
-    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-GRIDS, PATCHES = st.tuples(*[st.integers(1, 5)] * 2), st.tuples(*[st.integers(1, 6)] * 2)
-SEEDS = st.integers(0, 2**32)
 
 # Built in their final dtype: a conversion would make slices contiguous.
 _TOKENS: dict[str, Callable] = {
@@ -188,6 +179,10 @@ def dispatcher_calls() -> list[tuple]:
         (ops.masked_mse, tokens(1, 2, 192), plain, None, keep1, patch, yes, None, None, 1e-6, "cpq", yes),
         (ops.masked_mse, tokens(3, 2, 192, F64), last, None, keep, patch, no, None, None, 1e-6, "cpq", no),
         (ops.masked_mse, tokens(3, 8, 192), last, mask * 0.0, None, patch, no, *norm, 1e-6, "pqc", yes),
+        (ops.masked_mse_recomputed_backward, tokens(3, 8, 192, BF16), last, mask, None, patch, yes, *norm, 1e-6, "pqc",
+         torch.tensor(2.0), scale),
+        (ops.masked_mse_recomputed_backward, tokens(1, 2, 192), plain, None, keep1, patch, no, None, None, 1e-6, "cpq",
+         torch.tensor(2.0), scale),
         (ops.masked_mse_backward, residual, torch.tensor(2.0), scale, F16),
         (ops.masked_mse_backward, residual[:1], torch.tensor(2.0).expand(()), scale, F32),
         (ops.linear_masked_mse, tokens(3, 2, 5, BF16, "permute"), head, torch.randn(192), last, keep, patch, yes, *norm,

@@ -9,6 +9,10 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+# Float32 means float32 in every test: TF32 is PyTorch's default for convolutions. Assignments to `fp32_precision` would
+# leave the older settings behind, and reading those would fail.
+torch.backends.cudnn.allow_tf32 = False
+torch.set_float32_matmul_precision("highest")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":  # before Triton is imported: its kernels then run in NumPy
     os.environ["TRITON_INTERPRET"] = "1"

@@ -34,6 +34,8 @@ FAULTS = [
           "1 / (tl.sqrt_rn(moment / (E - 1)) + eps)"),
     Fault("a swapped layout", "masked_mse", "    if PQC:", "    if not PQC:"),
     Fault("nothing masked is a division by zero", "masked_mse", "tl.maximum(tl.sum(counts), 1)", "tl.sum(counts)"),
+    Fault("a gradient computed again without its scale", "masked_mse", "tl.load(p_scale)\n    rows", "1.0\n    rows"),
+    Fault("a strided mean", "masked_mse", "x if x is None else x.contiguous()", "x"),
     Fault("uint8 divided by 256", "pixels", "(1 / 255)", "(1 / 256)"),
     Fault("the mean of another channel", "pixels", "tl.load(p_mean + c,", "tl.load(p_mean + 0 * c,"),
     Fault("an omitted bias", "patch_embed", "tl.where(is_patch[:, None], bias[None, :], 0)", "0"),
@@ -79,7 +81,8 @@ def noticed(fault: Fault) -> str:
             "not eager and not planted",
         ]
         # Guarded memory first: elsewhere a write outside it may end the process.
-        files = ["kernels", fault.file] if fault.file not in ("pixels", "numerics") else ["kernels", "patch_embed"]
+        own = fault.file if fault.file not in ("pixels", "numerics") else "patch_embed"
+        files = ["kernels", own, "strides"]
         command += [f"tests/test_{name}.py" for name in files]
         environment = {**os.environ, "PYTHONPATH": folder}
         result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)

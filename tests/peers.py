@@ -1,7 +1,7 @@
 """Packages of others that the tests import from folders of their own, where ``make test`` puts them.
 
-Two versions of transformers cannot share an environment, and timm and lightly want a torchvision that has no CPU build
-everywhere. They import it for transforms that no test uses, so stand-ins of its names suffice.
+Two versions of transformers or Triton cannot share an environment, and timm and lightly want a torchvision that has no
+CPU build everywhere. They import it for transforms that no test uses, so stand-ins of its names suffice.
 """
 
 import importlib
@@ -18,12 +18,17 @@ import pytest
 FOLDER = Path(sys.prefix) / "peers"
 
 
+def find(name: str) -> Path:
+    """The folder of a peer; skips the test where there is none."""
+    if not (FOLDER / name).is_dir():
+        pytest.skip(f"{name} is not installed; make test does it")
+    return FOLDER / name
+
+
 def import_peer(name: str):
     """The module ``name`` of timm or lightly; skips the test where it is neither installed nor in the folder."""
     if importlib.util.find_spec(name.partition(".")[0]) is None:
-        if not (FOLDER / "timm").is_dir():
-            pytest.skip(f"{name} is not installed; make test does it")
-        sys.path.append(str(FOLDER / "timm"))
+        sys.path.append(str(find("timm")))
     with _torchvision_stand_in():
         return importlib.import_module(name)
 

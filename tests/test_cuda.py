@@ -1,11 +1,16 @@
 """What only a GPU can show: CUDA graphs, streams, no waiting for the device, several devices, large tensors."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import OPS_BY_NAME, run
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mae import MAEConfig, MaskedAutoencoder, TrainingStep, adamw
 from mae_kernels import gather_tokens, masked_mse, patch_embed, random_masking, scatter_mask_tokens, use_backend
 
 if not torch.cuda.is_available():
@@ -43,6 +48,15 @@ def assert_equal(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(ours[name].cpu(), expected[name].cpu()) for name in expected)
 
 
+@contextmanager
+def waiting_refused() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("name", OPS_BY_NAME)
 def test_captured_in_a_graph(name):
     """Forward and backward, replayed on other values in the same memory."""
@@ -69,11 +83,32 @@ def test_captured_in_a_graph(name):
 def test_the_host_never_waits(name):
     op, inputs, grad, wrt = case(name)
     run(op, inputs, grad, wrt)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_refused():
         run(op, inputs, grad, wrt)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("execution", ["eager", "compile"])
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+def test_the_host_never_waits_for_a_training_step(execution, bfloat16):
+    model = MaskedAutoencoder(
+        MAEConfig(image_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, decoder_embed_dim=64,
+                  decoder_depth=2, decoder_num_heads=2)
+    )  # fmt: skip
+    options = {"bfloat16": bfloat16, "execution": execution, "micro_batches": 2, "clip_grad": 1.0}
+    step = TrainingStep(model, adamw(model, lr=1e-3), **options)
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    step(images)  # compiles, and allocates the optimizer's state
+    with waiting_refused():
+        losses = [step(images) for _ in range(2)]
+    assert all(loss.isfinite() for loss in losses)
+
+
+def test_float32_is_not_tf32():
+    """Held against products in TF32, errors of ours a thousand times too large would pass."""
+    x, weight = torch.randn(64, 32, 16, 16), torch.randn(32, 32, 3, 3)
+    for op, *args in ((F.conv2d, x, weight), (torch.matmul, x.flatten(1), x.flatten(1).t())):
+        ours, exact = op(*args).double(), op(*(arg.double() for arg in args))
+        assert (ours - exact).norm() < 1e-5 * exact.norm()
 
 
 @pytest.mark.parametrize("name", OPS_BY_NAME)

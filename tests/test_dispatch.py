@@ -76,8 +76,6 @@ GRADIENTS = {
 
 @pytest.mark.parametrize(("op", "args"), [call for call in CALLS if call.values[0] in GRADIENTS])
 def test_opcheck_with_gradients(op, args):
-    if op is OPS.masked_mse:
-        args = [*args[:-1], True]  # needs_grad
     if op is OPS.linear_masked_mse:
         args = [*args[:-1], [True, True, args[2] is not None]]  # needs
     leaves = [

@@ -1,75 +1,162 @@
-"""``make gpu`` where there is no GPU: it refuses to claim anything, and its record holds what a number needs."""
+"""The dossier of a GPU, where there is none: stages end without each other, and a kill loses nothing measured."""
 
+import json
+import multiprocessing
+import os
+import random
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from benchmarks import gpu, record
 
+PYTHON = [sys.executable, "-c"]
+ROWS = "import sys; from pathlib import Path; sys.path += ['tests']; from test_gpu_command import append_rows; "
+
+
+def append_rows(path):
+    for i in range(10_000):
+        record.append(path, row={"op": str(i), "median_ms": float(i), "text": "x" * 5000})
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_nothing_runs(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        gpu.main(["--out", str(tmp_path)])
+        gpu.main(["1", "--out", str(tmp_path)])
     assert stop.value.code == 1
     assert "no GPU on this machine: nothing was run" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_every_step_names_files_and_tests_that_exist(tmp_path):
-    commands = gpu.steps(tmp_path, "full")
-    assert list(commands) == [
-        "native tests", "memcheck", "racecheck", "benchmark of the host", "benchmarks of the ops",
-        "benchmark of the training step",
-    ]  # fmt: skip
-    named = {word for command in commands.values() for word in command if word.startswith(("tests/", "benchmarks/"))}
-    assert {"tests/test_kernels.py", "tests/test_masked_mse.py"} < named
+def test_every_stage_names_files_and_tests_that_exist(tmp_path):
+    names = {
+        call: [stage.name for stage in gpu.stages(call, tmp_path / "f", failed=["tests/t.py::t"])] for call in (1, 2)
+    }
+    assert names[1] == ["ceilings", "native tests", "test_cuda", "ops", "host", "memcheck"]
+    assert names[2][:5] == ["failed tests again", "step", "step, compiled", "race of tiles", "memcheck"]
+    named = {w for call in (1, 2) for stage in gpu.stages(call, tmp_path / "f") for w in stage.command if ".py" in w}
+    assert {"tests/test_kernels.py", "tests/test_masked_mse.py", "benchmarks/test_step.py"} < named
     assert all((gpu.ROOT / name).exists() for name in named)
     assert f"def test_{gpu.SMALL[-1]}" in (gpu.ROOT / gpu.SMALL[0]).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("call", "name"), [(1, "ops"), (2, "step")])
+def test_the_selected_benchmarks_exist(call, name, tmp_path):
+    (stage,) = (stage for stage in gpu.stages(call, tmp_path / "f") if stage.name == name)
+    command = [word for word in stage.command if not word.startswith("--record")]
+    told = subprocess.run([*command, "--collect-only"], cwd=gpu.ROOT, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stdout
+    assert "test_" in told.stdout
+
+
 @pytest.fixture
-def pretended_gpu(monkeypatch):
-    facts = {**record.conditions(), "kind": "gpu", "device": "NVIDIA H200 (pretended)"}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(record, "conditions", lambda: facts)
+def pretended_stages(monkeypatch):
+    def pretend(*made):
+        def stages(call, path, *_):
+            return [gpu.Stage(n, limit, [w.replace("FILE", str(path)) for w in command]) for n, limit, command in made]
+
+        monkeypatch.setattr(gpu, "stages", stages)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return pretend
 
 
-def test_the_record(pretended_gpu, monkeypatch, tmp_path, capsys):
-    rows = [{"op": "masking", "median_ms": 1.0}]
-    record.write(tmp_path / "made.json", command="pytest", rows=rows, ceilings={"copy_gb_per_s": 4000.0})
-    made = (tmp_path / "made.json").read_text(encoding="utf-8")
-    commands = {
-        "good": [sys.executable, "-c", "print('3 passed')"],
-        "bad": [sys.executable, "-c", "print('1 failed'); raise SystemExit(1)"],
-        "missing": ["no-such-program"],
-        "benchmarks": [sys.executable, "-c", f"import sys; open(sys.argv[1], 'w').write({made!r})"],
-    }
-    monkeypatch.setattr(
-        gpu,
-        "steps",
-        lambda path, size, only: {**commands, "benchmarks": [*commands["benchmarks"], str(path / "ops.json")]},
+def test_no_stage_stops_the_next(pretended_stages, tmp_path, capsys):
+    child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {!r}]); time.sleep(60)"
+    late = tmp_path / "late"
+    grandchild = f"import time; time.sleep(3); open({str(late)!r}, 'w')"
+    pretended_stages(
+        ("good", 20, [*PYTHON, "print('3 passed')"]),
+        ("bad", 20, [*PYTHON, "print('1 failed'); raise SystemExit(1)"]),
+        ("missing", 20, ["no-such-program"]),
+        ("endless", 1, [*PYTHON, child.format(grandchild)]),
+        ("rows", 6, [*PYTHON, f"{ROWS}append_rows(Path(sys.argv[1]))", "FILE"]),
     )
-    out = tmp_path / "results"
-    assert gpu.main(["--out", str(out)]) == 1
-    (path,) = out.iterdir()
-    assert path.name.startswith("nvidia-h200-pretended-")
+    assert gpu.main(["1", "--rehearse", "--out", str(tmp_path), "--commit", "abc1234"]) == 1
+    (path,) = tmp_path.glob("*.jsonl")
+    assert path.name == f"rehearsal-{record.conditions()['date']}-{record.conditions()['commit']}-call-1.jsonl"
     result = record.read(path)
-    assert {"kind", "commit", "date", "device", "python", "torch", "triton", "uncommitted_changes"} < result.keys()
-    assert result["command"] == f"python -m benchmarks.gpu --out {out}"
-    assert [(step["step"], step["passed"], step["last_line"]) for step in result["steps"]] == [
+    assert result["command"] == "python -m benchmarks.gpu 1 --rehearse"
+    assert [(stage["stage"], stage["passed"], stage["last_line"]) for stage in result["stages"]] == [
         ("good", True, "3 passed"),
-        ("bad", False, "1 failed"),
+        ("bad", False, "exit code 1; 1 failed"),
         ("missing", False, "no-such-program is not on the PATH"),
-        ("benchmarks", True, ""),
+        ("endless", False, "killed after 1 s"),
+        ("rows", False, "killed after 6 s"),
     ]
-    assert result["rows"] == rows
-    assert result["ceilings"] == {"copy_gb_per_s": 4000.0}
+    assert [row["median_ms"] for row in result["rows"]] == list(range(len(result["rows"])))
+    assert len(result["rows"]) > 10
     printed = capsys.readouterr().out
-    assert "FAILED  bad" in printed
-    assert "passed  good" in printed
+    assert "FAILED  bad, " in printed
+    assert len(printed.splitlines()) <= 60
+    assert not late.exists()  # it would be there by now, had only its parent been killed
 
-    assert gpu.main(["--out", str(out), "--step", "good"]) == 0
-    with pytest.raises(SystemExit):
-        gpu.main(["--out", str(out), "--step", "unknown"])
+
+def test_the_time_of_a_call_is_never_exceeded(pretended_stages, tmp_path):
+    pretended_stages(*((name, 60, [*PYTHON, "import time; time.sleep(60)"]) for name in ("one", "two")))
+    start = time.monotonic()
+    assert gpu.main(["2", "--rehearse", "--out", str(tmp_path), "--seconds", "2"]) == 1
+    assert time.monotonic() - start < 15
+    (path,) = tmp_path.glob("*.jsonl")
+    assert [stage["stage"] for stage in record.read(path)["stages"]] == ["one"]
+
+
+def test_a_rehearsal_holds_no_speeds(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "1", "--rehearse", "--seconds=1.5", f"--out={tmp_path}"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    told = subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True, check=False)
+    (path,) = tmp_path.glob("*.jsonl")
+    assert record.read(path)["kind"] == "interpreter", told.stderr  # as the stages, whose rows it takes
+    assert [stage["stage"] for stage in record.read(path)["stages"]] == ["ceilings"]
+
+
+def test_killed_at_any_second_the_file_holds_what_was_measured(tmp_path):
+    random.seed(0)
+    for number in range(5):
+        path = tmp_path / f"{number}.jsonl"
+        process = multiprocessing.get_context("fork").Process(target=append_rows, args=(path,))
+        process.start()
+        while not path.exists():
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        rows = record.read(path)["rows"]
+        assert [row["op"] for row in rows] == [str(i) for i in range(len(rows))]
+        lines = path.read_bytes().splitlines()
+        assert len(lines) - len(rows) in (0, 1)  # at most the line that was being written
+
+
+def test_a_line_that_was_cut_off_spoils_no_other(tmp_path):
+    path = tmp_path / "f.jsonl"
+    record.begin(path, "command")
+    record.append(path, row={"op": "a"})
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"row": {"op": "b", "med')
+    record.append(path, row={"op": "c"})
+    result = record.read(path)
+    assert [row["op"] for row in result["rows"]] == ["a", "c"]
+    assert result["command"] == "command"
+
+
+def test_outcomes_of_tests_are_told_as_they_come(tmp_path):
+    (tmp_path / "test_two.py").write_text(
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 1 == 2, 'no'\n"
+        "@pytest.mark.skip\ndef test_left_out(): pass\n", encoding="utf-8",
+    )  # fmt: skip
+    path = tmp_path / "f.jsonl"
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu", f"--outcomes={path}", "-n", "2", str(tmp_path)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, check=False)
+    tests = {test["id"].rpartition("::")[2]: test for test in record.read(path)["tests"]}
+    outcomes = {name: test["outcome"] for name, test in tests.items()}
+    assert outcomes == {"test_good": "passed", "test_bad": "failed", "test_left_out": "skipped"}
+    assert tests["test_bad"]["error"].startswith("AssertionError: no assert 1 == 2")
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [list(line) for line in lines] == [["test"]] * 3
+    told = gpu.summary({"tests": list(tests.values()), "rows": [], "kind": "gpu"})
+    assert told[0] == "1 of 3 tests failed"
+    assert "test_bad: AssertionError: no" in told[1]

@@ -8,20 +8,14 @@ from cases import (
     F16,
     F32,
     F64,
-    GRIDS,
     IMAGE_STRIDES,
-    PATCHES,
-    SEEDS,
     TOKEN_STRIDES,
-    any_size,
     cast,
     compare,
     head_inputs,
     run,
 )
 from conftest import DEVICE
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae_kernels import chunks, linear_masked_mse, masked_mse, reference
@@ -332,13 +326,3 @@ def test_chunks(n, m, values, device_type):
     assert 1 <= step <= n
     assert step == 1 or step * m * values <= (2**20 if device_type == "cpu" else 2**23)
     assert number * step - n < number  # no chunk lacks more than its share of what the last one lacks
-
-
-@any_size
-@given(st.integers(1, 4), st.integers(1, 4), GRIDS, PATCHES, st.integers(1, 5), st.integers(1, 9), st.booleans(), SEEDS)
-def test_any_size(n, step, grid, patch, c, d, bias, seed):
-    torch.manual_seed(seed)
-    inputs = head_inputs(n, grid, patch, c, d, bias=bias, norm_pix=c * patch[0] * patch[1] > 3)
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(chunks, "chunk_samples", lambda *sizes: step)
-        check(inputs)

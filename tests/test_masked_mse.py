@@ -7,12 +7,8 @@ from cases import (
     F16,
     F32,
     F64,
-    GRIDS,
     IMAGE_STRIDES,
-    PATCHES,
-    SEEDS,
     TOKEN_STRIDES,
-    any_size,
     cast,
     compare,
     images,
@@ -20,8 +16,6 @@ from cases import (
     run,
     tokens,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae_kernels import masked_mse, patchify, reference
@@ -323,21 +317,3 @@ def test_two_runs_are_bitwise_equal(by):
     inputs["pred"] = tokens(*inputs["pred"].shape)
     first, second = (run(masked_mse, inputs, torch.tensor(1.0), ("pred",)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@any_size
-@given(st.integers(1, 4), GRIDS, PATCHES, st.integers(1, 5), st.integers(1, 25), st.booleans(), st.booleans(), SEEDS)
-def test_any_size(n, grid, patch, c, masked, by_mask, published_layout, seed):
-    torch.manual_seed(seed)
-    check(
-        loss_inputs(
-            n,
-            grid,
-            patch,
-            c,
-            masked=min(masked, grid[0] * grid[1]),
-            by="mask" if by_mask else "ids_mask",
-            layout="pqc" if published_layout else "cpq",
-            norm_pix=c * patch[0] * patch[1] > 3,
-        )
-    )

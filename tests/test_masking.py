@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from cases import BF16, F16, F32, F64, SEEDS, any_size
+from cases import BF16, F16, F32, F64
 from conftest import DEVICE
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mae_kernels import masking_from_mask, random_masking, reference
 
@@ -172,13 +170,3 @@ def test_the_mask_of_the_user_is_not_shared():
     masking = masking_from_mask(mask)
     masking.mask.fill_(True)
     assert not mask.all()
-
-
-@any_size
-@given(st.integers(1, 5), st.integers(2, 60), st.integers(1, 59), st.integers(1, 6), SEEDS)
-def test_any_size(n, num_patches, hidden, levels, seed):
-    torch.manual_seed(seed)
-    noise = torch.randint(levels, (n, num_patches)).float()
-    ratio = (hidden % (num_patches - 1) + 1 - 0.5) / num_patches  # hides at least one and leaves one
-    ours = random_masking(n, num_patches, ratio, noise=noise)
-    assert_same(ours, reference.random_masking(n, num_patches, ratio, noise=noise))

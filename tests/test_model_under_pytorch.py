@@ -20,11 +20,6 @@ SMALL = MAEConfig(
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default}
 
 
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 @pytest.fixture
 def model() -> MaskedAutoencoder:
     return MaskedAutoencoder(SMALL).to(DEVICE)

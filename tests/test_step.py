@@ -1,10 +1,16 @@
 """The training step: the published pipeline's numbers, whatever is fused, left out, compiled or cut into parts."""
 
 import copy
+from collections import Counter
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._inductor.compile_fx import compile_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae import MAEConfig, MaskedAutoencoder
 from mae.profile import LaunchCounter, saved_bytes
@@ -21,8 +27,7 @@ EXECUTIONS = ["eager", "compile", "graph"] if DEVICE.type == "cuda" else ["eager
 
 
 @pytest.fixture
-def model(monkeypatch) -> MaskedAutoencoder:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # float32 means float32
+def model() -> MaskedAutoencoder:
     return MaskedAutoencoder(SMALL).to(DEVICE)
 
 
@@ -169,6 +174,38 @@ def test_compiled_steps_are_one_graph_and_never_recompiled(model):
         step = TrainingStep(model, adamw(model, LR), execution="compile")
         losses = [step(images, noise) for images, noise in batches(4)]
     assert all(loss.isfinite() for loss in losses)
+
+
+class OwnOps(TorchDispatchMode):
+    """Counts calls of the ops of this project inside a ``with`` block."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.update([str(func)] if func.namespace.startswith("mae") else [])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+def test_compiled_steps_run_each_op_as_often_as_eager_ones(monkeypatch, bfloat16):
+    """What the backward computes again is cheap, and never an op of ours."""
+    model = MaskedAutoencoder(replace(SMALL, embed_dim=192, decoder_embed_dim=128)).to(DEVICE)
+    with OwnOps() as forward:
+        loss = TrainingStep(model, adamw(model, LR), bfloat16=bfloat16).loss(*next(batches()))
+    with OwnOps() as backward:
+        loss.backward()
+    calls = []
+
+    def count(graph, inputs, **kwargs):  # in place of a compiler: the graphs themselves are run
+        targets = [str(node.target) for node in graph.graph.nodes]
+        calls.append(Counter(target for target in targets if target.startswith("mae")))
+        return make_boxed_func(graph)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=partial(compile_fx, inner_compile=count)))
+    TrainingStep(model, adamw(model, LR), bfloat16=bfloat16, execution="compile")(*next(batches()))
+    assert calls == [forward.calls, backward.calls]
 
 
 def test_compiled_steps_keep_as_little_as_eager_ones(model):

@@ -146,7 +146,9 @@ class Outputs(TorchDispatchMode):
         name = func._schema.name
         if name == "mae_kernels::linear_masked_mse":  # its gradients are computed in the forward
             self.sizes += [x.numel() for x in out[1:4]]
-        elif name.startswith("mae_kernels::") and name.endswith(("embed_backward", "tokens_backward")):
+        elif name.startswith("mae_kernels::") and name.endswith(
+            ("embed_backward", "tokens_backward", "mse_recomputed_backward")
+        ):
             self.sizes += [x.numel() for x in (out if isinstance(out, tuple) else (out,))]
         elif name == "mae_kernels::masked_mse":
             self.sizes.append(out[1].numel())

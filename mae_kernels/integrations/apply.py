@@ -204,19 +204,32 @@ def _compare(ours: _Trial, expected: _Trial) -> str:
     return ""
 
 
+# Where PyTorch keeps a precision of float32 products, outermost first: "none" is the precision of the level above.
+_LEVELS = (
+    ("generic", "all"), ("cuda", "all"), ("mkldnn", "all"),
+    ("cuda", "matmul"), ("mkldnn", "matmul"), ("mkldnn", "conv"),
+)  # fmt: skip
+
+
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    # A convolution in TF32, PyTorch's default, is further from one in float32 than a wrong variance.
-    backends = torch.backends
-    settings = backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul
-    before = [setting.fp32_precision for setting in settings]
+    # A convolution in TF32, cuDNN's default, is further from one in float32 than a wrong variance. cuDNN is left out
+    # altogether, because PyTorch cannot return to that default once another precision was set.
+    read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    cudnn, before = torch.backends.cudnn.enabled, []
+    for level in _LEVELS:
+        before.append(read(*level))  # its own value, since those above are "none" by now
+        write(*level, "none")
+    matmul = torch.get_float32_matmul_precision()  # kept beside the levels, and refused where they contradict it
     try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
+        torch.backends.cudnn.enabled = False
+        torch.set_float32_matmul_precision("highest")
         yield
     finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
+        torch.backends.cudnn.enabled = cudnn
+        torch.set_float32_matmul_precision(matmul)  # which writes to the levels of matmul
+        for level, value in zip(_LEVELS, before, strict=True):
+            write(*level, value)
 
 
 def _sentence(error: Exception) -> str:

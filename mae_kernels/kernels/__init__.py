@@ -2,7 +2,7 @@
 
 from mae_kernels.kernels.gather_tokens import gather_tokens, gather_tokens_backward
 from mae_kernels.kernels.linear_masked_mse import linear_masked_mse
-from mae_kernels.kernels.masked_mse import masked_mse, masked_mse_backward
+from mae_kernels.kernels.masked_mse import masked_mse, masked_mse_backward, masked_mse_recomputed_backward
 from mae_kernels.kernels.masking import masking
 from mae_kernels.kernels.patch_embed import patch_embed, patch_embed_backward
 from mae_kernels.kernels.random_resized_crop import random_resized_crop
@@ -14,6 +14,7 @@ __all__ = [
     "linear_masked_mse",
     "masked_mse",
     "masked_mse_backward",
+    "masked_mse_recomputed_backward",
     "masking",
     "patch_embed",
     "patch_embed_backward",

@@ -4,8 +4,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mae_kernels.kernels import tuned
-from mae_kernels.kernels.chips import chip_of
 from mae_kernels.kernels.host import cdiv, next_power_of_2
 from mae_kernels.kernels.rows import row_tiles
 
@@ -69,8 +67,7 @@ def gather_tokens_backward_kernel(
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     n, k = ids.shape
     d = tokens.shape[2]
-    key = "gather_tokens", chip_of(tokens.device), d, tokens.itemsize, tuned.size(n * k)
-    tiles = tuned.tiles(key, row_tiles, d)
+    tiles = row_tiles(d)
     out = tokens.new_empty((n, k, d))
     gather_tokens_kernel[(cdiv(n * k, tiles.rows),)](
         tokens, ids, out,
@@ -83,8 +80,7 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
 
 def gather_tokens_backward(grad: Tensor, ids: Tensor, num_tokens: int) -> Tensor:
     n, k, d = grad.shape
-    key = "gather_tokens_backward", chip_of(grad.device), d, grad.itemsize, tuned.size(n * num_tokens)
-    tiles = tuned.tiles(key, row_tiles, d)
+    tiles = row_tiles(d)
     out = grad.new_empty((n, num_tokens, d))
     blocks = cdiv(num_tokens, tiles.rows)
     gather_tokens_backward_kernel[(n * blocks,)](

@@ -1,4 +1,4 @@
-"""The loss: targets are read from the images into registers, and only their difference from pred is written."""
+"""The loss: targets are read from the images into registers, and at most their difference from pred is written."""
 
 from math import prod
 
@@ -7,21 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mae_kernels.kernels import tuned
-from mae_kernels.kernels.chips import chip_of
 from mae_kernels.kernels.host import cdiv, next_power_of_2
 from mae_kernels.kernels.numerics import rounded
 from mae_kernels.kernels.pixels import load_patches, patch_offsets
-from mae_kernels.kernels.tuned import BlockTiles, LossTiles
+from mae_kernels.kernels.tiles import BlockTiles, LossTiles
 from mae_kernels.patchify import patch_grid
 
 
 @triton.jit
 def _write_residual(
-    p_pred, p_residual, target, rows, o_pred, o_residual, m_row, m_pred, s_pe,
+    p_pred, p_out, target, factor, rows, o_pred, o_out, m_row, m_pred, s_pe,
     C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, COLS: tl.constexpr, PQC: tl.constexpr,
 ):  # fmt: skip
-    # Sum over the rows of (pred - target)^2 [B]; the residual is zero where m_pred is not set.
+    # Sum over the rows of (pred - target)^2 [B]; what is written is zero where m_pred is not set.
     cols = tl.arange(0, COLS)
     if PQC:
         e = (rows % PH * (PW * C) + rows // PH)[:, None] + (cols * C)[None, :]  # [R, COLS]
@@ -31,9 +29,9 @@ def _write_residual(
     m_value = m_pred[:, None, None] & m_e
     pred = tl.load(p_pred + o_pred[:, None, None] + (e.to(tl.int64) * s_pe)[None, :, :], mask=m_value, other=0)
     residual = tl.where(m_value, pred.to(tl.float32) - target, 0)  # [B, R, COLS]
-    if p_residual is not None:
-        kept = rounded(residual, p_residual.dtype.element_ty)
-        tl.store(p_residual + o_residual[:, None, None] + e[None, :, :], kept, mask=m_row[:, None, None] & m_e)
+    if p_out is not None:
+        out = rounded(residual * factor, p_out.dtype.element_ty)
+        tl.store(p_out + o_out[:, None, None] + e[None, :, :], out, mask=m_row[:, None, None] & m_e)
     return tl.sum(tl.sum(residual * residual, axis=2), axis=1)
 
 
@@ -52,16 +50,22 @@ def _moment(
 
 @triton.jit
 def masked_mse_kernel(
-    p_pred, p_images, p_mean, p_std, p_mask, p_ids_mask, p_residual, p_sums, p_counts,
+    p_pred, p_images, p_mean, p_std, p_mask, p_ids_mask, p_grad, p_scale, p_out, p_sums, p_counts,
     num_rows, rows_per_sample, num_patches, grid_width, blocks_per_program, eps,
     s_pn, s_pl, s_pe, s_xn, s_xc, s_xh, s_xw, s_in, s_il,
     C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     NORM_PIX: tl.constexpr, PQC: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """residual = pred - target on masked patches; partial sums of residual^2, and of the mask."""
+    """residual = pred - target on masked patches; partial sums of residual^2, and of the mask.
+
+    out = residual, or its product with grad * scale where these are given: the gradient of pred.
+    """
     E: tl.constexpr = C * PH * PW
     pid = tl.program_id(0)
+    factor = 1.0
+    if p_grad is not None:
+        factor = tl.load(p_grad).to(tl.float32) * tl.load(p_scale)
     rows = tl.arange(0, ROWS)  # row c * PH + p of a patch; a patch with more of them is read in several turns
     total = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.int32)
@@ -79,7 +83,7 @@ def masked_mse_kernel(
             count += m_pred.to(tl.int32)
         o_patch = n * s_xn + patch_offsets(patch, grid_width, s_xh, s_xw, PH, PW)
         o_pred = n * s_pn + j * s_pl
-        o_residual = i.to(tl.int64) * E
+        o_out = i.to(tl.int64) * E
 
         x = load_patches(
             p_images, p_mean, p_std, o_patch, m_pred, rows, s_xc, s_xh, s_xw, C, PH, PW, COLS, tl.float32
@@ -102,7 +106,7 @@ def masked_mse_kernel(
                     scale = 1 / tl.sqrt_rn(moment / (E - 1) + eps)
         target = (x - mean[:, None, None]) * scale[:, None, None]
         total += _write_residual(
-            p_pred, p_residual, target, rows, o_pred, o_residual, m_i, m_pred, s_pe, C, PH, PW, COLS, PQC
+            p_pred, p_out, target, factor, rows, o_pred, o_out, m_i, m_pred, s_pe, C, PH, PW, COLS, PQC
         )
         for first in range(ROWS, C * PH, ROWS):
             more = load_patches(
@@ -110,9 +114,10 @@ def masked_mse_kernel(
             )
             target = (more - mean[:, None, None]) * scale[:, None, None]
             total += _write_residual(
-                p_pred, p_residual, target, first + rows, o_pred, o_residual, m_i, m_pred, s_pe, C, PH, PW, COLS, PQC
+                p_pred, p_out, target, factor, first + rows, o_pred, o_out, m_i, m_pred, s_pe, C, PH, PW, COLS, PQC
             )
-    tl.store(p_sums + pid, tl.sum(total))
+    if p_sums is not None:
+        tl.store(p_sums + pid, tl.sum(total))
     if p_counts is not None:
         tl.store(p_counts + pid, tl.sum(count))
 
@@ -160,12 +165,8 @@ def loss_tiles(num_patches: int, channels: int, patch: list[int]) -> LossTiles:
     cols = next_power_of_2(patch[1])
     rows = min(next_power_of_2(channels * patch[0]), max(8192 // cols, 1))
     patches = max(1, 512 // (rows * cols))
-    turns = _turns(num_patches, patches)
+    turns = min(max(num_patches // (16384 * patches), 1), 16)
     return LossTiles(patches, rows, cols, turns, num_warps=min(max(patches * rows * cols // 1024, 1), 8))
-
-
-def _turns(num_patches: int, patches: int) -> int:
-    return min(max(num_patches // (16384 * patches), 1), 16)
 
 
 def backward_tiles() -> BlockTiles:
@@ -183,29 +184,14 @@ def masked_mse(
     std: Tensor | None,
     eps: float,
     layout: str,
-    needs_grad: bool,
+    keep_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, rows, values = pred.shape
-    channels, (ph, pw) = images.shape[1], patch
-    grid = patch_grid(images, patch)
-    key = (
-        "masked_mse", chip_of(images.device), channels, ph, pw, images.dtype, pred.dtype, layout,
-        "ids_mask" if mask is None else "mask", mean is not None, tuned.size(n * rows),
-    )  # fmt: skip
-    tiles = tuned.tiles(key, loss_tiles, n * rows, channels, patch)
-    turns = max(tiles.turns, _turns(n * rows, tiles.patches))  # a class of shapes has no largest one
-    programs = cdiv(n * rows, tiles.patches * turns)
-    residual = pred.new_empty(pred.shape if needs_grad else 0)
-    sums = pred.new_empty(programs, dtype=torch.float32)
-    counts = None if mask is None else pred.new_empty(programs, dtype=torch.int32)
-    masked_mse_kernel[(programs,)](
-        pred, images, mean, std, mask, ids_mask, residual if needs_grad else None, sums, counts,
-        n * rows, rows, prod(grid), grid[1], turns, eps,
-        *pred.stride(), *images.stride(), *(ids_mask if mask is None else mask).stride(),
-        C=channels, PH=ph, PW=pw, NORM_PIX=norm_pix, PQC=layout == "pqc",
-        BLOCK=tiles.patches, ROWS=tiles.rows, COLS=tiles.cols, num_warps=tiles.num_warps,
-    )  # fmt: skip
+    residual = pred.new_empty(pred.shape if keep_residual else 0)
+    sums, counts = _residuals(
+        pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, out=residual if keep_residual else None
+    )
     loss, scale = (pred.new_empty((), dtype=torch.float32) for _ in range(2))
+    programs, (n, rows, values) = len(sums), pred.shape
     loss_and_scale_kernel[(1,)](
         sums, counts, loss, scale, programs, n * rows,
         E=values, BLOCK=min(max(next_power_of_2(programs), 16), 4096), num_warps=8,
@@ -213,12 +199,50 @@ def masked_mse(
     return loss, residual, scale
 
 
+def masked_mse_recomputed_backward(
+    pred: Tensor,
+    images: Tensor,
+    mask: Tensor | None,
+    ids_mask: Tensor | None,
+    patch: list[int],
+    norm_pix: bool,
+    mean: Tensor | None,
+    std: Tensor | None,
+    eps: float,
+    layout: str,
+    grad: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    out = pred.new_empty(pred.shape)
+    _residuals(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, grad, scale, out)
+    return out
+
+
+def _residuals(
+    pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, grad=None, scale=None, out=None
+):  # fmt: skip
+    # Launches the kernel: partial sums and counts of the loss, or, where grad and scale are given, the gradient alone.
+    mean, std = (x if x is None else x.contiguous() for x in (mean, std))  # read without strides
+    (n, rows, _), channels, (ph, pw) = pred.shape, images.shape[1], patch
+    grid = patch_grid(images, patch)
+    tiles = loss_tiles(n * rows, channels, patch)
+    programs = cdiv(n * rows, tiles.patches * tiles.turns)
+    sums = pred.new_empty(programs, dtype=torch.float32) if grad is None else None
+    counts = pred.new_empty(programs, dtype=torch.int32) if grad is None and mask is not None else None
+    masked_mse_kernel[(programs,)](
+        pred, images, mean, std, mask, ids_mask, grad, scale, out, sums, counts,
+        n * rows, rows, prod(grid), grid[1], tiles.turns, eps,
+        *pred.stride(), *images.stride(), *(ids_mask if mask is None else mask).stride(),
+        C=channels, PH=ph, PW=pw, NORM_PIX=norm_pix, PQC=layout == "pqc",
+        BLOCK=tiles.patches, ROWS=tiles.rows, COLS=tiles.cols, num_warps=tiles.num_warps,
+    )  # fmt: skip
+    return sums, counts
+
+
 def masked_mse_backward(residual: Tensor, grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    residual = residual.contiguous()  # read without strides
     out = residual.new_empty(residual.shape, dtype=dtype)
-    values = residual.numel()
-    rows = tuned.size(values // residual.shape[-1])
-    key = "masked_mse_backward", chip_of(residual.device), residual.itemsize, dtype.itemsize, rows
-    tiles = tuned.tiles(key, backward_tiles)
+    tiles, values = backward_tiles(), residual.numel()
     masked_mse_backward_kernel[(cdiv(values, tiles.values),)](
         grad, residual, scale, out, values, BLOCK=tiles.values, num_warps=tiles.num_warps
     )

@@ -5,10 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mae_kernels.kernels import tuned
-from mae_kernels.kernels.chips import chip_of
 from mae_kernels.kernels.host import cdiv, next_power_of_2
-from mae_kernels.kernels.tuned import BlockTiles
+from mae_kernels.kernels.tiles import BlockTiles
 
 # Larger rows are sorted by PyTorch: the sort of 4096 keys takes seconds to compile already.
 MAX_PATCHES = 4096
@@ -69,22 +67,22 @@ def masking(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     ids_restore = noise.new_empty((n, num_patches), dtype=torch.int64)
     mask = noise.new_empty((n, num_patches), dtype=torch.bool)
     results = (ids_keep, ids_mask, ids_restore, mask)
-    chip, block = chip_of(noise.device), max(next_power_of_2(num_patches), 16)
     if num_patches > MAX_PATCHES:
         ids_shuffle = torch.sort(noise.contiguous(), dim=1, stable=True).indices
-        tiles = tuned.tiles(("masking_of_order", chip, block), order_tiles)
+        tiles = order_tiles()
         masking_of_order_kernel[(n, cdiv(num_patches, tiles.values))](
             ids_shuffle, *results, num_patches, num_keep, BLOCK=tiles.values, num_warps=tiles.num_warps
         )
         return results
-    tiles = tuned.tiles(("masking", chip, block), sort_tiles, block)
+    tiles = sort_tiles(num_patches)
     masking_kernel[(n,)](
         noise, *results, num_patches, num_keep, *noise.stride(), BLOCK=tiles.values, num_warps=tiles.num_warps
     )
     return results
 
 
-def sort_tiles(block: int) -> BlockTiles:
+def sort_tiles(num_patches: int) -> BlockTiles:
+    block = max(next_power_of_2(num_patches), 16)
     # From the inspector, 2026-11; not measured on a GPU: 196 patches take 32 registers, 1568 at most 76.
     return BlockTiles(block, num_warps=min(max(block // 64, 1), 4) if block <= 1024 else block // 256)
 

@@ -8,14 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mae_kernels.kernels import tuned
 from mae_kernels.kernels.chips import chip_of
 from mae_kernels.kernels.gather_tokens import id_block, places
 from mae_kernels.kernels.host import cdiv, next_power_of_2
 from mae_kernels.kernels.numerics import dot, rounded
-from mae_kernels.kernels.pixels import load_patches, patch_offsets
+from mae_kernels.kernels.pixels import load_patch_values, patch_offsets
 from mae_kernels.kernels.rows import row_tiles, split_samples
-from mae_kernels.kernels.tuned import GemmTiles
+from mae_kernels.kernels.tiles import GemmTiles
 from mae_kernels.patchify import patch_grid
 
 
@@ -59,14 +58,15 @@ def patch_embed_kernel(
 
     o_patch = n * s_xn + patch_offsets(patch, grid_width, s_xh, s_xw, PH, PW)
     for first in range(0, C * PH, ROWS):
-        rows = first + tl.arange(0, ROWS)  # row c * PH + p of a patch
-        x = load_patches(p_images, p_mean, p_std, o_patch, m_patch, rows, s_xc, s_xh, s_xw, C, PH, PW, COLS, DTYPE)
+        x = load_patch_values(
+            p_images, p_mean, p_std, o_patch, m_patch, first, s_xc, s_xh, s_xw, C, PH, PW, ROWS, COLS, DTYPE
+        )
         value = tl.arange(0, ROWS * COLS)
-        row, col = first + value // COLS, value % COLS
+        row, col = first + value // COLS, value % COLS  # row c * PH + p of a patch
         o_weight = d[None, :] * s_wd + (row * PW + col)[:, None] * s_we
         m_weight = ((row < C * PH) & (col < PW))[:, None] & m_d[None, :]
         w = tl.load(p_weight + o_weight, mask=m_weight, other=0)  # [ROWS * COLS, BD]
-        acc = dot(tl.reshape(x, [BLOCK, ROWS * COLS]), w, acc, PRECISION)
+        acc = dot(x, w, acc, PRECISION)
     o_out = i.to(tl.int64)[:, None] * D + d[None, :]
     tl.store(p_out + o_out, rounded(acc, p_out.dtype.element_ty), mask=m_i[:, None] & m_d[None, :])
 
@@ -95,7 +95,6 @@ def weight_gradient_kernel(
     """Partial sums over (n, k) of grad[n, k, d] * patch(images[n], ids[n, k])[e], and of grad[n, k, d]."""
     E: tl.constexpr = C * PH * PW
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BD]
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)  # row c * PH + p of a patch
     split = tl.program_id(2).to(tl.int64)
     m_d = d < D
     acc = tl.zeros([BLOCK_D, ROWS * COLS], tl.float32)
@@ -110,12 +109,15 @@ def weight_gradient_kernel(
         g = tl.load(
             p_grad + o_grad[:, None] + d.to(tl.int64)[None, :] * s_gd, mask=m_i[:, None] & m_d[None, :], other=0
         )  # [B, BD]
-        x = load_patches(p_images, p_mean, p_std, o_patch, m_patch, rows, s_xc, s_xh, s_xw, C, PH, PW, COLS, DTYPE)
-        acc = dot(tl.trans(rounded(g, DTYPE)), tl.reshape(x, [BLOCK, ROWS * COLS]), acc, PRECISION)
+        x = load_patch_values(
+            p_images, p_mean, p_std, o_patch, m_patch, tl.program_id(1) * ROWS, s_xc, s_xh, s_xw,
+            C, PH, PW, ROWS, COLS, DTYPE,
+        )  # fmt: skip
+        acc = dot(tl.trans(rounded(g, DTYPE)), x, acc, PRECISION)
         if p_bias is not None and tl.program_id(1) == 0:
             acc_bias += tl.sum(g.to(tl.float32), axis=0)
     value = tl.arange(0, ROWS * COLS)
-    row, col = tl.program_id(1) * ROWS + value // COLS, value % COLS
+    row, col = tl.program_id(1) * ROWS + value // COLS, value % COLS  # row c * PH + p of a patch
     o_weight = (split * D + d)[:, None] * E + (row * PW + col)[None, :]
     m_weight = m_d[:, None] & ((row < C * PH) & (col < PW))[None, :]
     tl.store(p_weight + o_weight, acc, mask=m_weight)
@@ -243,12 +245,10 @@ def patch_embed(
     num_tokens = num_prefix + (num_patches if ids_keep is None else ids_keep.shape[1])
     rows = n * num_tokens
     out = images.new_empty((n, num_tokens, d), dtype=out_dtype)
+    mean, std = (x if x is None else x.contiguous() for x in (mean, std))  # read without strides
     weight = weight.flatten(1).to(compute_dtype)
     chip = chip_of(images.device)
-    key = (
-        "patch_embed", chip, d, c, ph, pw, images.dtype, mean is not None, compute_dtype, out_dtype, tuned.size(rows)
-    )  # fmt: skip
-    tiles = tuned.tiles(key, projection_tiles, rows, d, pw, compute_dtype, chip)
+    tiles = projection_tiles(rows, d, pw, compute_dtype, chip)
     patch_embed_kernel[(cdiv(rows, tiles.tokens) * cdiv(d, tiles.width),)](
         images, mean, std, ids_keep, weight, bias, pos_embed, prefix, out,
         rows, num_tokens, num_prefix, num_patches, grid[1],
@@ -274,6 +274,7 @@ def patch_embed_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     needs_images, needs_weight, needs_bias, needs_pos, needs_prefix = needs
     g_images, g_weight, g_bias, g_pos, g_prefix = (grad.new_empty(0, dtype=torch.float32) for _ in needs)
+    mean, std = (x if x is None else x.contiguous() for x in (mean, std))  # read without strides
     g_tokens = grad[:, num_prefix:]  # [N, K, D]
     if needs_weight:
         g_weight, g_bias = _weight_gradient(g_tokens, images, weight, ids_keep, mean, std, compute_dtype, needs_bias)
@@ -294,10 +295,7 @@ def _weight_gradient(grad, images, weight, ids, mean, std, dtype, needs_bias):
     (n, k, d), (_, c, ph, pw) = grad.shape, weight.shape
     grid = patch_grid(images, (ph, pw))
     chip = chip_of(images.device)
-    key = (
-        "weight_gradient", chip, d, c, ph, pw, images.dtype, mean is not None, dtype, grad.dtype, tuned.size(n * k)
-    )  # fmt: skip
-    tiles = tuned.tiles(key, gradient_tiles, pw, dtype, grad.dtype, chip)
+    tiles = gradient_tiles(pw, dtype, grad.dtype, chip)
     blocks_d, blocks_e = cdiv(d, tiles.width), cdiv(c * ph, tiles.rows)
     # About 264 programs, two for each multiprocessor of a large chip, but no split of less than four blocks of tokens.
     splits = max(1, min(264 // (blocks_d * blocks_e), n * k // (4 * tiles.tokens)))
@@ -320,10 +318,7 @@ def _image_gradient(grad, images, weight, ids, std, dtype):
     (n, k, d), (_, c, ph, pw) = grad.shape, weight.shape
     grid = patch_grid(images, (ph, pw))
     chip = chip_of(images.device)
-    key = (
-        "image_gradient", chip, d, c, ph, pw, images.dtype, std is not None, dtype, grad.dtype, tuned.size(n * k)
-    )  # fmt: skip
-    tiles = tuned.tiles(key, image_gradient_tiles, pw, dtype, grad.dtype, chip)
+    tiles = image_gradient_tiles(pw, dtype, grad.dtype, chip)
     # Patches that were not embedded have no gradient.
     g_images = (images.new_empty if ids is None else images.new_zeros)(images.shape)
     rows_of_weight = weight.flatten(1).to(dtype)
@@ -341,8 +336,7 @@ def _image_gradient(grad, images, weight, ids, std, dtype):
 def _position_gradient(grad, ids, images, weight):
     n, k, d = grad.shape
     num_patches = prod(patch_grid(images, weight.shape[2:]))
-    key = "position_gradient", chip_of(grad.device), d, grad.itemsize, tuned.size(n * k)
-    tiles = tuned.tiles(key, row_tiles, d)
+    tiles = row_tiles(d)
     blocks_l, blocks_d = cdiv(num_patches, tiles.rows), cdiv(d, tiles.width)
     splits, per_split = split_samples(n, blocks_l * blocks_d)
     g_pos = grad.new_empty((splits, num_patches, d), dtype=torch.float32)

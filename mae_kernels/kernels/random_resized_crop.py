@@ -4,11 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mae_kernels.kernels import tuned
-from mae_kernels.kernels.chips import chip_of
 from mae_kernels.kernels.host import cdiv
 from mae_kernels.kernels.numerics import dot
-from mae_kernels.kernels.tuned import CropTiles
+from mae_kernels.kernels.tiles import CropTiles
 
 
 @triton.jit
@@ -131,11 +129,7 @@ def random_resized_crop(
         channels, num_pixels = images.shape
         height, width = 0, 0
         strides = (0, images.stride(0), 0, images.stride(1), *starts.stride(), *sizes.stride())
-    key = (
-        "random_resized_crop", chip_of(images.device), out_height, out_width, sizes is not None,
-        tuned.size(n * channels),
-    )  # fmt: skip
-    tiles = tuned.tiles(key, crop_tiles, out_width)
+    tiles = crop_tiles(out_width)
     out = images.new_empty((n, channels, out_height, out_width))
     blocks = cdiv(out_height, tiles.rows) * cdiv(out_width, tiles.cols)
     random_resized_crop_kernel[(n * channels * blocks,)](

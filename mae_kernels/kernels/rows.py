@@ -3,7 +3,7 @@
 from functools import cache
 
 from mae_kernels.kernels.host import cdiv, next_power_of_2
-from mae_kernels.kernels.tuned import RowTiles
+from mae_kernels.kernels.tiles import RowTiles
 
 
 @cache

@@ -5,8 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mae_kernels.kernels import tuned
-from mae_kernels.kernels.chips import chip_of
 from mae_kernels.kernels.host import cdiv
 from mae_kernels.kernels.numerics import rounded
 from mae_kernels.kernels.rows import row_tiles, split_samples
@@ -101,9 +99,7 @@ def scatter_mask_tokens(
 ) -> Tensor:
     n, num_tokens, d = tokens.shape
     num_out = num_prefix + ids_restore.shape[1]
-    chip = chip_of(tokens.device)
-    key = "scatter_mask_tokens", chip, d, tokens.itemsize, out_dtype.itemsize, tuned.size(n * num_out)
-    tiles = tuned.tiles(key, row_tiles, d)
+    tiles = row_tiles(d)
     out = tokens.new_empty((n, num_out, d), dtype=out_dtype)
     first_pos = 0 if pos_embed is None else num_out - pos_embed.shape[0]
     scatter_mask_tokens_kernel[(cdiv(n * num_out, tiles.rows),)](
@@ -127,9 +123,7 @@ def scatter_mask_tokens_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, needs_mask_token, needs_pos = needs
     n, num_out, d = grad.shape
-    chip, rows = chip_of(grad.device), tuned.size(n * num_out)
-    key = "scatter_mask_tokens_backward", chip, d, grad.itemsize, dtype.itemsize, needs_pos, rows
-    tiles = tuned.tiles(key, row_tiles, d)
+    tiles = row_tiles(d)
     blocks_j, blocks_d = cdiv(num_out, tiles.rows), cdiv(d, tiles.width)
     splits, per_split = split_samples(n, blocks_j * blocks_d)
     shapes = [(n, num_tokens, d), (splits * blocks_j, d), (splits, pos_rows, d)]

@@ -1,0 +1,56 @@
+"""What one program of a launch works on. The rule that chooses it stands beside each launcher."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BlockTiles:
+    """A program takes ``values`` values in a row."""
+
+    values: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class RowTiles:
+    """A program moves ``rows`` rows of D values, ``width`` values of each at a time."""
+
+    rows: int
+    width: int
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class LossTiles:
+    """A program turns ``turns`` times to ``patches`` patches, of which it holds ``rows`` rows of ``cols`` pixels."""
+
+    patches: int
+    rows: int
+    cols: int
+    turns: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class GemmTiles:
+    """A program multiplies ``tokens`` rows with ``width`` columns of the weight, ``rows`` rows of pixels at a time.
+
+    For the gradient of the weight ``tokens`` is the depth of the product, for that of the images ``width`` is.
+    """
+
+    tokens: int
+    width: int
+    rows: int
+    cols: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class CropTiles:
+    """A program makes ``rows`` x ``cols`` pixels of an output and resizes ``lines`` lines of the input at a time."""
+
+    rows: int
+    cols: int
+    lines: int
+    num_warps: int
