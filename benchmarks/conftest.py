@@ -1,6 +1,8 @@
 """Options, the hand-over of rows to pytest-benchmark and to a result file, and the tables at the end of a run."""
 
 import copy
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -77,8 +79,8 @@ def hand_over(benchmark, request):
 def _append(config, **line) -> None:
     path = config.option.record
     if path:
-        words = [word for word in sys.argv[1:] if word not in ("--record", str(path)) and "--record=" not in word]
-        record.begin(path, " ".join(["pytest", *(f"'{word}'" if " " in word else word for word in words)]))
+        command = re.sub(r" --record[ =]('[^']*'|\S+)", "", shlex.join(["pytest", *sys.argv[1:]]))
+        record.begin(path, command)  # without a path of this machine
         record.append(path, **line)
 
 
