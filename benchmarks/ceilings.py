@@ -60,7 +60,7 @@ def matrix_rate(dtype: torch.dtype, product: Callable[[Tensor, Tensor], Tensor] 
     # Random numbers: a GPU draws less power, and runs faster, where all are the same.
     a, b = (torch.randn(n, width, device=DEVICE).to(dtype) for n in (rows, width))
     product(a, b)
-    return 2 * rows * width**2 / min(seconds(*[lambda: product(a, b)] * 3))
+    return 2 * rows * width**2 / min(seconds(*[lambda: product(a, b)] * (20 if ON_GPU else 3)))
 
 
 def _convolution(a: Tensor, b: Tensor) -> Tensor:

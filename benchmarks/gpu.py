@@ -1,7 +1,7 @@
 """A dossier of one lent GPU, in two calls: ``python -m benchmarks.gpu 1 --out DIR``, then ``2 --after FILE``.
 
 Whatever is measured is appended to one result file the moment it exists, what is printed to a log beside it. Each stage
-has a limit of its own and ends without the next; killed at any second, the file holds all that came before.
+has a limit of its own, and none stops another; killed at any second, the file holds all that came before.
 ``--rehearse`` runs the same stages without a GPU, kernels in Triton's interpreter, on tiny shapes.
 """
 
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks import record
@@ -33,6 +34,7 @@ NATIVE = [
 SMALL = ["tests/test_kernels.py", "-k", "nothing_is_written_outside"]
 MEMCHECK = ["compute-sanitizer", "--tool=memcheck", "--error-exitcode=1", "--target-processes=all"]
 BUDGET = {1: 400, 2: 330}  # seconds
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read before the tests' conftest.py sets it, where no GPU is
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def stages(call: int, path: Path, rehearse: bool = False, failed: Sequence[str] 
     """Those of a call, what matters most first; ``path`` is the result file, ``failed`` are tests of call 1."""
     python, cores = [sys.executable, "-m"], "2" if rehearse else str(max((os.cpu_count() or 3) - 2, 1))
     tests = [*python, "pytest", "-p", "benchmarks.gpu", f"--outcomes={path}", "--continue-on-collection-errors"]
-    tests += ["--timeout=60"] if importlib.util.find_spec("pytest_timeout") else []
+    tests += ["--timeout=150"] if importlib.util.find_spec("pytest_timeout") else []
     size, at = ("tiny", "gather or masking") if rehearse else ("full", "256 and ViT-B")
     bench = [*python, "pytest", "--benchmark-only", f"--record={path}", f"--size={size}"]
     short = ["--step-rounds=2", "--step-dtypes=float32"]
@@ -61,18 +63,20 @@ def stages(call: int, path: Path, rehearse: bool = False, failed: Sequence[str] 
         files = [f"tests/test_{name}.py" for name in (["gather_tokens"] if rehearse else NATIVE)]
         return [
             Stage("ceilings", 40, [*python, "benchmarks.ceilings", f"--record={path}"]),
-            Stage("native tests", 170, [*tests, "-n", cores, *files]),
-            Stage("test_cuda", 60, [*tests, "tests/test_cuda.py"]),
-            Stage("ops", 90, [*bench, "benchmarks/test_ops.py", "-k", at, "--compiled=", "--max-rounds=100"]),
-            Stage("host", 30, [*bench, "benchmarks/test_host.py"]),
+            # Each process would start as many compilers as there are cores.
+            Stage("native tests", 170, [*tests, "-n", cores, *files], {"TORCHINDUCTOR_COMPILE_THREADS": "1"}),
+            Stage("test_cuda", 90, [*tests, "tests/test_cuda.py"]),
+            Stage("ops", 110, [*bench, "benchmarks/test_ops.py", "-k", at, "--compiled=", "--max-rounds=100"]),
+            Stage("host", 45, [*bench, "benchmarks/test_host.py"]),
             *checked[:1],
         ]
     return [
         *([Stage("failed tests again", 60, [*tests, "-n", cores, *failed])] if failed else []),
-        # The second compiles for a minute, in which nothing is measured yet.
-        Stage("step", 60, [*step, f"--contenders={'ad' if rehearse else 'acgd'}"]),
-        Stage("step, compiled", 140, [*step, f"--contenders={'ae' if rehearse else 'abCdef'}"]),
+        # Those that are compiled take most of a minute each before anything is measured: one at a time.
+        Stage("step acgd", 90, [*step, f"--contenders={'ad' if rehearse else 'acgd'}"]),
+        *(Stage(f"step {names}", 60, [*step, f"--contenders={names}"]) for names in ("ae", "ab")),
         Stage("race of tiles", 90, race),
+        *(Stage(f"step {names}", 60, [*step, f"--contenders={names}"]) for names in (() if rehearse else ("aC", "af"))),
         *checked,
     ]
 
@@ -129,7 +133,11 @@ def main(argv: list[str] | None = None) -> int:
     name = "rehearsal" if options.rehearse else record.name()
     facts = record.conditions()
     path = options.out.resolve() / f"{name}-{facts['date']}-{facts['commit']}-call-{options.call}.jsonl"
-    failed = [t["id"] for t in record.read(options.after)["tests"] if t["outcome"] == "failed"] if options.after else []
+    failed = []
+    if options.after and options.after.is_file():
+        failed = [test["id"] for test in record.read(options.after)["tests"] if test["outcome"] == "failed"]
+    elif options.after:
+        print(f"there is no {options.after}: no failed test runs again", flush=True)
     chosen = stages(options.call, path, options.rehearse, failed)
 
     end = time.monotonic() + (options.seconds or BUDGET[options.call])
@@ -168,7 +176,15 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     path = config.getoption("--outcomes")
-    if path and not hasattr(config, "workerinput"):  # a worker of pytest-xdist tells its controller, which writes
+    if not path:
+        return
+    if not torch.cuda.is_available() and not INTERPRETED:
+        pytest.exit("PyTorch sees no GPU here: tests in the interpreter would pass as native ones", returncode=1)
+    if "TRITON_INSTRUMENTATION_MODE" in os.environ and torch.cuda.is_available():
+        import triton
+
+        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    if not hasattr(config, "workerinput"):  # a worker of pytest-xdist tells its controller, which writes
         config.pluginmanager.register(_Outcomes(path))
 
 
@@ -176,12 +192,20 @@ class _Outcomes:
     def __init__(self, path: Path):
         self._path = path
 
+    def pytest_collectreport(self, report):
+        if report.outcome == "failed":  # a file whose import fails
+            self._append(report, 0.0)
+
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.outcome != "passed":
-            crash = getattr(report.longrepr, "reprcrash", None)
-            error = re.sub(r"\s+", " ", crash.message if crash else str(report.longrepr or ""))[:300]
-            test = {"id": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
-            record.append(self._path, test=test | ({"error": error} if report.outcome == "failed" else {}))
+            self._append(report, report.duration)
+
+    def _append(self, report, seconds: float):
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = crash.message[:300] if crash else str(report.longrepr or "")[-300:]  # a traceback ends with its error
+        error = re.sub(r"\s+", " ", message)
+        test = {"id": report.nodeid, "outcome": report.outcome, "seconds": round(seconds, 3)}
+        record.append(self._path, test=test | ({"error": error} if report.outcome == "failed" else {}))
 
 
 if __name__ == "__main__":

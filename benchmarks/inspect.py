@@ -106,12 +106,11 @@ def machine_code(kernel: CompiledKernel) -> dict:
         access = r"^\s+(?:global|buffer)_(load|store)_(?:lds_)?[us]?(byte|short|dword)(?:x(\d))?"
         widths = [(verb, bits[unit] * int(n or 1)) for verb, unit, n in re.findall(access, text, re.M)]
     else:
-        file = kernel.metadata_group[f"{kernel.name}.cubin"]
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text).groups())
+        cuobjdump, cubin = triton.knobs.nvidia.cuobjdump.path, kernel.metadata_group[f"{kernel.name}.cubin"]
+        run = subprocess.run([cuobjdump, "-res-usage", "-sass", cubin], capture_output=True, text=True, check=True)
+        registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", run.stdout).groups())
         spills = stack + local  # bytes; of AMD registers
-        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", text, re.M)  # such as LDG.E.128
+        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", run.stdout, re.M)
         mma = [op.partition(".")[0] for op in code if re.match(r"HG?MMA|UTC[A-Z]MMA", op)]
         # Bulk copies, U*, name no width: they move multiples of 16 bytes.
         width = {op: re.search(r"\.[US]?(8|16|64|128|256)\b", op) or ("", 128 if op[0] == "U" else 32) for op in code}

@@ -26,7 +26,8 @@ def test_step(step_dtype, step_shape, hand_over, request):
     images = torch.randint(0, 256, size, dtype=torch.uint8)
     noise = torch.rand(step_shape.batch, step_shape.num_patches, device=DEVICE)
     runners = contenders(options.contenders, model, images, noise, bfloat16)
-    _assert_accurate(runners, model, images, noise, bfloat16)
+    wrong = _inaccurate(runners, model, images, noise, bfloat16)
+    runners = [runner for runner in runners if runner.name not in wrong]
     saved = {runner.name: runner.saved_bytes() for runner in runners}
     model.zero_grad()
 
@@ -55,13 +56,15 @@ def test_step(step_dtype, step_shape, hand_over, request):
             "tflops": flops / median(times) / 1e12,
             "matrix_tflops": ceiling / 1e12,
             "mfu": flops / median(times) / ceiling,
-            "peak_mib": measure.peak_mib(runner.step),
             "saved_bytes_per_image": saved[runner.name] / step_shape.batch,
             "launches": launches,
             "host_syncs": syncs,
             "shipped_bytes_per_image": runner.images.nbytes // step_shape.batch,
         }
+        if runner.name != "f":  # a graph that is replayed has its memory already
+            row["peak_mib"] = measure.peak_mib(runner.step)
         hand_over(f"{step_shape.id}, {step_dtype}", row["contender"], times, row)
+    assert not wrong, f"no speed of those with an error (the one allowed): {wrong}"
 
 
 def _seconds(step) -> float:
@@ -75,19 +78,21 @@ def _seconds(step) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _assert_accurate(runners, model, images, noise, bfloat16: bool) -> None:
-    """Loss and gradients of all, one by one, against the published pipeline in float32.
+def _inaccurate(runners, model, images, noise, bfloat16: bool) -> dict[str, dict]:
+    """Loss and gradients of all, one by one, against the published pipeline in float32: those that are off.
 
     The error is at most twice that of the published pipeline in the same precision, and 1e-5, as the tests demand of
-    float32 gradients against Hugging Face's model.
+    float32 gradients against Hugging Face's model; in bfloat16, whose errors may cancel in a loss, a fourth of its eps.
     """
     (exact,), (peer,) = (contenders("a", model, images, noise, precision) for precision in (False, bfloat16))
     gold = exact.loss_and_gradients()
-    allowed = {name: 2 * error + 1e-5 for name, error in _errors(peer, gold).items()}
+    least, wrong = torch.finfo(torch.bfloat16).eps / 4 if bfloat16 else 1e-5, {}
+    allowed = {name: 2 * error + least for name, error in _errors(peer, gold).items()}
     for runner in runners:
         errors = _errors(runner, gold)
-        off = {name: (error, allowed[name]) for name, error in errors.items() if not error <= allowed[name]}
-        assert not off, f"({runner.name}): relative error and the one allowed: {off}"
+        if off := {name: (error, allowed[name]) for name, error in errors.items() if not error <= allowed[name]}:
+            wrong[runner.name] = off
+    return wrong
 
 
 def _errors(runner, gold: dict[str, torch.Tensor]) -> dict[str, float]:

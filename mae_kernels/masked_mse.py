@@ -87,7 +87,7 @@ def residual_is_less(pred: torch.dtype, pixels: torch.dtype) -> bool:
     """Whether a kept residual moves at most as many bytes in both passes together as one that is computed again.
 
     The kept one is written by the forward and read by the backward, in the dtype of pred; for the other one the
-    backward reads predictions and pixels once more. So uint8 pixels are read again, and all others are not.
+    backward reads predictions and pixels once more. So pixels of fewer bytes than predictions are read again.
     """
     return pixels.itemsize >= pred.itemsize
 

@@ -157,18 +157,12 @@ def test_several_calls_in_a_row_are_timed_one_by_one():
 
 def test_the_file_of_a_machine_is_named_by_what_it_is(monkeypatch):
     cpu = {"brand": "AMD EPYC", "vendor": "AuthenticAMD", "family": 26, "model": 2, "instruction_sets": ["avx2"]}
+    assert record.conditions()["cpu"].keys() == cpu.keys()
     facts = {"kind": "cpu", "device": "AMD EPYC", "cpu": cpu, "threads": 2}
     monkeypatch.setattr(record, "conditions", lambda: facts)
     assert record.name() == "cpu-amd-family-26-model-2-2-threads"
     facts |= {"kind": "gpu", "device": "NVIDIA H100 80GB HBM3"}
     assert record.name() == "nvidia-h100-80gb-hbm3"
-
-
-def test_conditions_name_the_processor_and_the_sources():
-    facts = record.conditions()
-    assert {"vendor", "family", "model", "instruction_sets", "brand"} == facts["cpu"].keys()
-    assert facts["sources"] == record.sources()
-    assert len(facts["sources"]) == 16
 
 
 @pytest.fixture

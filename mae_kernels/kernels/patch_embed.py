@@ -187,8 +187,9 @@ def position_gradient_kernel(
 def projection_tiles(num_rows: int, d: int, patch_width: int, dtype: torch.dtype, chip: str) -> GemmTiles:
     """Tiles of patch_embed.
 
-    From the inspector and the floors, 2026-11; not measured on a GPU. 128 x 128 is 64 accumulators a thread, in 116 to
-    206 registers; with 4 warps it spills, and 64 x 256 takes more shared memory for the same traffic.
+    From the inspector and the floors, 2026-11; not measured on a GPU. 128 x 128 is 64 accumulators a thread, in at most
+    218 registers on sm_90 (Triton 3.7; 3.6 spills where bfloat16 pixels meet float32 tables); with 4 warps it spills,
+    and 64 x 256 takes more shared memory for the same traffic.
     """
     cols = next_power_of_2(patch_width)
     if dtype == torch.float32:
@@ -208,8 +209,8 @@ def projection_tiles(num_rows: int, d: int, patch_width: int, dtype: torch.dtype
 def gradient_tiles(patch_width: int, dtype: torch.dtype, grad_dtype: torch.dtype, chip: str) -> GemmTiles:
     """Tiles of the weight's gradient, and in part of the images'.
 
-    From the inspector and the floors, 2026-11; not measured on a GPU. 128 x 128 over 64 tokens takes at most 184
-    registers with 8 warps and spills with 4. Over 64 tokens of a float32 gradient it spills on sm_80. float32 products
+    From the inspector and the floors, 2026-11; not measured on a GPU. 128 x 128 over 64 tokens takes at most 224
+    registers with 8 warps on sm_90 and spills with 4. Over 64 tokens of a float32 gradient it spills on sm_80. float32 products
     halve the width, for their TF32 halves.
     """
     cols = next_power_of_2(patch_width)
