@@ -23,7 +23,8 @@ ROWS = "import sys; from pathlib import Path; sys.path += ['tests']; from test_g
 
 def append_rows(path):
     for i in itertools.count():
-        record.append(path, row={"op": str(i), "median_ms": float(i), "text": "x" * 500})
+        record.append(path, row={"op": str(i), "median_ms": float(i), "text": "x" * 5000})
+        time.sleep(0.005)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -80,7 +81,7 @@ def test_no_stage_stops_the_next(pretended_stages, tmp_path, capsys):
         ("bad", 20, [*PYTHON, "print('1 failed'); raise SystemExit(1)"]),
         ("missing", 20, ["no-such-program"]),
         ("endless", 1, [*PYTHON, child.format(grandchild)]),
-        ("rows", 5, [*PYTHON, f"{ROWS}append_rows(Path(sys.argv[1]))", "FILE"]),
+        ("rows", 15, [*PYTHON, f"{ROWS}append_rows(Path(sys.argv[1]))", "FILE"]),
     )
     assert gpu.main(["1", "--rehearse", "--out", str(tmp_path), "--commit", "abc1234"]) == 1
     (path,) = tmp_path.glob("*.jsonl")
@@ -92,7 +93,7 @@ def test_no_stage_stops_the_next(pretended_stages, tmp_path, capsys):
         ("bad", False, "exit code 1; 1 failed"),
         ("missing", False, "no-such-program is not on the PATH"),
         ("endless", False, "killed after 1 s"),
-        ("rows", False, "killed after 5 s"),
+        ("rows", False, "killed after 15 s"),
     ]
     assert [row["median_ms"] for row in result["rows"]] == list(range(len(result["rows"])))
     assert len(result["rows"]) > 10
