@@ -30,7 +30,7 @@ lint: $(VENV)/dev.installed
 # In two calls, CALL=1 and CALL=2. Takes the packages of $(PYTHON) as they are when they suffice: a lent machine may have
 # no network.
 gpu:
-	@if $(PYTHON) -c "import torch, triton, einops, hypothesis, pytest_benchmark" 2>/dev/null; then python=$(PYTHON); \
+	@if $(PYTHON) -c "import torch, triton, einops, pytest_benchmark, xdist" 2>/dev/null; then python=$(PYTHON); \
 	else $(MAKE) $(VENV)/test.installed && python=$(VENV)/bin/python; fi; \
 	$$python -m benchmarks.gpu $(CALL) --out $(OUT)
 

@@ -1,7 +1,6 @@
 """What this machine can do at most, measured in the same run as what is held against it."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -93,5 +92,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ceilings", description=__doc__)
     parser.add_argument("--record", type=Path, required=True, metavar="FILE", help="result file to append to")
     path = parser.parse_args().record
-    record.begin(path, " ".join(["python -m benchmarks.ceilings", *sys.argv[1:]]))
+    record.begin(path, record.command("python -m benchmarks.ceilings"))
     record.append(path, ceilings=measured())

@@ -1,9 +1,6 @@
 """Options, the hand-over of rows to pytest-benchmark and to a result file, and the tables at the end of a run."""
 
 import copy
-import re
-import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -79,8 +76,7 @@ def hand_over(benchmark, request):
 def _append(config, **line) -> None:
     path = config.option.record
     if path:
-        command = re.sub(r" --record[ =]('[^']*'|\S+)", "", shlex.join(["pytest", *sys.argv[1:]]))
-        record.begin(path, command)  # without a path of this machine
+        record.begin(path, record.command("pytest"))
         record.append(path, **line)
 
 

@@ -119,7 +119,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("call", type=int, choices=[1, 2], help="1: correctness and ops; 2: the step and the tiles")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the result file and its log")
-    parser.add_argument("--after", type=Path, metavar="FILE", help="of call 1: its failed tests run again in call 2")
+    parser.add_argument(
+        "--after", type=Path, metavar="FILE", help="of call 1, by default the one beside: its failed tests run again"
+    )
     parser.add_argument("--seconds", type=float, help=f"in all; by default {BUDGET[1]} and {BUDGET[2]}")
     parser.add_argument("--commit", help="of the sources, where there is no git")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, in Triton's interpreter")
@@ -133,11 +135,11 @@ def main(argv: list[str] | None = None) -> int:
     name = "rehearsal" if options.rehearse else record.name()
     facts = record.conditions()
     path = options.out.resolve() / f"{name}-{facts['date']}-{facts['commit']}-call-{options.call}.jsonl"
-    failed = []
-    if options.after and options.after.is_file():
-        failed = [test["id"] for test in record.read(options.after)["tests"] if test["outcome"] == "failed"]
-    elif options.after:
-        print(f"there is no {options.after}: no failed test runs again", flush=True)
+    after, failed = options.after or path.with_name(path.name.replace("call-2", "call-1")), []
+    if options.call == 2 and after.is_file():
+        failed = [test["id"] for test in record.read(after)["tests"] if test["outcome"] == "failed"]
+    elif options.call == 2:
+        print(f"there is no {after}: no failed test runs again", flush=True)
     chosen = stages(options.call, path, options.rehearse, failed)
 
     end = time.monotonic() + (options.seconds or BUDGET[options.call])

@@ -87,7 +87,8 @@ def calls() -> Iterator[tuple[str, str, tuple]]:
         work = CASES[case](replace(model, batch=256))
         arguments = (a := work.arguments(torch.device("meta"))) | change(a)
         autocast = {"is_autocast_enabled": work.compute == BF16, "get_autocast_dtype": BF16}  # none is known of meta
-        with OpRecorder() as recorder, patch.multiple(torch, **{k: lambda _, v=v: v for k, v in autocast.items()}):
+        hooks = patch.multiple(torch, **{k: lambda _, v=v: v for k, v in autocast.items()})
+        with OpRecorder() as recorder, hooks, mae_kernels.use_backend("triton"):
             out = getattr(mae_kernels, work.op)(**arguments)
             forward = len(recorder.calls)
             if learned := [x for x in arguments.values() if isinstance(x, Tensor) and x.requires_grad]:

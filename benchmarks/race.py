@@ -187,7 +187,7 @@ def main() -> None:
         parser.exit(1, "no kernel runs on this machine: nothing was raced\n")
     end, on_gpu = time.monotonic() + options.seconds, measure.DEVICE.type == "cuda"
     shape = replace(BASE, batch=256) if on_gpu else OP_SHAPES["tiny"][0]
-    record.begin(options.record, " ".join(["python -m benchmarks.race", *sys.argv[1:]]))
+    record.begin(options.record, record.command("python -m benchmarks.race"))
     use_backend("triton")
     cases = [name for name in CASES if options.only in name and "two ops" not in name]
     for case in sorted(cases, key=lambda name: "bfloat16" not in name):  # what people train in, first

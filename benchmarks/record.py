@@ -21,6 +21,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,11 @@ def name() -> str:
         facts["kind"], vendor, f"family {cpu['family']} model {cpu['model']}", f"{facts['threads']} threads"
     ]  # fmt: skip
     return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
+
+
+def command(program: str) -> str:
+    """The command line of this process, but for where its results go, which is a path of one machine."""
+    return re.sub(r" --record[ =]('[^']*'|\S+)", "", f"{program} {shlex.join(sys.argv[1:])}")
 
 
 def append(path: Path, **line) -> None:

@@ -13,11 +13,10 @@ import mae_kernels
 from benchmarks import measure
 from benchmarks.ceilings import floor_seconds
 from benchmarks.measure import COMPILED, DEVICE, OURS, REFERENCE, as_double, assert_accurate, rotated
-from benchmarks.work import CASES, Work
+from benchmarks.work import CASES, PASSES, Work
 from mae_kernels import use_backend
 
 CLONE = "clone"  # a copy of as many bytes as the op has to move
-PASSES = {"forward": slice(0, 1), "backward": slice(1, 2), "forward+backward": slice(0, 2)}
 
 
 @pytest.mark.parametrize("case", CASES)

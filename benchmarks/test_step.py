@@ -82,12 +82,14 @@ def _inaccurate(runners, model, images, noise, bfloat16: bool) -> dict[str, dict
     """Loss and gradients of all, one by one, against the published pipeline in float32: those that are off.
 
     The error is at most twice that of the published pipeline in the same precision, and 1e-5, as the tests demand of
-    float32 gradients against Hugging Face's model; in bfloat16, whose errors may cancel in a loss, a fourth of its eps.
+    float32 gradients against Hugging Face's model.
     """
     (exact,), (peer,) = (contenders("a", model, images, noise, precision) for precision in (False, bfloat16))
     gold = exact.loss_and_gradients()
-    least, wrong = torch.finfo(torch.bfloat16).eps / 4 if bfloat16 else 1e-5, {}
-    allowed = {name: 2 * error + least for name, error in _errors(peer, gold).items()}
+    published, wrong = _errors(peer, gold), {}
+    # In a scalar errors may cancel by chance: no less is allowed than in the best of the gradients.
+    published["the loss"] = max(published["the loss"], min(e for name, e in published.items() if name != "the loss"))
+    allowed = {name: 2 * error + 1e-5 for name, error in published.items()}
     for runner in runners:
         errors = _errors(runner, gold)
         if off := {name: (error, allowed[name]) for name, error in errors.items() if not error <= allowed[name]}:

@@ -15,7 +15,8 @@ from mae_kernels import reference
 from mae_kernels.masked_mse import residual_is_less
 
 BF16, F32, U8 = torch.bfloat16, torch.float32, torch.uint8
-STAGES = ("forward", "backward", "forward+backward")
+PASSES = {"forward": slice(0, 1), "backward": slice(1, 2), "forward+backward": slice(0, 2)}  # of (forward, backward)
+STAGES = (*PASSES,)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def is_recent_gpu(device: torch.device) -> bool:
 
 def is_eager(x: Tensor) -> bool:
     """Whether eager PyTorch is what was chosen for x, not what is left where the kernels cannot run."""
-    return _selected == "eager" or (_selected == "auto" and x.device.type not in ("cuda", "meta"))
+    return _selected == "eager" or (_selected == "auto" and x.device.type != "cuda")
 
 
 def takes_triton(op: str, *args) -> bool:

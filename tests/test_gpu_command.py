@@ -1,4 +1,4 @@
-"""The dossier of a GPU, where there is none: stages end without each other, and a kill loses nothing measured."""
+"""The dossier of a GPU, where there is none: no stage stops another, and a kill loses nothing measured."""
 
 import itertools
 import json

@@ -21,6 +21,7 @@ from cases import (
 )
 
 from mae_kernels import patch_embed, reference
+from mae_kernels.backend import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "backend")
 
@@ -147,13 +148,14 @@ def test_tables_with_a_leading_one():
     assert all(torch.equal(leading[name].view_as(flat[name]), flat[name]) for name in flat)
 
 
-def test_prefix_rows_are_copies():
+def test_prefix_rows_are_copies(backend):
     inputs = patch_embed_inputs(3, (7, 7), (8, 8), 3, 64, k=12, r=2)
     out = patch_embed(**inputs)
     assert torch.equal(out[:, :2], inputs["prefix"].expand(3, 2, 64))
     # The last bits of a product by NumPy, which the interpreter takes, depend on where in it a row stands.
-    few_ulps = 4 * torch.finfo(F32).eps * out.abs().max().item()
-    torch.testing.assert_close(out[:, 2:], patch_embed(**{**inputs, "prefix": None}), rtol=0, atol=few_ulps)
+    ulps = 4 if backend == "triton" and INTERPRETED else 0
+    allowed = ulps * torch.finfo(F32).eps * out.abs().max().item()
+    torch.testing.assert_close(out[:, 2:], patch_embed(**{**inputs, "prefix": None}), rtol=0, atol=allowed)
 
 
 @pytest.mark.eager

@@ -210,8 +210,8 @@ def gradient_tiles(patch_width: int, dtype: torch.dtype, grad_dtype: torch.dtype
     """Tiles of the weight's gradient, and in part of the images'.
 
     From the inspector and the floors, 2026-11; not measured on a GPU. 128 x 128 over 64 tokens takes at most 224
-    registers with 8 warps on sm_90 and spills with 4. Over 64 tokens of a float32 gradient it spills on sm_80. float32
-    products halve the width, for their TF32 halves.
+    registers with 8 warps on sm_90 (Triton 3.7) and spills with 4. Over 64 tokens of a float32 gradient it spills on
+    sm_80. float32 products halve the width, for their TF32 halves.
     """
     cols = next_power_of_2(patch_width)
     if dtype == torch.float32:
