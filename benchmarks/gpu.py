@@ -49,7 +49,9 @@ def stages(call: int, path: Path, rehearse: bool = False, failed: Sequence[str] 
     """Those of a call, what matters most first; ``path`` is the result file, ``failed`` are tests of call 1."""
     python, cores = [sys.executable, "-m"], "2" if rehearse else str(max((os.cpu_count() or 3) - 2, 1))
     tests = [*python, "pytest", "-p", "benchmarks.gpu", f"--outcomes={path}", "--continue-on-collection-errors"]
+    tests += ["--tb=short"]  # thousands of failures leave a log that can be carried away
     tests += ["--timeout=150"] if importlib.util.find_spec("pytest_timeout") else []
+    spread = ["-n", cores, "--dist=worksteal"]
     size, at = ("tiny", "gather or masking") if rehearse else ("full", "256 and ViT-B")
     bench = [*python, "pytest", "--benchmark-only", f"--record={path}", f"--size={size}"]
     short = ["--step-rounds=2", "--step-dtypes=float32"]
@@ -64,14 +66,14 @@ def stages(call: int, path: Path, rehearse: bool = False, failed: Sequence[str] 
         return [
             Stage("ceilings", 40, [*python, "benchmarks.ceilings", f"--record={path}"]),
             # Each process would start as many compilers as there are cores.
-            Stage("native tests", 170, [*tests, "-n", cores, *files], {"TORCHINDUCTOR_COMPILE_THREADS": "1"}),
+            Stage("native tests", 170, [*tests, *spread, *files], {"TORCHINDUCTOR_COMPILE_THREADS": "1"}),
             Stage("test_cuda", 90, [*tests, "tests/test_cuda.py"]),
             Stage("ops", 110, [*bench, "benchmarks/test_ops.py", "-k", at, "--compiled=", "--max-rounds=100"]),
             Stage("host", 45, [*bench, "benchmarks/test_host.py"]),
             *checked[:1],
         ]
     return [
-        *([Stage("failed tests again", 60, [*tests, "-n", cores, *failed])] if failed else []),
+        *([Stage("failed tests again", 60, [*tests, *spread, *failed])] if failed else []),
         # Those that are compiled take most of a minute each before anything is measured: one at a time.
         Stage("step acgd", 90, [*step, f"--contenders={'ad' if rehearse else 'acgd'}"]),
         *(Stage(f"step {names}", 60, [*step, f"--contenders={names}"]) for names in ("ae", "ab")),
