@@ -205,11 +205,14 @@ class _Outcomes:
             self._append(report, report.duration)
 
     def _append(self, report, seconds: float):
-        crash = getattr(report.longrepr, "reprcrash", None)
-        message = crash.message[:300] if crash else str(report.longrepr or "")[-300:]  # a traceback ends with its error
-        error = re.sub(r"\s+", " ", message)
         test = {"id": report.nodeid, "outcome": report.outcome, "seconds": round(seconds, 3)}
-        record.append(self._path, test=test | ({"error": error} if report.outcome == "failed" else {}))
+        if report.outcome == "failed":
+            crash = getattr(report.longrepr, "reprcrash", None)
+            # The log has tracebacks only after the last test: a stage that is killed leaves none there.
+            traceback = re.sub(r"\s+", " ", str(report.longrepr))[-1500:]
+            error = re.sub(r"\s+", " ", crash.message)[:300] if crash else traceback[-300:]
+            test |= {"error": error, "traceback": traceback}
+        record.append(self._path, test=test)
 
 
 if __name__ == "__main__":

@@ -98,11 +98,10 @@ def calls() -> Iterator[tuple[str, str, tuple]]:
 
 
 def machine_code(kernel: CompiledKernel) -> dict:
-    """Registers of a thread, what spills, shared bytes, tensor-core instructions, widest accesses to global memory."""
+    """Registers of a thread, what spills, shared bytes, widest accesses to global memory."""
     if text := kernel.asm.get("amdgcn"):
         count = {name: int(n) for name, n in re.findall(r"\.([sv]gpr\w*)_count:\s+(\d+)", text)}
         registers, spills = count["vgpr"], count["vgpr_spill"] + count["sgpr_spill"]
-        mma = re.findall(r"^\s+(v_mfma)", text, re.M)
         bits = {"byte": 8, "short": 16, "dword": 32}
         access = r"^\s+(?:global|buffer)_(load|store)_(?:lds_)?[us]?(byte|short|dword)(?:x(\d))?"
         widths = [(verb, bits[unit] * int(n or 1)) for verb, unit, n in re.findall(access, text, re.M)]
@@ -112,14 +111,12 @@ def machine_code(kernel: CompiledKernel) -> dict:
         registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", run.stdout).groups())
         spills = stack + local  # bytes; of AMD registers
         code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", run.stdout, re.M)
-        mma = [op.partition(".")[0] for op in code if re.match(r"HG?MMA|UTC[A-Z]MMA", op)]
         # Bulk copies, U*, name no width: they move multiples of 16 bytes.
         width = {op: re.search(r"\.[US]?(8|16|64|128|256)\b", op) or ("", 128 if op[0] == "U" else 32) for op in code}
         widths = [("load", int(width[op][1])) for op in code if re.match(r"LDG|UBLKCP|UTMALDG", op)]
         widths += [("store", int(width[op][1])) for op in code if re.match(r"STG|UTMASTG", op)]
     widest = {f"{which}_bits": max((n for w, n in widths if w == which), default=0) for which in ("load", "store")}
-    code = {"registers": registers, "spills": spills, "shared_bytes": kernel.metadata.shared}
-    return code | {"mma": len(mma), "mma_opcode": min(mma, default="")} | widest
+    return {"registers": registers, "spills": spills, "shared_bytes": kernel.metadata.shared} | widest
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from benchmarks.work import BASE, CASES, OP_SHAPES, Work
 from mae_kernels import kernels, use_backend
 from mae_kernels.kernels import chips, tiles
 
-Tiles = tiles.BlockTiles | tiles.RowTiles | tiles.LossTiles | tiles.GemmTiles | tiles.CropTiles
+Tiles = tiles.BlockTiles | tiles.RowTiles | tiles.LossTiles | tiles.CropTiles
 Rule = tuple[str, str]  # module and name
 _FINALISTS = 6
 
@@ -71,13 +71,13 @@ def call(op: Callable, args: tuple, rule: Rule, chosen: Tiles):
 
 
 def neighbours(own: Tiles) -> list[Tiles]:
-    """Tiles that differ in one or two fields, by a factor of two or, in their stages, by one."""
+    """Tiles that differ in one or two fields by a factor of two."""
     moves = [(f.name, move) for f in fields(own) for move in (-1, 1)]
     found = []
     for some in [*itertools.combinations(moves, 1), *itertools.combinations(moves, 2)]:
         values = asdict(own)
         for name, move in some:
-            values[name] = values[name] + move if name == "num_stages" else int(values[name] * 2.0**move)
+            values[name] = int(values[name] * 2.0**move)
         if min(values.values()) >= 1 and values["num_warps"] <= 16:
             found.append(replace(own, **values))
     return [chosen for chosen in dict.fromkeys(found) if chosen != own]

@@ -46,8 +46,11 @@ class Block(nn.Module):
         else:
             packed = norm_linear(x, self.norm1, weight[dim:], bias[dim:])  # [N, T, 2 D]
             x = gather_tokens(x, ids)  # [N, S, D]
-            queries = norm_linear(x, self.norm1, weight[:dim], bias[:dim]).unflatten(2, (heads, -1))
-        attended = attention(packed.unflatten(2, (-1, heads, dim // heads)), queries).flatten(2)
+            queries = norm_linear(x, self.norm1, weight[:dim], bias[:dim])
+            queries = torch.unflatten(queries, 2, (heads, dim // heads))  # [N, S, heads, d]
+        # The method Tensor.unflatten cannot be compiled while a default device is set.
+        packed = torch.unflatten(packed, 2, (-1, heads, dim // heads))
+        attended = attention(packed, queries).flatten(2)
         x = x + self.attn.proj(attended)
         hidden = norm_linear(x, self.norm2, self.mlp.fc1.weight, self.mlp.fc1.bias)  # [N, S, 4 D]
         return x + gelu_linear(hidden, self.mlp.fc2.weight, self.mlp.fc2.bias)

@@ -15,8 +15,9 @@ def in_chunks(
 ):  # fmt: skip
     """Loss, unscaled gradients of hidden, weight and bias, and the factor that scales them.
 
-    ``loss_of`` is an implementation of masked_mse. The gradients are those of ``N * M / 2`` losses: without the many
-    rows that the loss averages over they are neither too small nor too large for float16.
+    ``loss_of`` is an implementation of masked_mse, which may write the residual over its pred. The gradients are those
+    of ``N * M / 2`` losses: without the many rows that the loss averages over they are neither too small nor too large
+    for float16.
     """
     (n, m, d), values = hidden.shape, weight.shape[0]
     needs_hidden, needs_weight, needs_bias = needs
@@ -59,8 +60,9 @@ def chunk_samples(n: int, m: int, values: int, device_type: str) -> int:
 
     CPU: Intel Xeon, 2 cores, torch 2.13, ViT-B/16, 32 samples in chunks of 2, 4, 8, 16: forward and backward in float32
     52, 45, 44, 45 ms at a peak of 21, 21, 25, 39 MiB; in bfloat16 29, 26, 22, 20 ms at 20, 20, 20, 32 MiB.
-    GPU: not measured; 10000 rows of 768 values fill a chip, and their 16 MB in bfloat16, twice, stay in its L2 cache.
+    GPU: NVIDIA H200, ViT-B/16, 256 samples in bfloat16 in 4 chunks, which are 46 launches: 877 us, where F.linear and
+    masked_mse take 580. One chunk is not measured; its predictions are 55 MiB.
     """
-    limit = 2**20 if device_type == "cpu" else 2**23
+    limit = 2**20 if device_type == "cpu" else 2**25
     chunks = ceil(n / max(limit // (m * values), 1))
     return ceil(n / chunks)

@@ -1,8 +1,8 @@
 """Patchify, normalise, project, add positions and prefix tokens: for the visible patches only."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from math import prod
+from math import gcd, prod
 from pathlib import Path
 
 import torch
@@ -51,7 +51,8 @@ def patch_embed(
     Raises:
         TypeError, ValueError: see the message. Ids are checked on the CPU, elsewhere with ``MAE_KERNELS_DEBUG=1``.
 
-    Under autocast the projection runs in the autocast dtype, as a convolution does.
+    Under autocast the projection runs in the autocast dtype, as a convolution does. In float32 its products are those
+    of ``torch.set_float32_matmul_precision``: on a GPU, unlike convolutions, not TF32 unless it is asked for.
 
     Equivalent PyTorch: :func:`mae_kernels.reference.patch_embed`.
     Source: He et al. 2021, section 3, "MAE encoder".
@@ -132,15 +133,23 @@ def _patch_embed_check(images, weight, bias, pos_embed, ids_keep, *_):
         checks.id_values("patch_embed", "ids_keep", ids_keep, prod(patch_grid(images, weight.shape[2:])))
 
 
-def _patch_embed_eager(images, weight, bias, pos_embed, ids_keep, prefix, mean, std, compute_dtype, out_dtype):
+def embed(
+    gather: Callable, assemble: Callable, images, weight, bias, pos_embed, ids_keep, prefix, mean, std, compute_dtype,
+    out_dtype,
+):  # fmt: skip
+    """The op around two steps of an implementation: ``gather`` makes the patches, ``assemble`` the result of tokens."""
     n, (d, _, *patch) = images.shape[0], weight.shape
-    patches = _visible_patches(images, ids_keep, patch, mean, std, compute_dtype)  # [N K, E]
+    patches = gather(images, ids_keep, patch, mean, std, compute_dtype)  # [N K, E]
     bias = None if bias is None else bias.to(compute_dtype)
-    tokens = _project(patches, weight.to(compute_dtype).flatten(1), bias).reshape(n, -1, d)  # [N, K, D]
+    tokens = _project(patches, weight.to(compute_dtype).flatten(1), bias).view(n, -1, d)  # [N, K, D]
     if prefix is None and pos_embed is None and tokens.dtype == out_dtype:
         return tokens
+    return assemble(tokens, pos_embed, ids_keep, prefix, out_dtype)
+
+
+def _assemble(tokens, pos_embed, ids_keep, prefix, out_dtype):
     num_prefix = 0 if prefix is None else prefix.shape[0]
-    out = tokens.new_empty((n, num_prefix + tokens.shape[1], d), dtype=out_dtype)
+    out = tokens.new_empty((tokens.shape[0], num_prefix + tokens.shape[1], tokens.shape[2]), dtype=out_dtype)
     if prefix is not None:
         out[:, :num_prefix] = prefix
     if pos_embed is None:
@@ -152,6 +161,10 @@ def _patch_embed_eager(images, weight, bias, pos_embed, ids_keep, prefix, mean, 
     return out
 
 
+def _patch_embed_eager(*args):
+    return embed(_gather, _assemble, *args)
+
+
 def _patch_embed_fake(images, weight, bias, pos_embed, ids_keep, prefix, mean, std, compute_dtype, out_dtype):
     d, _, ph, pw = weight.shape
     num_prefix = 0 if prefix is None else prefix.shape[0]
@@ -159,7 +172,15 @@ def _patch_embed_fake(images, weight, bias, pos_embed, ids_keep, prefix, mean, s
     return images.new_empty((images.shape[0], num_prefix + visible, d), dtype=out_dtype)
 
 
-def _patch_embed_backward_eager(grad, images, weight, ids_keep, mean, std, num_prefix, compute_dtype, needs):
+def gradients(
+    gather: Callable, spread: Callable, sum_positions: Callable, grad, images, weight, ids_keep, mean, std, num_prefix,
+    compute_dtype, needs,
+):  # fmt: skip
+    """Of images, weight, bias, positions and prefix, around three steps of an implementation.
+
+    ``gather`` makes the patches, ``spread`` puts rows ``[N, K, E]`` back among L, ``sum_positions`` adds rows
+    ``[N, K, D]`` of the same patch.
+    """
     needs_images, needs_weight, needs_bias, needs_pos, needs_prefix = needs
     n, d, patch = images.shape[0], weight.shape[0], weight.shape[2:]
     sum_dtype = accumulation_dtype(grad.dtype)  # autograd casts once, to the dtype of the parameter
@@ -171,27 +192,38 @@ def _patch_embed_backward_eager(grad, images, weight, ids_keep, mean, std, num_p
     g_tokens = grad[:, num_prefix:]  # [N, K, D]
     if needs_pos and ids_keep is None:
         g_pos = g_tokens.sum(0, dtype=sum_dtype)
-    g_tokens = g_tokens.reshape(-1, d)  # [N K, D]
-    if needs_pos and ids_keep is not None:
-        g_pos = torch.ops.aten.embedding_dense_backward(
-            g_tokens.to(sum_dtype), ids_keep.flatten(), num_patches, -1, False
-        )
+    elif needs_pos:
+        g_pos = sum_positions(g_tokens, ids_keep, num_patches, sum_dtype)
+    g_tokens = g_tokens.to(compute_dtype).reshape(-1, d)  # [N K, D]
     if needs_bias:
         g_bias = g_tokens.sum(0, dtype=sum_dtype)
-    g_tokens = g_tokens.to(compute_dtype)
     if needs_weight:
-        patches = _visible_patches(images, ids_keep, patch, mean, std, compute_dtype)
+        patches = gather(images, ids_keep, patch, mean, std, compute_dtype)
         g_weight = _weight_gradient(g_tokens, patches).reshape(weight.shape).to(sum_dtype)
     if needs_images:
         g_patches = g_tokens @ weight.to(compute_dtype).flatten(1)  # [N K, E]
         if std is not None:
             g_patches.view(-1, images.shape[1], patch[0] * patch[1]).div_(std[:, None])
+        g_patches = g_patches.view(n, -1, g_patches.shape[1])
         if ids_keep is not None:
-            hidden = g_patches.new_zeros((n * num_patches, g_patches.shape[1]))
-            g_patches = hidden.index_copy_(0, row_ids(ids_keep, num_patches), g_patches)
-        g_patches = g_patches.view(n, num_patches, -1)
+            g_patches = spread(g_patches, ids_keep, num_patches)  # [N, L, E]
         g_images = unpatchify(g_patches, tuple(patch), tuple(images.shape[2:]), "cpq").to(images.dtype)
     return g_images, g_weight, g_bias, g_pos, g_prefix
+
+
+def _spread(rows, ids_keep, num_patches):
+    n, k, values = rows.shape
+    spread = rows.new_zeros((n * num_patches, values))
+    return spread.index_copy_(0, row_ids(ids_keep, num_patches), rows.view(n * k, values)).view(n, num_patches, values)
+
+
+def _sum_positions(grad, ids_keep, num_patches, sum_dtype):
+    rows = grad.reshape(-1, grad.shape[2]).to(sum_dtype)
+    return torch.ops.aten.embedding_dense_backward(rows, ids_keep.flatten(), num_patches, -1, False)
+
+
+def _patch_embed_backward_eager(*args):
+    return gradients(_gather, _spread, _sum_positions, *args)
 
 
 def _patch_embed_backward_fake(grad, images, weight, ids_keep, mean, std, num_prefix, compute_dtype, needs):
@@ -206,7 +238,7 @@ def _patch_embed_backward_fake(grad, images, weight, ids_keep, mean, std, num_pr
     )
 
 
-def _visible_patches(images, ids_keep, patch, mean, std, dtype):
+def _gather(images, ids_keep, patch, mean, std, dtype):
     num_patches = prod(patch_grid(images, patch))
     flat_ids = None if ids_keep is None else row_ids(ids_keep, num_patches)
     patches = gather_patches(images, flat_ids, patch, "cpq")
@@ -221,7 +253,9 @@ def _project(patches: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _weight_gradient(grad: Tensor, patches: Tensor) -> Tensor:
-    """``grad [B, D].T @ patches [B, E]`` as ``[D, E]``."""
+    """``grad [B, D].T @ patches [B, E]`` as ``[D, E]``, in float32 or the dtype of both."""
+    if grad.is_cuda and grad.dtype != torch.float64:
+        return _product_in_float32(grad, patches)
     if not _convolution_is_faster(patches):
         return grad.t() @ patches
     weight = patches.new_empty((grad.shape[1], patches.shape[1], 1, 1))
@@ -230,6 +264,14 @@ def _weight_gradient(grad: Tensor, patches: Tensor) -> Tensor:
         [False, True, False],
     )  # fmt: skip
     return g_weight
+
+
+def _product_in_float32(grad: Tensor, patches: Tensor) -> Tensor:
+    if grad.dtype != torch.float32:
+        return torch.mm(grad.t(), patches, out_dtype=torch.float32)  # half precision is rounded once, by autograd
+    # cuBLAS adds all rows in one chain, whose error grows with its length; parts also fill more of the chip.
+    parts = gcd(len(grad), 16)
+    return (grad.view(parts, -1, grad.shape[1]).mT @ patches.view(parts, -1, patches.shape[1])).sum(0)
 
 
 def _convolution_is_faster(x: Tensor) -> bool:

@@ -16,6 +16,10 @@ torch.set_float32_matmul_precision("highest")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":  # before Triton is imported: its kernels then run in NumPy
     os.environ["TRITON_INTERPRET"] = "1"
+# The first such call fixes, for the whole process, which functions take a default device. Were it made in a test that
+# replaces torch.empty, the true one would not be among them in any later test.
+with torch.device("cpu"):
+    torch.empty(0)
 
 
 def pytest_configure(config):

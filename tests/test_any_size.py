@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import compare, crop_inputs, head_inputs, ids, loss_inputs, patch_embed_inputs, scatter_inputs, tokens
+from conftest import DEVICE
 from test_gather_tokens import EXACT
 from test_linear_masked_mse import check as check_head
 from test_masked_mse import check as check_loss
@@ -20,9 +21,12 @@ from hypothesis import strategies as st
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "backend")
 
-# The fixture that poisons memory serves all examples of a test alike.
+# On a GPU each example compiles kernels. The fixture that poisons memory serves all examples of a test alike.
 any_size = settings(
-    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30 if DEVICE == "cpu" else 10,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 GRIDS, PATCHES = st.tuples(*[st.integers(1, 5)] * 2), st.tuples(*[st.integers(1, 6)] * 2)
 SEEDS = st.integers(0, 2**32)

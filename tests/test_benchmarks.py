@@ -11,7 +11,7 @@ import mae_kernels
 from benchmarks import measure, race, record, test_ops
 from benchmarks.ceilings import floor_seconds
 from benchmarks.work import CASES, OP_SHAPES, STAGES
-from mae_kernels.kernels.tiles import GemmTiles, RowTiles
+from mae_kernels.kernels.tiles import RowTiles
 
 (TINY,) = OP_SHAPES["tiny"]
 CEILINGS = {
@@ -179,7 +179,7 @@ def test_a_race_finds_the_rules_that_launchers_ask(gather):
     assert rule == ("mae_kernels.kernels.gather_tokens", "row_tiles")
     assert isinstance(own, RowTiles)
     names = {name for _, name in race.rules()}
-    assert {"projection_tiles", "gradient_tiles", "loss_tiles", "backward_tiles", "sort_tiles", "crop_tiles"} <= names
+    assert {"row_tiles", "loss_tiles", "backward_tiles", "sort_tiles", "crop_tiles"} <= names
 
 
 def test_tiles_with_other_results_are_dropped(gather):
@@ -194,8 +194,8 @@ def test_tiles_with_other_results_are_dropped(gather):
 
 
 def test_neighbours_of_tiles():
-    found = race.neighbours(GemmTiles(128, 64, 4, 16, num_warps=8, num_stages=3))
-    assert GemmTiles(64, 64, 4, 16, 8, 3) in found
-    assert GemmTiles(128, 128, 4, 16, 8, 2) in found
+    found = race.neighbours(RowTiles(8, 256, num_warps=8))
+    assert RowTiles(4, 256, 8) in found
+    assert RowTiles(16, 128, 8) in found
     assert all(tiles.num_warps <= 16 for tiles in found)
     assert len(set(found)) == len(found)

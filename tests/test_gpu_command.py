@@ -178,6 +178,8 @@ def test_outcomes_of_tests_are_told_as_they_come(tmp_path):
     }  # fmt: skip
     assert "no_such_module" in broken["error"]
     assert tests["test_bad"]["error"].startswith("AssertionError: no assert 1 == 2")
+    assert "def test_bad(): assert 1 == 2, 'no'" in tests["test_bad"]["traceback"]
+    assert "traceback" not in tests["test_good"]
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [list(line) for line in lines] == [["test"]] * 4
     told = gpu.summary({"tests": list(tests.values()), "rows": [], "kind": "gpu"})

@@ -22,19 +22,11 @@ REMEDY = (
 
 # The chips that the others take their tiles from: `make compile` compiles for all, and the records hold all.
 CHIPS = sorted({chip.tiles for chip in chips.CHIPS.values()})
-PRODUCTS = {"patch_embed", "weight_gradient", "image_gradient"}
-
-# Bytes of stack of a thread, by Triton: products whose tiles leave no register free. No GPU has measured other tiles.
-SPILLS = {
-    "patch_embed of patch_embed bfloat16, sm_90": {"3.6": 120},
-    "patch_embed of patch_embed float32, sm_100": {"3.6": 24},
-    "patch_embed of patch_embed uint8, sm_100": {"3.6": 8},
-    "weight_gradient of patch_embed bfloat16 ViT-H/14 backward, sm_80": {"3.8": 16, "3.9": 16},
-    "weight_gradient of patch_embed uint8 backward, sm_80": {"3.6": 8},
-}
-
 # Copies whose widest access is less than 128 bits, by kernel and case, each with its reason.
-NARROW = {"masked_mse of masked_mse uint8 bfloat16 cpq": "the forward writes sums alone"}
+NARROW = {
+    "gather_patches of patch_embed bfloat16 ViT-H/14": "rows of 14 pixels",
+    "masked_mse of masked_mse uint8 bfloat16 cpq": "the forward writes sums alone",
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +64,8 @@ def test_every_kernel_is_compiled_for_every_chip(rows):
     assert {kernel for kernel, _ in launches} == defined
 
 
-def test_no_other_kernel_spills(rows):
-    known = {name: spills[MINOR] for name, spills in SPILLS.items() if MINOR in spills}
-    assert {name: row["spills"] for name, row in rows.items() if row["spills"]} == known
-
-
-def test_products_run_on_tensor_cores(rows):
-    products = {name: row for name, row in rows.items() if row["kernel"] in PRODUCTS}
-    assert {row["kernel"] for row in products.values()} == PRODUCTS
-    assert [name for name, row in products.items() if row["mma"] == 0] == []
+def test_no_kernel_spills(rows):
+    assert [name for name, row in rows.items() if row["spills"]] == []
 
 
 def test_copies_access_memory_in_128_bits(rows):
@@ -110,7 +95,7 @@ def test_table(inspector, rows):
     assert header.split() == [*asked[0]]
     assert len(lines) == len(asked) == 6
     for line, row in zip(lines, asked, strict=True):
-        assert re.split(r"\s{2,}", line) == [str(value) for value in row.values() if value != ""]
+        assert re.split(r"\s{2,}", line) == [str(value) for value in row.values()]
 
 
 @pytest.mark.parametrize(

@@ -191,27 +191,54 @@ def test_masks_of_more_patches_than_one_launch_sorts(num_patches, levels):
 def test_noise_of_any_value_is_ordered_as_by_pytorch():
     special = [0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), float("nan"), -float("nan"), 1e-45, -1e-45, 3e38]
     noise = torch.tensor([special * 3, (special * 3)[::-1]])
-    ours, expected = (op(*noise.shape, 0.5, noise=noise) for op in (random_masking, reference.random_masking))
-    assert torch.equal(ours.ids_restore, expected.ids_restore)
+    ours = random_masking(*noise.shape, 0.5, noise=noise).ids_restore.cpu()
+    # On a CPU: PyTorch's sort on a GPU puts a NaN of negative sign first (its issue 190781).
+    assert torch.equal(ours, reference.random_masking(*noise.shape, 0.5, noise=noise.cpu()).ids_restore)
 
 
-# 40 x 64 pixels of 5 channels are held in two turns, 40 x 64 of 13 in five.
-@pytest.mark.parametrize(("c", "turns"), [(5, 2), (13, 5)])
+# 40 x 64 pixels of 3 channels are held in two turns, 40 x 64 of 13 in nine.
+@pytest.mark.parametrize(("c", "turns"), [(3, 2), (13, 9)])
 @pytest.mark.parametrize(("layout", "by"), [("pqc", "mask"), ("cpq", "ids_mask")])
 @pytest.mark.parametrize("norm_pix", [False, True])
 def test_patches_larger_than_the_registers(c, turns, layout, by, norm_pix):
     tiles = loss_kernels.loss_tiles(4, c, [40, 64])
-    assert -(-c * 40 // tiles.rows) == turns
+    assert -(-c * 40 * 64 // tiles.values) == turns
     inputs = loss_inputs(2, (1, 2), (40, 64), c, layout=layout, by=by, masked=1, norm_pix=norm_pix, norm=True)
     compare(masked_mse, reference.masked_mse, inputs, torch.tensor(1.0), ("pred",))
+
+
+@pytest.mark.parametrize("layout", ["pqc", "cpq"])
+@pytest.mark.parametrize("patch", [16, 64])  # in one block, in three
+def test_the_target_of_a_flat_patch_is_zero(patch, layout):
+    flat = torch.rand(2, 1, 3, 4).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    pred, mask = torch.zeros(2, 12, 3 * patch**2), torch.ones(2, 12, dtype=torch.bool)
+    assert masked_mse(pred, flat.expand(-1, 3, -1, -1), patch_size=patch, mask=mask, layout=layout).item() == 0
+
+
+@pytest.mark.parametrize("layout", ["pqc", "cpq"])
+def test_channels_more_than_32_bits_apart(layout):
+    inputs = loss_inputs(1, (2, 2), (4, 8), 3, layout=layout, pixels=U8)
+    far = torch.empty(2**32 + 128, dtype=U8).as_strided((1, 3, 8, 16), (0, 2**31, 16, 1))
+    near = inputs.pop("images")
+    assert torch.equal(masked_mse(images=far.copy_(near), **inputs), masked_mse(images=near, **inputs))
+
+
+def test_a_residual_in_place_of_its_prediction():
+    pixels, pred, mask = images(3, 3, 16, 24), tokens(3, 6, 192, BF16), torch.rand(3, 6) < 0.5
+    arguments = (pixels, mask, None, [8, 8], True, None, None, 1e-6, "pqc", True)
+    expected = kernels.masked_mse(pred.clone(), *arguments)
+    loss, residual, _ = kernels.masked_mse(pred, *arguments, in_place=True)
+    assert residual is pred
+    assert torch.equal(residual, expected[1])
+    assert torch.equal(loss, expected[0])
 
 
 @pytest.mark.parametrize(
     "tiles",
     [
-        loss_kernels.LossTiles(patches=1, rows=32, cols=16, turns=3, num_warps=1),
-        loss_kernels.LossTiles(patches=4, rows=32, cols=16, turns=1, num_warps=4),
-        loss_kernels.LossTiles(patches=8, rows=8, cols=16, turns=2, num_warps=4),
+        loss_kernels.LossTiles(patches=1, values=512, turns=3, num_warps=1),
+        loss_kernels.LossTiles(patches=4, values=512, turns=1, num_warps=4),
+        loss_kernels.LossTiles(patches=8, values=128, turns=2, num_warps=4),
     ],
     ids=["turns", "patches", "both"],
 )
@@ -220,30 +247,6 @@ def test_any_tiles_of_the_loss(by, tiles, monkeypatch):
     monkeypatch.setattr(loss_kernels, "loss_tiles", lambda *args: tiles)
     inputs = loss_inputs(3, (3, 5), (8, 14), 3, by=by, pixels=U8, norm=True)
     compare(masked_mse, reference.masked_mse, inputs, torch.tensor(1.0), ("pred",))
-
-
-@pytest.mark.parametrize(
-    "tiles",
-    [
-        embed_kernels.GemmTiles(tokens=16, width=32, rows=2, cols=16, num_warps=4, num_stages=2),
-        embed_kernels.GemmTiles(tokens=64, width=16, rows=8, cols=16, num_warps=4, num_stages=3),
-        embed_kernels.GemmTiles(tokens=32, width=64, rows=32, cols=16, num_warps=8, num_stages=2),
-    ],
-    ids=["small", "tall", "wide"],
-)
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_any_tiles_of_the_projection(dtype, tiles, monkeypatch):
-    monkeypatch.setattr(embed_kernels, "projection_tiles", lambda *args: tiles)
-    monkeypatch.setattr(embed_kernels, "gradient_tiles", lambda *args: tiles)
-    inputs = patch_embed_inputs(3, (5, 7), (6, 14), 3, 40, dtype=dtype, k=9, r=2, norm=True)
-    compare(patch_embed, reference.patch_embed, inputs, tokens(3, 11, 40, dtype), ALL)
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_weight_gradient_in_several_splits(dtype):
-    # 3 x 400 tokens are 4 splits of at least four blocks in bfloat16, 9 in float32.
-    inputs = patch_embed_inputs(3, (20, 20), (2, 4), 3, 24, dtype=dtype, r=1)
-    compare(patch_embed, reference.patch_embed, inputs, tokens(3, 401, 24, dtype), ("weight", "bias"))
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 8])

@@ -1,4 +1,6 @@
-"""Head and loss in one: the vendor's matrix products around the kernel of the loss, for a few samples at a time."""
+"""Head and loss in one: the vendor's matrix products around the kernel of the loss, for some samples at a time."""
+
+from functools import partial
 
 from torch import Tensor
 
@@ -7,4 +9,4 @@ from mae_kernels.kernels.masked_mse import masked_mse
 
 
 def linear_masked_mse(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return in_chunks(masked_mse, *args)
+    return in_chunks(partial(masked_mse, in_place=True), *args)

@@ -1,6 +1,6 @@
 """The loss: targets are read from the images into registers, and at most their difference from pred is written."""
 
-from math import prod
+from math import gcd, prod
 
 import torch
 import triton
@@ -9,43 +9,35 @@ from torch import Tensor
 
 from mae_kernels.kernels.host import cdiv, next_power_of_2
 from mae_kernels.kernels.numerics import rounded
-from mae_kernels.kernels.pixels import load_patches, patch_offsets
+from mae_kernels.kernels.pixels import decoded_values, load_values, patch_offsets
 from mae_kernels.kernels.tiles import BlockTiles, LossTiles
 from mae_kernels.patchify import patch_grid
 
 
 @triton.jit
 def _write_residual(
-    p_pred, p_out, target, factor, rows, o_pred, o_out, m_row, m_pred, s_pe,
-    C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, COLS: tl.constexpr, PQC: tl.constexpr,
+    p_pred, p_out, target, factor, first, o_pred, o_out, m_row, m_pred, s_pe,
+    E: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    # Sum over the rows of (pred - target)^2 [B]; what is written is zero where m_pred is not set.
-    cols = tl.arange(0, COLS)
-    if PQC:
-        e = (rows % PH * (PW * C) + rows // PH)[:, None] + (cols * C)[None, :]  # [R, COLS]
-    else:
-        e = (rows * PW)[:, None] + cols[None, :]
-    m_e = ((rows < C * PH)[:, None] & (cols < PW)[None, :])[None, :, :]
-    m_value = m_pred[:, None, None] & m_e
-    pred = tl.load(p_pred + o_pred[:, None, None] + (e.to(tl.int64) * s_pe)[None, :, :], mask=m_value, other=0)
-    residual = tl.where(m_value, pred.to(tl.float32) - target, 0)  # [B, R, COLS]
+    # Sum of (pred - target)^2 over values [B]; what is written is zero where m_pred is not set.
+    e = first + tl.arange(0, VALUES)
+    m_e = (e < E)[None, :]
+    m_value = m_pred[:, None] & m_e
+    pred = tl.load(p_pred + o_pred[:, None] + (e.to(tl.int64) * s_pe)[None, :], mask=m_value, other=0)
+    residual = tl.where(m_value, pred.to(tl.float32) - target, 0)  # [B, VALUES]
     if p_out is not None:
         out = rounded(residual * factor, p_out.dtype.element_ty)
-        tl.store(p_out + o_out[:, None, None] + e[None, :, :], out, mask=m_row[:, None, None] & m_e)
-    return tl.sum(tl.sum(residual * residual, axis=2), axis=1)
+        tl.store(p_out + o_out[:, None] + e[None, :], out, mask=m_row[:, None] & m_e)
+    return tl.sum(residual * residual, axis=1)
 
 
 @triton.jit
-def _moment(
-    x, mean, rows, POWER: tl.constexpr,
-    C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    # Sum over the rows of (x - mean)^POWER, POWER 1 or 2: [B].
-    m_e = (rows < C * PH)[:, None] & (tl.arange(0, COLS) < PW)[None, :]
-    x = tl.where(m_e[None, :, :], x - mean[:, None, None], 0)
+def _moment(x, mean, first, POWER: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr):
+    # Sum of (x - mean)^POWER over values, POWER 1 or 2: [B].
+    x = tl.where((first + tl.arange(0, VALUES) < E)[None, :], x - mean[:, None], 0)
     if POWER == 2:
         x *= x
-    return tl.sum(tl.sum(x, axis=2), axis=1)
+    return tl.sum(x, axis=1)
 
 
 @triton.jit
@@ -54,8 +46,8 @@ def masked_mse_kernel(
     num_rows, rows_per_sample, num_patches, grid_width, blocks_per_program, eps,
     s_pn, s_pl, s_pe, s_xn, s_xc, s_xh, s_xw, s_in, s_il,
     C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    NORM_PIX: tl.constexpr, PQC: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    NORM_PIX: tl.constexpr, PQC: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """residual = pred - target on masked patches; partial sums of residual^2, and of the mask.
 
@@ -66,7 +58,9 @@ def masked_mse_kernel(
     factor = 1.0
     if p_grad is not None:
         factor = tl.load(p_grad).to(tl.float32) * tl.load(p_scale)
-    rows = tl.arange(0, ROWS)  # row c * PH + p of a patch; a patch with more of them is read in several turns
+    # All patches share these. The compiler does not move loads out of a loop that stores.
+    o_pivot, mean_pivot, inverse_pivot = decoded_values(p_mean, p_std, 0, s_xc, s_xh, s_xw, C, PH, PW, PQC, WIDE, 1)
+    o_e, mean_e, inverse_e = decoded_values(p_mean, p_std, 0, s_xc, s_xh, s_xw, C, PH, PW, PQC, WIDE, VALUES)
     total = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.int32)
     for turn in range(blocks_per_program):
@@ -82,40 +76,36 @@ def masked_mse_kernel(
             m_pred = m_i & (tl.load(p_mask + n * s_in + j * s_il, mask=m_i, other=0) != 0)
             count += m_pred.to(tl.int32)
         o_patch = n * s_xn + patch_offsets(patch, grid_width, s_xh, s_xw, PH, PW)
-        o_pred = n * s_pn + j * s_pl
+        o_pred = (n * s_pn + j * s_pl) * UNIT
         o_out = i.to(tl.int64) * E
 
-        x = load_patches(
-            p_images, p_mean, p_std, o_patch, m_pred, rows, s_xc, s_xh, s_xw, C, PH, PW, COLS, tl.float32
-        )  # [B, R, COLS]
+        x = load_values(p_images, o_patch, m_pred, 0, o_e, mean_e, inverse_e, E)  # [B, VALUES]
+        pivot = tl.zeros([BLOCK, 1], tl.float32)
         mean = tl.zeros([BLOCK], tl.float32)
         scale = tl.full([BLOCK], 1, tl.float32)
         if NORM_PIX:
+            # A sum of equal values rounds, which the division by their tiny deviation magnifies: differences from the
+            # first value have no such error.
+            pivot = load_values(p_images, o_patch, m_pred, 0, o_pivot, mean_pivot, inverse_pivot, E)
+            x -= pivot
             # Two passes: the variance is never a difference of two large sums.
             for power in tl.static_range(1, 3):
-                moment = _moment(x, mean, rows, power, C, PH, PW, COLS)
-                for first in range(ROWS, C * PH, ROWS):
-                    more = load_patches(
-                        p_images, p_mean, p_std, o_patch, m_pred, first + rows, s_xc, s_xh, s_xw,
-                        C, PH, PW, COLS, tl.float32,
-                    )  # fmt: skip
-                    moment += _moment(more, mean, first + rows, power, C, PH, PW, COLS)
+                moment = _moment(x, mean, 0, power, E, VALUES)
+                for first in range(VALUES, E, VALUES):
+                    o, m, inverse = decoded_values(p_mean, p_std, first, s_xc, s_xh, s_xw, C, PH, PW, PQC, WIDE, VALUES)
+                    more = load_values(p_images, o_patch, m_pred, first, o, m, inverse, E) - pivot
+                    moment += _moment(more, mean, first, power, E, VALUES)
                 if power == 1:
                     mean = moment / E
                 else:
                     scale = 1 / tl.sqrt_rn(moment / (E - 1) + eps)
-        target = (x - mean[:, None, None]) * scale[:, None, None]
-        total += _write_residual(
-            p_pred, p_out, target, factor, rows, o_pred, o_out, m_i, m_pred, s_pe, C, PH, PW, COLS, PQC
-        )
-        for first in range(ROWS, C * PH, ROWS):
-            more = load_patches(
-                p_images, p_mean, p_std, o_patch, m_pred, first + rows, s_xc, s_xh, s_xw, C, PH, PW, COLS, tl.float32
-            )
-            target = (more - mean[:, None, None]) * scale[:, None, None]
-            total += _write_residual(
-                p_pred, p_out, target, factor, first + rows, o_pred, o_out, m_i, m_pred, s_pe, C, PH, PW, COLS, PQC
-            )
+        target = (x - mean[:, None]) * scale[:, None]
+        total += _write_residual(p_pred, p_out, target, factor, 0, o_pred, o_out, m_i, m_pred, s_pe, E, VALUES)
+        for first in range(VALUES, E, VALUES):
+            o, m, inverse = decoded_values(p_mean, p_std, first, s_xc, s_xh, s_xw, C, PH, PW, PQC, WIDE, VALUES)
+            more = load_values(p_images, o_patch, m_pred, first, o, m, inverse, E) - pivot
+            target = (more - mean[:, None]) * scale[:, None]
+            total += _write_residual(p_pred, p_out, target, factor, first, o_pred, o_out, m_i, m_pred, s_pe, E, VALUES)
     if p_sums is not None:
         tl.store(p_sums + pid, tl.sum(total))
     if p_counts is not None:
@@ -157,16 +147,16 @@ def masked_mse_backward_kernel(
 
 
 def loss_tiles(num_patches: int, channels: int, patch: list[int]) -> LossTiles:
-    """Blocks of about 1024 values a warp; enough programs to fill a chip, few enough for one to add their sums.
+    """A warp for up to 1024 values; several turns, so that decoding the values costs a patch little.
 
-    From the inspector, 2026-11; not measured on a GPU: a patch of 3 x 16 x 16 in one warp is 24 values a lane, in 56 to
-    110 registers, without a barrier. 8192 values in 8 warps are 32 a lane; larger patches are read three times.
+    From the inspector for sm_90, 2026-11; not measured on a GPU: a patch of 3 x 16 x 16 takes one warp 610 to 700
+    instructions, without a barrier, in 80 registers, or 128 where pixels are normalised; two warps take 890 to 1000.
+    Blocks of 8192 values spill; patches of more than 4096 are read three times.
     """
-    cols = next_power_of_2(patch[1])
-    rows = min(next_power_of_2(channels * patch[0]), max(8192 // cols, 1))
-    patches = max(1, 512 // (rows * cols))
-    turns = min(max(num_patches // (16384 * patches), 1), 16)
-    return LossTiles(patches, rows, cols, turns, num_warps=min(max(patches * rows * cols // 1024, 1), 8))
+    values = min(next_power_of_2(channels * prod(patch)), 4096)
+    patches = max(1, 512 // values)
+    turns = min(max(num_patches // (4096 * patches), 1), 8)
+    return LossTiles(patches, values, turns, num_warps=1 if values <= 1024 else values // 512)
 
 
 def backward_tiles() -> BlockTiles:
@@ -185,8 +175,11 @@ def masked_mse(
     eps: float,
     layout: str,
     keep_residual: bool,
+    *,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    residual = pred.new_empty(pred.shape if keep_residual else 0)
+    # In place a kept residual takes the memory of a contiguous pred.
+    residual = pred if keep_residual and in_place else pred.new_empty(pred.shape if keep_residual else 0)
     sums, counts = _residuals(
         pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, out=residual if keep_residual else None
     )
@@ -211,7 +204,11 @@ def _residuals(
 ):  # fmt: skip
     # Launches the kernel: partial sums and counts of the loss, or, where grad and scale are given, the gradient alone.
     mean, std = (x if x is None else x.contiguous() for x in (mean, std))  # read without strides
-    (n, rows, _), channels, (ph, pw) = pred.shape, images.shape[1], patch
+    (n, rows, values), channels, (ph, pw) = pred.shape, images.shape[1], patch
+    s_pn, s_pl, s_pe = pred.stride()
+    unit = gcd(values, s_pn, s_pl)  # known to the compiler, so that rows of any multiple of 4 values are read widely
+    s_xn, s_xc, s_xh, s_xw = images.stride()
+    last = (channels - 1) * s_xc + (ph - 1) * s_xh + (pw - 1) * s_xw  # pixel of a patch
     grid = patch_grid(images, patch)
     tiles = loss_tiles(n * rows, channels, patch)
     programs = cdiv(n * rows, tiles.patches * tiles.turns)
@@ -220,9 +217,9 @@ def _residuals(
     masked_mse_kernel[(programs,)](
         pred, images, mean, std, mask, ids_mask, grad, scale, out, sums, counts,
         n * rows, rows, prod(grid), grid[1], tiles.turns, eps,
-        *pred.stride(), *images.stride(), *(ids_mask if mask is None else mask).stride(),
-        C=channels, PH=ph, PW=pw, NORM_PIX=norm_pix, PQC=layout == "pqc",
-        BLOCK=tiles.patches, ROWS=tiles.rows, COLS=tiles.cols, num_warps=tiles.num_warps,
+        s_pn // unit, s_pl // unit, s_pe, s_xn, s_xc, s_xh, s_xw, *(ids_mask if mask is None else mask).stride(),
+        C=channels, PH=ph, PW=pw, NORM_PIX=norm_pix, PQC=layout == "pqc", WIDE=last >= 2**31, UNIT=unit,
+        BLOCK=tiles.patches, VALUES=tiles.values, num_warps=tiles.num_warps,
     )  # fmt: skip
     return sums, counts
 

@@ -1,9 +1,7 @@
-"""Patches read straight from the images: no copy of a patch is ever made in memory."""
+"""Patches read straight from the images."""
 
 import triton
 import triton.language as tl
-
-from mae_kernels.kernels.numerics import rounded
 
 
 @triton.jit
@@ -14,57 +12,39 @@ def patch_offsets(ids, grid_width, s_h, s_w, PH: tl.constexpr, PW: tl.constexpr)
 
 
 @triton.jit
-def _load_pixels(
-    p_images, p_mean, p_std, o_patch, m_patch, rows, cols, s_c, s_h, s_w,
-    AXES: tl.constexpr, C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DTYPE: tl.constexpr,
+def decoded_values(
+    p_mean, p_std, first, s_c, s_h, s_w,
+    C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, PQC: tl.constexpr, WIDE: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    # Pixels (rows, cols) of patches. The rows [R] lack the AXES of the result that the other blocks have.
-    c = rows // PH
-    m_row = rows < C * PH
-    o_row = c.to(tl.int64) * s_c + (rows % PH).to(tl.int64) * s_h  # [R]
-    m_pixel = m_patch & tl.expand_dims(m_row, AXES) & (cols < PW)
-    o_pixel = o_patch + tl.expand_dims(o_row, AXES) + cols.to(tl.int64) * s_w
-    x = tl.load(p_images + o_pixel, mask=m_pixel, other=0)
+    """Of a patch's values from the first on, [VALUES]: offset of the pixel, mean and 1 / std of its channel.
+
+    The values are ordered by row, column and channel (PQC) or by channel, row and column.
+    """
+    e = first + tl.arange(0, VALUES)
+    if PQC:
+        c, p, q = e % C, e // (PW * C), e // C % PW
+    else:
+        c, p, q = e // (PH * PW), e // PW % PH, e % PW
+    o_e = c.to(tl.int64) * s_c + p.to(tl.int64) * s_h + q.to(tl.int64) * s_w
+    if not WIDE:
+        # Offsets of 32 bits take half the registers.
+        o_e = o_e.to(tl.int32)
+    mean, inverse = tl.zeros([VALUES], tl.float32), tl.full([VALUES], 1, tl.float32)
+    if p_mean is not None:
+        m_e = e < C * PH * PW
+        mean = tl.load(p_mean + c, mask=m_e, other=0).to(tl.float32)
+        inverse = 1 / tl.load(p_std + c, mask=m_e, other=1).to(tl.float32)
+    return o_e, mean, inverse
+
+
+@triton.jit
+def load_values(p_images, o_patch, m_patch, first, o_e, mean, inverse, E: tl.constexpr):
+    """``(x - mean[c]) / std[c]`` of the values of patches [B], uint8 read as ``x / 255``: [B, VALUES] in float32.
+
+    What lies outside of the patches is read as zero.
+    """
+    m_e = first + tl.arange(0, o_e.shape[0]) < E
+    x = tl.load(p_images + o_patch[:, None] + o_e[None, :], mask=m_patch[:, None] & m_e[None, :], other=0)
     if x.dtype == tl.uint8:
         x = x.to(tl.float32) * (1 / 255)
-    if p_mean is not None:
-        # The division is one for a row, not one for each pixel.
-        mean = tl.load(p_mean + c, mask=m_row, other=0).to(tl.float32)
-        inverse = 1 / tl.load(p_std + c, mask=m_row, other=1).to(tl.float32)  # [R]
-        x = tl.where(m_pixel, (x.to(tl.float32) - tl.expand_dims(mean, AXES)) * tl.expand_dims(inverse, AXES), 0)
-    return rounded(x, DTYPE)
-
-
-@triton.jit
-def load_patches(
-    p_images, p_mean, p_std, o_patch, m_patch, rows, s_c, s_h, s_w,
-    C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, COLS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """``(x - mean[c]) / std[c]`` of rows of patches, uint8 read as ``x / 255``, zero outside: [B, R, COLS] in DTYPE.
-
-    Row ``c * PH + p`` of a patch is row p of its channel c, PW pixels wide.
-    """
-    return _load_pixels(
-        p_images, p_mean, p_std, o_patch[:, None, None], m_patch[:, None, None], rows,
-        tl.arange(0, COLS)[None, None, :], s_c, s_h, s_w, (0, 2), C, PH, PW, DTYPE,
-    )  # fmt: skip
-
-
-@triton.jit
-def load_patch_values(
-    p_images, p_mean, p_std, o_patch, m_patch, first, s_c, s_h, s_w,
-    C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The same of ROWS rows from the first on, one behind the other, as products take them: [B, ROWS * COLS]."""
-    if COLS < 8:
-        # Triton 3.6 has no shared layout for a reshape of so narrow rows: chips that multiply from there fail.
-        value = tl.arange(0, ROWS * COLS)
-        x = _load_pixels(
-            p_images, p_mean, p_std, o_patch[:, None], m_patch[:, None], first + value // COLS,
-            (value % COLS)[None, :], s_c, s_h, s_w, 0, C, PH, PW, DTYPE,
-        )  # fmt: skip
-    else:
-        rows = first + tl.arange(0, ROWS)
-        x = load_patches(p_images, p_mean, p_std, o_patch, m_patch, rows, s_c, s_h, s_w, C, PH, PW, COLS, DTYPE)
-        x = tl.reshape(x, [o_patch.shape[0], ROWS * COLS])
-    return x
+    return (x.to(tl.float32) - mean[None, :]) * inverse[None, :]

@@ -22,35 +22,20 @@ class RowTiles:
 
 @dataclass(frozen=True)
 class LossTiles:
-    """A program turns ``turns`` times to ``patches`` patches, of which it holds ``rows`` rows of ``cols`` pixels."""
+    """A program turns ``turns`` times to ``patches`` patches, of which it holds ``values`` values at a time."""
 
     patches: int
-    rows: int
-    cols: int
+    values: int
     turns: int
     num_warps: int
 
 
 @dataclass(frozen=True)
-class GemmTiles:
-    """A program multiplies ``tokens`` rows with ``width`` columns of the weight, ``rows`` rows of pixels at a time.
-
-    For the gradient of the weight ``tokens`` is the depth of the product, for that of the images ``width`` is.
-    """
-
-    tokens: int
-    width: int
-    rows: int
-    cols: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
 class CropTiles:
-    """A program makes ``rows`` x ``cols`` pixels of an output and resizes ``lines`` lines of the input at a time."""
+    """A program makes ``rows`` x ``cols`` pixels of an output from ``lines`` lines of the input, ``taps`` at a time."""
 
     rows: int
     cols: int
     lines: int
+    taps: int
     num_warps: int
