@@ -48,7 +48,7 @@ def conditions() -> dict:
         "kind": "gpu" if on_gpu else "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "cpu",
         "commit": os.environ.get("MAE_COMMIT") or _output("git", "rev-parse", "--short", "HEAD") or "unknown",
         "uncommitted_changes": bool(_output("git", "status", "--porcelain", "--untracked-files=no"))
-        if _output("git", "rev-parse", "HEAD") else "unknown",
+        if "MAE_COMMIT" not in os.environ and _output("git", "rev-parse", "HEAD") else "unknown",
         "sources": sources(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "device": torch.cuda.get_device_name() if on_gpu else cpu.get("brand_raw", "CPU"),

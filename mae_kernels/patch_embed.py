@@ -269,7 +269,8 @@ def _weight_gradient(grad: Tensor, patches: Tensor) -> Tensor:
 def _product_in_float32(grad: Tensor, patches: Tensor) -> Tensor:
     if grad.dtype != torch.float32:
         return torch.mm(grad.t(), patches, out_dtype=torch.float32)  # half precision is rounded once, by autograd
-    # cuBLAS adds all rows in one chain, whose error grows with its length; parts also fill more of the chip.
+    # Some products of cuBLAS add all rows in one chain: over 468 of them it strays 7 times as far as the reference's
+    # convolution. Where it splits them itself, over 12,544, parts cost 60 of 370 µs on an H200.
     parts = gcd(len(grad), 16)
     return (grad.view(parts, -1, grad.shape[1]).mT @ patches.view(parts, -1, patches.shape[1])).sum(0)
 

@@ -22,9 +22,18 @@ REMEDY = (
 
 # The chips that the others take their tiles from: `make compile` compiles for all, and the records hold all.
 CHIPS = sorted({chip.tiles for chip in chips.CHIPS.values()})
+# Bytes of stack of a thread, by Triton: tiles that won a race on a GPU all the same.
+SPILLS = {
+    "random_resized_crop of random_resized_crop packed, sm_90": {"3.6": 8},
+    "random_resized_crop of random_resized_crop, sm_100": {"3.7": 8},
+}
+
 # Copies whose widest access is less than 128 bits, by kernel and case, each with its reason.
 NARROW = {
     "gather_patches of patch_embed bfloat16 ViT-H/14": "rows of 14 pixels",
+    "gather_patches of patch_embed uint8": "8 pixels a thread, each a byte",
+    "gather_patches of patch_embed uint8 bfloat16": "8 pixels a thread, each a byte",
+    "masked_mse of masked_mse uint8 bfloat16": "the forward writes sums alone",
     "masked_mse of masked_mse uint8 bfloat16 cpq": "the forward writes sums alone",
 }
 
@@ -64,15 +73,16 @@ def test_every_kernel_is_compiled_for_every_chip(rows):
     assert {kernel for kernel, _ in launches} == defined
 
 
-def test_no_kernel_spills(rows):
-    assert [name for name, row in rows.items() if row["spills"]] == []
+def test_no_other_kernel_spills(rows):
+    known = {name: spills[MINOR] for name, spills in SPILLS.items() if MINOR in spills}
+    assert {name: row["spills"] for name, row in rows.items() if row["spills"]} == known
 
 
 def test_copies_access_memory_in_128_bits(rows):
     narrow = {
         name.partition(",")[0]
         for name, row in rows.items()
-        if row["kernel"].startswith(("gather", "scatter", "masked_mse_backward")) or "cpq" in row["case"]
+        if row["kernel"].startswith(("add_positions", "gather", "masked_mse", "scatter"))
         if min(row["load_bits"], row["store_bits"]) < 128
     }
     assert narrow == {*NARROW}
@@ -102,7 +112,7 @@ def test_table(inspector, rows):
     ("options", "environment", "sentence"),
     [
         ((), {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set, and interpreted kernels are not compiled; unset it"),
-        (("--kernel", "gather"), {}, "--kernel must be one of gather_tokens, "),
+        (("--kernel", "gather"), {}, "--kernel must be one of add_positions, "),
     ],
 )
 def test_refusals(inspector, options, environment, sentence):

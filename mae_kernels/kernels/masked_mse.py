@@ -149,8 +149,8 @@ def masked_mse_backward_kernel(
 def loss_tiles(num_patches: int, channels: int, patch: list[int]) -> LossTiles:
     """A warp for up to 1024 values; several turns, so that decoding the values costs a patch little.
 
-    From the inspector for sm_90, 2026-11; not measured on a GPU: a patch of 3 x 16 x 16 takes one warp 610 to 700
-    instructions, without a barrier, in 80 registers, or 128 where pixels are normalised; two warps take 890 to 1000.
+    From the inspector for sm_90, not raced on a GPU: a patch of 3 x 16 x 16 takes one warp 610 to 700 instructions,
+    without a barrier, in 80 registers, or 128 where pixels are normalised; two warps take 890 to 1000.
     Blocks of 8192 values spill; patches of more than 4096 are read three times.
     """
     values = min(next_power_of_2(channels * prod(patch)), 4096)

@@ -32,10 +32,9 @@ class LossTiles:
 
 @dataclass(frozen=True)
 class CropTiles:
-    """A program makes ``rows`` x ``cols`` pixels of an output from ``lines`` lines of the input, ``taps`` at a time."""
+    """A program makes ``rows`` x ``cols`` pixels of an output and resizes ``lines`` lines of the input at a time."""
 
     rows: int
     cols: int
     lines: int
-    taps: int
     num_warps: int
