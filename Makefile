@@ -5,13 +5,13 @@ VENV ?= .venv
 OUT ?= benchmarks/results
 CALL ?= 1
 
-.PHONY: demo test compile bench faults gpu lint clean
+.PHONY: demo test test-all compile bench faults gpu lint clean
 
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/python -m mae demo
 
-test: $(VENV)/test.installed $(VENV)/peers.installed
-	$(VENV)/bin/python -m pytest --numprocesses 2
+test test-all: $(VENV)/test.installed $(VENV)/peers.installed
+	$(VENV)/bin/python -m pytest --numprocesses 2 $(if $(filter test,$@),-m "not slow")
 
 # Every launch of the tests, for every chip, under the oldest and the newest Triton; goes on where it was stopped.
 compile: $(VENV)/test.installed $(VENV)/peers.installed
@@ -20,7 +20,7 @@ compile: $(VENV)/test.installed $(VENV)/peers.installed
 bench: $(VENV)/bench.installed
 	$(VENV)/bin/python -m pytest benchmarks/ --benchmark-only
 
-faults: $(VENV)/test.installed
+faults: $(VENV)/test.installed $(VENV)/peers.installed
 	$(VENV)/bin/python tests/faults.py
 
 lint: $(VENV)/dev.installed

@@ -28,7 +28,7 @@ from benchmarks.record import ROOT
 NATIVE = [
     "random_resized_crop", "masking", "patch_embed", "gather_tokens", "scatter_mask_tokens", "masked_mse",
     "linear_masked_mse", "kernels", "dispatch", "strides", "any_size", "transforms", "backend", "nn", "block", "step",
-    "model_under_pytorch", "apply", "apply_precision",
+    "model_under_pytorch", "apply", "apply_calls", "apply_trial", "apply_precision",
 ]  # fmt: skip
 # Every op at small shapes; without PyTorch's cache each tensor is an allocation of its own, with edges to check.
 SMALL = ["tests/test_kernels.py", "-k", "nothing_is_written_outside"]

@@ -154,13 +154,13 @@ def dispatcher_calls() -> list[tuple]:
     """Op and arguments, for every op of torch.ops.mae_kernels: options given and left out, odd strides, one sample."""
     ops = torch.ops.mae_kernels
     mean, std = (torch.tensor(values) for values in mean_std(3).values())
-    last, plain = images(3, 3, 16, 32, torch.uint8, "channels_last"), images(1, 3, 16, 32)
-    table, weight, bias, token = torch.randn(8, 5), torch.randn(5, 3, 8, 8), torch.randn(5), torch.randn(5)
+    last, plain = images(3, 3, 8, 16, torch.uint8, "channels_last"), images(1, 3, 8, 16)
+    table, weight, bias, token = torch.randn(8, 5), torch.randn(5, 3, 4, 4), torch.randn(5), torch.randn(5)
     keep, keep1, restore, restore1 = ids(3, 8, 2), ids(1, 8, 2), ids(3, 8, 8), ids(1, 8, 8)
-    mask, residual, scale = torch.rand(3, 8) < 0.5, tokens(3, 8, 192), torch.tensor(0.1)
-    norm, patch, no, yes, head = (mean, std), [8, 8], False, True, torch.randn(192, 5) / 5
-    packed, flips = PackedImages.pack([last[0], last[1, :, 3:, :20]]), torch.tensor([yes, no, yes])
-    boxes = torch.tensor([[0, 0, 16, 32], [2, 3, 9, 11], [15, 31, 1, 1]])
+    mask, residual, scale = torch.rand(3, 8) < 0.5, tokens(3, 8, 48), torch.tensor(0.1)
+    norm, patch, no, yes, head = (mean, std), [4, 4], False, True, torch.randn(48, 5) / 5
+    packed, flips = PackedImages.pack([last[0], last[1, :, 3:, :10]]), torch.tensor([yes, no, yes])
+    boxes = torch.tensor([[0, 0, 8, 16], [2, 3, 3, 7], [7, 15, 1, 1]])
     return [
         (ops.masking, torch.rand(3, 8), 2),
         (ops.masking, torch.rand(1, 8), 2),
@@ -175,23 +175,23 @@ def dispatcher_calls() -> list[tuple]:
         (ops.scatter_mask_tokens_backward, tokens(3, 9, 5), restore, 3, 1, 9, F32, [yes, yes, yes]),
         (ops.scatter_mask_tokens_backward, tokens(1, 9, 5, strides="permute"), restore1, 3, 1, 8, BF16, [yes, no, no]),
         (ops.scatter_mask_tokens_backward, tokens(3, 9, 5, strides="sum"), restore, 3, 1, 0, F32, [no, yes, yes]),
-        (ops.masked_mse, tokens(3, 8, 192, BF16), last, mask, None, patch, yes, *norm, 1e-6, "pqc", yes),
-        (ops.masked_mse, tokens(1, 2, 192), plain, None, keep1, patch, yes, None, None, 1e-6, "cpq", yes),
-        (ops.masked_mse, tokens(3, 2, 192, F64), last, None, keep, patch, no, None, None, 1e-6, "cpq", no),
-        (ops.masked_mse, tokens(3, 8, 192), last, mask * 0.0, None, patch, no, *norm, 1e-6, "pqc", yes),
-        (ops.masked_mse_recomputed_backward, tokens(3, 8, 192, BF16), last, mask, None, patch, yes, *norm, 1e-6, "pqc",
+        (ops.masked_mse, tokens(3, 8, 48, BF16), last, mask, None, patch, yes, *norm, 1e-6, "pqc", yes),
+        (ops.masked_mse, tokens(1, 2, 48), plain, None, keep1, patch, yes, None, None, 1e-6, "cpq", yes),
+        (ops.masked_mse, tokens(3, 2, 48, F64), last, None, keep, patch, no, None, None, 1e-6, "cpq", no),
+        (ops.masked_mse, tokens(3, 8, 48), last, mask * 0.0, None, patch, no, *norm, 1e-6, "pqc", yes),
+        (ops.masked_mse_recomputed_backward, tokens(3, 8, 48, BF16), last, mask, None, patch, yes, *norm, 1e-6, "pqc",
          torch.tensor(2.0), scale),
-        (ops.masked_mse_recomputed_backward, tokens(1, 2, 192), plain, None, keep1, patch, no, None, None, 1e-6, "cpq",
+        (ops.masked_mse_recomputed_backward, tokens(1, 2, 48), plain, None, keep1, patch, no, None, None, 1e-6, "cpq",
          torch.tensor(2.0), scale),
         (ops.masked_mse_backward, residual, torch.tensor(2.0), scale, F16),
         (ops.masked_mse_backward, residual[:1], torch.tensor(2.0).expand(()), scale, F32),
-        (ops.linear_masked_mse, tokens(3, 2, 5, BF16, "permute"), head, torch.randn(192), last, keep, patch, yes, *norm,
+        (ops.linear_masked_mse, tokens(3, 2, 5, BF16, "permute"), head, torch.randn(48), last, keep, patch, yes, *norm,
          1e-6, "pqc", BF16, [yes, yes, yes]),
         (ops.linear_masked_mse, tokens(1, 2, 5), head, None, plain, keep1, patch, yes, None, None, 1e-6, "cpq", F32,
          [yes, no, no]),
         (ops.linear_masked_mse, tokens(3, 2, 5, F64), head.double(), None, last, keep, patch, no, None, None, 1e-6,
          "pqc", F64, [no, yes, no]),
-        (ops.linear_masked_mse, tokens(3, 2, 5), head, torch.randn(192), last, keep, patch, no, *norm, 1e-6, "cpq", F32,
+        (ops.linear_masked_mse, tokens(3, 2, 5), head, torch.randn(48), last, keep, patch, no, *norm, 1e-6, "cpq", F32,
          [no, no, no]),
         (ops.random_resized_crop, last, None, None, boxes, flips, [9, 20]),
         (ops.random_resized_crop, last[:1], None, None, boxes[1:2], flips[::3], [1, 1]),
@@ -204,7 +204,7 @@ def dispatcher_calls() -> list[tuple]:
          [yes, yes, yes, yes, no]),
         (ops.patch_embed_backward, tokens(1, 2, 5, BF16, "sum"), plain, weight, keep1, *norm, 0, BF16,
          [yes, yes, yes, yes, no]),
-        (ops.patch_embed_backward, tokens(1, 2, 5), plain[:, :1, :, :8], weight[:, :1], ids(1, 2, 2), None, None, 0,
+        (ops.patch_embed_backward, tokens(1, 2, 5), plain[:, :1, :, :4], weight[:, :1], ids(1, 2, 2), None, None, 0,
          F32, [yes, no, no, no, no]),
     ]  # fmt: skip
 
@@ -214,7 +214,7 @@ def _masking_in_one(noise):
 
 
 # Op, inputs for a batch of n, inputs with a gradient. No size equals 3, 4, 5, 7 or 11 but that of such a batch.
-GRID, PATCH = (2, 7), (8, 16)
+GRID, PATCH = (2, 7), (8, 8)
 OPS_BY_NAME = {
     "masking": (_masking_in_one, lambda n: {"noise": torch.rand(n, 49)}, ()),
     "gather": (gather_tokens, lambda n: {"tokens": tokens(n, 49, 24), "ids": ids(n, 49, 12)}, ("tokens",)),

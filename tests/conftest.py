@@ -3,11 +3,14 @@
 import functools
 import os
 
+# As many processes as cores: more threads would wait for each other. NumPy's library asks once, when it is loaded.
+if in_a_worker := "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would wait for each other
-    os.environ["OMP_NUM_THREADS"] = "1"
+if in_a_worker:
     torch.set_num_threads(1)
 # Float32 means float32 in every test: TF32 is PyTorch's default for convolutions. Assignments to `fp32_precision` would
 # leave the older settings behind, and reading those would fail.

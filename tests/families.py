@@ -8,6 +8,7 @@ import torch
 import transformers
 from peers import import_peer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _spec = importlib.util.spec_from_file_location(
     "published_style", Path(__file__).parent.parent / "examples" / "published_style.py"
@@ -38,17 +39,24 @@ class AnotherHead(MaskedAutoencoderViT):
         return self.forward_loss(imgs, pred, mask) + self.quality(latent[:, 0]).square().mean(), pred, mask
 
 
-def published(norm_pix: bool = True, cls: type = MaskedAutoencoderViT) -> nn.Module:
-    return _trained(cls(**SMALL, norm_pix_loss=norm_pix))
+class BiasedVariance(MaskedAutoencoderViT):
+    def forward_loss(self, imgs, pred, mask):
+        target = self.patchify(imgs)
+        target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True, correction=0) + 1e-6).sqrt()
+        return ((pred - target).square().mean(2) * mask).sum() / mask.sum()
+
+
+def published(norm_pix: bool = True, cls: type = MaskedAutoencoderViT, **options) -> nn.Module:
+    return _trained(cls(**{**SMALL, "norm_pix_loss": norm_pix, **options}))
 
 
 def hugging_face(norm_pix: bool = True, cls: str = "ViTMAEForPreTraining", **options) -> nn.Module:
-    config = transformers.ViTMAEConfig(
-        image_size=SIZE, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=128, decoder_hidden_size=48, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
-        decoder_intermediate_size=96, norm_pix_loss=norm_pix, **options,
-    )  # fmt: skip
-    return _trained(getattr(transformers, cls)(config))
+    sizes = {
+        "image_size": SIZE, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 128, "decoder_hidden_size": 48, "decoder_num_hidden_layers": 2,
+        "decoder_num_attention_heads": 4, "decoder_intermediate_size": 96, "norm_pix_loss": norm_pix,
+    }  # fmt: skip
+    return _trained(getattr(transformers, cls)(transformers.ViTMAEConfig(**{**sizes, **options})))
 
 
 def timm_encoder(**options) -> nn.Module:
@@ -99,6 +107,41 @@ def outcome(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         return {"loss": output.loss, "pred": output.logits, "mask": output.mask}
     pred = output.last_hidden_state
     return {"loss": pred.float().square().mean(), "pred": pred, "mask": output.mask}
+
+
+def images(n: int = 3, device: str = "cpu") -> Tensor:
+    return torch.randn(n, 3, SIZE, SIZE, device=device)
+
+
+def train(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+    """What the model returns, and the gradient of each parameter."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    result = outcome(model, batch)
+    result["loss"].backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {**{name: x.detach() for name, x in result.items()}, **gradients}
+
+
+def distance(x: Tensor, y: Tensor, scale: Tensor | None = None) -> float:
+    return ((x.double() - y.double()).norm() / (y if scale is None else scale).double().norm()).item()
+
+
+def is_a_key_bias(name: str) -> bool:
+    # Softmax does not see it: its gradient is rounding and nothing else.
+    return name.endswith(("key.bias", "k_proj.bias"))
+
+
+class Calls(TorchDispatchMode):
+    """The names of the dispatcher's ops that ran inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def _trained(model: nn.Module) -> nn.Module:

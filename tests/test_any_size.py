@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty", "backend")
 
 # On a GPU each example compiles kernels. The fixture that poisons memory serves all examples of a test alike.
 any_size = settings(
-    max_examples=30 if DEVICE == "cpu" else 10,
+    max_examples=20 if DEVICE == "cpu" else 10,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import MaskedAutoencoderViT, published
+from families import BiasedVariance, MaskedAutoencoderViT, published
 
 from mae_kernels import apply
 
@@ -98,8 +98,6 @@ class Stops(MaskedAutoencoderViT):
 
 @pytest.mark.usefixtures("chosen")
 def test_the_choice_neither_changes_the_trial_nor_is_changed():
-    from test_apply import BiasedVariance  # not above: it imports conftest, which chooses for the process below
-
     before = readings()
     assert not apply(published().to(DEVICE)).left
     assert readings() == before

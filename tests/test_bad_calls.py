@@ -4,22 +4,17 @@ import pytest
 import torch
 
 from mae_kernels import (
-    PackedImages,
     gather_tokens,
     linear_masked_mse,
     masked_mse,
-    masking_from_mask,
     patch_embed,
     patchify,
-    random_crop_boxes,
-    random_masking,
-    random_resized_crop,
     scatter_mask_tokens,
     unpatchify,
     use_backend,
 )
 
-NAN, INF = float("nan"), float("inf")
+NAN = float("nan")
 V, T = ValueError, TypeError
 
 IMAGES, WEIGHT = torch.rand(2, 3, 32, 32), torch.randn(8, 3, 16, 16)  # L = 4, E = 768, D = 8
@@ -28,9 +23,6 @@ PRED, MASK, TOKENS, TOKEN = torch.randn(2, 4, 768), torch.ones(2, 4).bool(), tor
 HEAD = torch.randn(768, 8)
 IDS = torch.arange(4).repeat(2, 1)
 TOO_LARGE, NEGATIVE, TWICE = (torch.tensor([[0, 1, 2, 3], row]) for row in ([0, 1, 4, 3], [0, 1, 2, -1], [0, 3, 2, 3]))
-PIXELS = torch.zeros(2, 3, 6, 8, dtype=torch.uint8)
-BOXES, FLIPS = torch.tensor([[0, 0, 6, 8], [1, 2, 3, 4]]), torch.tensor([True, False])
-PACKED = PackedImages.pack([PIXELS[0], PIXELS[1, :, :4]])  # 48 and 32 places
 VIDEO_REFUSED = (
     "images have shape (2, 3, 8, 32, 32); video and volumes [N, C, T, H, W] are not supported yet, "
     "pass images [N, C, H, W]"
@@ -55,18 +47,6 @@ def by_mask(pred=PRED, images=IMAGES, patch_size=16, mask=MASK, **kwargs):
 
 def head(hidden=TOKENS, weight=HEAD, bias=None, images=IMAGES, ids_mask=IDS, patch_size=16, **kwargs):
     return linear_masked_mse(hidden, weight, bias, images, ids_mask, patch_size=patch_size, **kwargs)
-
-
-def crop(images=PIXELS, boxes=BOXES, flips=FLIPS, size=5):
-    return random_resized_crop(images, boxes, flips, size)
-
-
-def box(*values):
-    return torch.tensor([[0, 0, 6, 8], values])
-
-
-def packed(**fields):
-    return PACKED._replace(**fields)
 
 
 def meta(x):
@@ -340,46 +320,6 @@ CALLS = [
      "linear_masked_mse: mean was given without std; pass both or neither"),
     ("head eps", lambda: head(eps=NAN), V, "linear_masked_mse: eps must not be negative, got nan"),
 
-    ("masking ratio 0", lambda: random_masking(2, 196, 0), V,
-     "random_masking: mask_ratio must lie strictly between 0 and 1, got 0"),
-    ("masking ratio 1", lambda: random_masking(2, 196, 1), V,
-     "random_masking: mask_ratio must lie strictly between 0 and 1, got 1"),
-    ("masking ratio -0.5", lambda: random_masking(2, 196, -0.5), V,
-     "random_masking: mask_ratio must lie strictly between 0 and 1, got -0.5"),
-    ("masking ratio nan", lambda: random_masking(2, 196, NAN), V,
-     "random_masking: mask_ratio must lie strictly between 0 and 1, got nan"),
-    ("masking ratio inf", lambda: random_masking(2, 196, INF), V,
-     "random_masking: mask_ratio must lie strictly between 0 and 1, got inf"),
-    ("masking ratio str", lambda: random_masking(2, 196, "0.75"), T,
-     "random_masking: mask_ratio must be a number, got str"),
-    ("masking none visible", lambda: random_masking(2, 10, 0.9), V,
-     "random_masking: mask_ratio 0.9 of 10 patches leaves none visible"),
-    ("masking none masked", lambda: random_masking(2, 10, 0.05, count="masked"), V,
-     "random_masking: mask_ratio 0.05 of 10 patches leaves none masked"),
-    ("masking negative batch", lambda: random_masking(-1, 10), V,
-     "random_masking: batch_size must not be negative and num_patches positive, got -1 and 10"),
-    ("masking no patches", lambda: random_masking(2, 0), V,
-     "random_masking: batch_size must not be negative and num_patches positive, got 2 and 0"),
-    ("masking float batch", lambda: random_masking(2.0, 10), T, "random_masking: batch_size must be an int, got float"),
-    ("masking count", lambda: random_masking(2, 10, count="hidden"), V,
-     "random_masking: count must be 'visible' or 'masked', got 'hidden'"),
-    ("masking noise shape", lambda: random_masking(2, 10, noise=torch.rand(2, 9)), V,
-     "random_masking: noise must be [2, 10], got shape (2, 9)"),
-    ("masking noise int64", lambda: random_masking(2, 4, noise=IDS), T,
-     "random_masking: noise must be float32, float16, bfloat16 or float64, got int64"),
-    ("masking noise list", lambda: random_masking(2, 4, noise=[0]), T,
-     "random_masking: noise must be a torch.Tensor, got list"),
-    ("masking noise and device", lambda: random_masking(2, 4, noise=IDS.float(), device="cpu"), V,
-     "random_masking: noise fixes the mask and its device; leave out generator and device"),
-    ("mask uneven", lambda: masking_from_mask(IDS.gt(torch.tensor([[2], [1]]))), V,
-     "masking_from_mask: every row must hide the same number of patches, but row 0 hides 1 and row 1 hides 2"),
-    ("mask full", lambda: masking_from_mask(MASK), V, "masking_from_mask: mask leaves none of the 4 patches visible"),
-    ("mask bare", lambda: masking_from_mask(~MASK), V, "masking_from_mask: mask leaves none of the 4 patches masked"),
-    ("mask float", lambda: masking_from_mask(MASK.float()), T,
-     "masking_from_mask: mask must be bool with True = removed, got float32; call .bool()"),
-    ("mask 1-D", lambda: masking_from_mask(MASK[0]), V, "masking_from_mask: mask must be [N, L], got shape (4,)"),
-    ("mask empty", lambda: masking_from_mask(MASK[:0]), V, "masking_from_mask: mask is empty, got shape (0, 4)"),
-
     ("patchify height", lambda: patchify(IMAGES[:, :, 2:], 16), V,
      "patchify: images height 30 is not a multiple of the patch height 16"),
     ("patchify patch 3-D", lambda: patchify(IMAGES, (2, 16, 16)), V,
@@ -404,86 +344,6 @@ CALLS = [
      "unpatchify: image_size must be a positive int or a pair of them, got (3, 32, 32)"),
     ("unpatchify size 0", lambda: unpatchify(PRED[:, :0], 16, 0), V,
      "unpatchify: image_size must be a positive int or a pair of them, got 0"),
-
-    ("crop float", lambda: crop(PIXELS.float()), T, "random_resized_crop: images must be uint8, got float32"),
-    ("crop array", lambda: crop(PIXELS.numpy()), T, "random_resized_crop: images must be a torch.Tensor, got ndarray"),
-    ("crop 3-D", lambda: crop(PIXELS[0]), V,
-     "random_resized_crop: images must be [N, C, H, W], got shape (3, 6, 8)"),
-    ("crop packed none", lambda: crop(packed(starts=BOXES[:0, 0], sizes=BOXES[:0, :2]), BOXES[:0], FLIPS[:0]), V,
-     "random_resized_crop: images.starts is empty, got shape (0,)"),
-    ("crop empty", lambda: crop(PIXELS[:, :, :0]), V,
-     "random_resized_crop: images is empty, got shape (2, 3, 0, 8)"),
-    ("crop size 0", lambda: crop(size=(5, 0)), V,
-     "random_resized_crop: size must be a positive int or a pair of them, got (5, 0)"),
-    ("crop size float", lambda: crop(size=5.5), V,
-     "random_resized_crop: size must be a positive int or a pair of them, got 5.5"),
-    ("crop boxes list", lambda: crop(boxes=BOXES.tolist()), T,
-     "random_resized_crop: boxes must be a torch.Tensor, got list"),
-    ("crop boxes batch", lambda: crop(boxes=BOXES[:1]), V,
-     "random_resized_crop: boxes must be [2, 4], got shape (1, 4)"),
-    ("crop boxes float", lambda: crop(boxes=BOXES.float()), T,
-     "random_resized_crop: boxes must be int64, got float32; call .long()"),
-    ("crop flips batch", lambda: crop(flips=FLIPS[:1]), V, "random_resized_crop: flips must be [2], got shape (1,)"),
-    ("crop flips uint8", lambda: crop(flips=FLIPS.byte()), T,
-     "random_resized_crop: flips must be bool, got uint8; call .bool()"),
-    ("crop boxes device", lambda: crop(boxes=meta(BOXES)), V,
-     "random_resized_crop: boxes is on meta, but images is on cpu"),
-    ("crop flips device", lambda: crop(flips=meta(FLIPS)), V,
-     "random_resized_crop: flips is on meta, but images is on cpu"),
-    ("crop box empty", lambda: crop(boxes=box(1, 2, 0, 4)), V,
-     ("random_resized_crop: boxes[1], of 0 x 4 pixels from row 1 and column 2 on, is empty or does not lie inside its "
-      "image of 6 x 8")),
-    ("crop box negative", lambda: crop(boxes=box(-1, 2, 3, 4)), V,
-     ("random_resized_crop: boxes[1], of 3 x 4 pixels from row -1 and column 2 on, is empty or does not lie inside its "
-      "image of 6 x 8")),
-    ("crop box low", lambda: crop(boxes=box(4, 2, 3, 4)), V,
-     ("random_resized_crop: boxes[1], of 3 x 4 pixels from row 4 and column 2 on, is empty or does not lie inside its "
-      "image of 6 x 8")),
-    ("crop box wide", lambda: crop(boxes=box(0, 5, 3, 4)), V,
-     ("random_resized_crop: boxes[1], of 3 x 4 pixels from row 0 and column 5 on, is empty or does not lie inside its "
-      "image of 6 x 8")),
-    ("crop box of a packed image", lambda: crop(PACKED, boxes=box(2, 2, 3, 4)), V,
-     ("random_resized_crop: boxes[1], of 3 x 4 pixels from row 2 and column 2 on, is empty or does not lie inside its "
-      "image of 4 x 8")),
-    ("crop packed pixels", lambda: crop(packed(pixels=PIXELS)), V,
-     "random_resized_crop: images.pixels must be [C, B], got shape (2, 3, 6, 8)"),
-    ("crop packed float", lambda: crop(packed(pixels=PACKED.pixels.float())), T,
-     "random_resized_crop: images must be uint8, got float32"),
-    ("crop packed starts", lambda: crop(packed(starts=PACKED.starts.int())), T,
-     "random_resized_crop: images.starts must be int64, got int32; call .long()"),
-    ("crop packed sizes", lambda: crop(packed(sizes=PACKED.sizes[:1])), V,
-     "random_resized_crop: images.sizes must be [2, 2], got shape (1, 2)"),
-    ("crop packed sizes device", lambda: crop(packed(sizes=meta(PACKED.sizes))), V,
-     "random_resized_crop: sizes is on meta, but images is on cpu"),
-    ("crop packed too far", lambda: crop(packed(starts=torch.tensor([0, 49]))), V,
-     ("random_resized_crop: image 1, of 4 x 8 pixels from place 49 on, does not lie inside the 80 places of "
-      "images.pixels")),
-    ("crop packed too large", lambda: crop(packed(sizes=torch.tensor([[2**40, 2**40], [4, 8]]))), V,
-     ("random_resized_crop: image 0, of 1099511627776 x 1099511627776 pixels from place 0 on, does not lie inside the "
-      "80 places of images.pixels")),
-    ("crop list of none", lambda: crop([]), V, "PackedImages.pack: images is empty"),
-    ("crop list of floats", lambda: crop([PIXELS[0], PIXELS[1].float()]), T,
-     "PackedImages.pack: images[1] must be uint8, got float32"),
-    ("crop list of arrays", lambda: crop([PIXELS[0].numpy()]), T,
-     "PackedImages.pack: images[0] must be a torch.Tensor, got ndarray"),
-    ("crop list of channels", lambda: crop([PIXELS[0], PIXELS[1, :1]]), V,
-     "PackedImages.pack: images[1] has 1 channels, but images[0] has 3"),
-    ("crop list of batches", lambda: crop([PIXELS, PIXELS]), V,
-     "PackedImages.pack: images[0] must be [C, H, W], got shape (2, 3, 6, 8)"),
-    ("crop list with an empty image", lambda: crop([PIXELS[0], PIXELS[1, :, :, :0]]), V,
-     "PackedImages.pack: images[1] is empty, got shape (3, 6, 0)"),
-    ("crop list of devices", lambda: crop([PIXELS[0], meta(PIXELS[1])]), V,
-     "PackedImages.pack: images[1] is on meta, but images[0] is on cpu"),
-    ("boxes sizes 1-D", lambda: random_crop_boxes(torch.tensor([6, 8])), V,
-     "random_crop_boxes: sizes must be [N, 2], got shape (2,)"),
-    ("boxes sizes float", lambda: random_crop_boxes(torch.rand(2, 2)), T,
-     "random_crop_boxes: sizes must be int64, got float32; call .long()"),
-    ("boxes scale", lambda: random_crop_boxes(PACKED.sizes, scale=(0.5, 0.2)), V,
-     "random_crop_boxes: scale must be two positive numbers in ascending order, got (0.5, 0.2)"),
-    ("boxes ratio 0", lambda: random_crop_boxes(PACKED.sizes, ratio=(0, 1)), V,
-     "random_crop_boxes: ratio must be two positive numbers in ascending order, got (0, 1)"),
-    ("boxes ratio nan", lambda: random_crop_boxes(PACKED.sizes, ratio=(NAN, 1)), V,
-     "random_crop_boxes: ratio must be two positive numbers in ascending order, got (nan, 1)"),
 
     ("backend", lambda: use_backend("cuda"), V,
      "use_backend: name must be one of 'auto', 'triton', 'eager', got 'cuda'"),

@@ -31,7 +31,7 @@ def interpreted(tmp_path_factory) -> tuple[dict, str]:
     # Inside a worker of pytest-xdist, whose variables it would inherit, pytest-benchmark measures nothing.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     result = subprocess.run(
-        [*command, "--rounds=2", f"--record={path}", "-k", "gather or masking"],
+        [*command, "--rounds=2", "--max-rounds=2", f"--record={path}", "-k", "gather or masking"],
         cwd=record.ROOT,
         env=environment | {"TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -47,7 +47,7 @@ def interpreted(tmp_path_factory) -> tuple[dict, str]:
 def test_a_record_of_interpreted_kernels_says_so(interpreted):
     result, printed = interpreted
     assert result["kind"] == "interpreter"
-    assert result["command"].endswith("--rounds=2 -k 'gather or masking'")
+    assert result["command"].endswith("--rounds=2 --max-rounds=2 -k 'gather or masking'")
     assert {"copy_gb_per_s", "tflops", "launch_us", "linear_host_us"} <= result["ceilings"].keys()
     assert "says nothing about a GPU" in printed
     assert "speed-up" not in printed

@@ -273,3 +273,9 @@ def test_on_a_gpu_batches_are_copied_on_a_stream_of_their_own(monkeypatch):
         "training waits for copying",
         "kept for training",
     ]
+
+
+def test_the_central_crop_of_an_oblong_size():
+    photo = photographs(1)[0]  # 120 x 160
+    centre = photo.resize((80, 40), Image.Resampling.BICUBIC, box=(0, 20, 160, 100))
+    assert resize_and_crop(photo, (40, 80)).tobytes() == centre.tobytes()

@@ -17,7 +17,7 @@ from mae import MAEConfig, MaskedAutoencoder, TrainingStep
 from mae.block import Block
 
 SMALL = MAEConfig(
-    image_size=(16, 32), patch_size=8, embed_dim=32, depth=2, num_heads=4, decoder_embed_dim=16, decoder_depth=1,
+    image_size=(16, 32), patch_size=8, embed_dim=32, depth=1, num_heads=4, decoder_embed_dim=16, decoder_depth=1,
     decoder_num_heads=2,
 )  # fmt: skip
 STEPS, BATCH = 3, 8

@@ -12,6 +12,8 @@ import pytest
 triton = pytest.importorskip("triton")
 from mae_kernels.kernels import chips  # noqa: E402
 
+pytestmark = pytest.mark.slow  # all that test_launches.py compiles in a moment for one chip, for each with its limits
+
 ROOT = Path(__file__).parent.parent
 MINOR = triton.__version__.rpartition(".")[0]
 RECORD = ROOT / "tests" / "recorded" / f"triton-{MINOR}.json"

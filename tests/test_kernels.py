@@ -1,8 +1,6 @@
 """What only the kernels can get wrong: memory outside the outputs, tiles, splits, ids out of range, roundings."""
 
 import importlib
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +23,6 @@ from cases import (
     tokens,
 )
 from conftest import DEVICE
-from faults import FAULTS, plant
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mae_kernels import (
@@ -236,7 +233,7 @@ def test_a_residual_in_place_of_its_prediction():
 @pytest.mark.parametrize(
     "tiles",
     [
-        loss_kernels.LossTiles(patches=1, values=512, turns=3, num_warps=1),
+        loss_kernels.LossTiles(patches=1, values=512, turns=4, num_warps=1),
         loss_kernels.LossTiles(patches=4, values=512, turns=1, num_warps=4),
         loss_kernels.LossTiles(patches=8, values=128, turns=2, num_warps=4),
     ],
@@ -245,7 +242,7 @@ def test_a_residual_in_place_of_its_prediction():
 @pytest.mark.parametrize("by", ["mask", "ids_mask"])
 def test_any_tiles_of_the_loss(by, tiles, monkeypatch):
     monkeypatch.setattr(loss_kernels, "loss_tiles", lambda *args: tiles)
-    inputs = loss_inputs(3, (3, 5), (8, 14), 3, by=by, pixels=U8, norm=True)
+    inputs = loss_inputs(3, (2, 3), (8, 14), 3, by=by, pixels=U8, norm=True)
     compare(masked_mse, reference.masked_mse, inputs, torch.tensor(1.0), ("pred",))
 
 
@@ -293,7 +290,7 @@ def test_gradcheck_of_the_kernels():
     assert torch.autograd.gradcheck(lambda x, mask, pos: scatter_mask_tokens(x, mask, restore, pos), leaves, **STEP)
 
     for by, layout in (("mask", "pqc"), ("ids_mask", "cpq")):
-        inputs = loss_inputs(2, (1, 2), (2, 3), 2, by=by, layout=layout, norm=True)
+        inputs = loss_inputs(2, (1, 2), (1, 3), 2, by=by, layout=layout, norm=True)
         pred = inputs.pop("pred").requires_grad_()
         assert torch.autograd.gradcheck(lambda x, inputs=inputs: masked_mse(x, **inputs), pred, **STEP)
 
@@ -357,11 +354,3 @@ def test_both_back_ends_agree(dtype):
     gold = run(reference.patch_embed, cast(inputs, torch.float64), grad.double(), ALL)
     for name in gold:
         assert_no_worse(triton_result[name], eager_result[name], gold[name], name)
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_the_planted_faults_still_fit_the_code(fault, tmp_path):
-    folder = tmp_path / "mae_kernels" / "kernels"
-    folder.mkdir(parents=True)
-    shutil.copy(Path(kernels.__file__).parent / f"{fault.file}.py", folder)
-    plant(fault, tmp_path)

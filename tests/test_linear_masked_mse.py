@@ -57,7 +57,7 @@ def check(inputs, grad=1.0, wrt=ALL):
         (1, 1, (1, 1), (8, 8), 1, 1, 1, "pqc", True, True, F32),
         (1, 4, (5, 7), (14, 14), 3, 24, 26, "cpq", True, False, F32),
         (3, 1, (7, 7), (8, 8), 4, 100, 17, "pqc", False, True, F32),
-        (3, 2, (7, 7), (8, 16), 3, 64, 37, "pqc", True, True, F32),
+        (3, 2, (7, 7), (8, 16), 3, 64, 17, "pqc", True, True, F32),
         (5, 2, (3, 4), (8, 8), 13, 192, 3, "cpq", False, False, F32),
         (5, 5, (3, 4), (16, 16), 3, 512, 3, "pqc", True, True, F32),
         (7, 3, (2, 3), (8, 8), 3, 33, 6, "pqc", True, True, F32),
@@ -91,7 +91,7 @@ def test_equals_the_two_ops(dtype):
 @pytest.mark.parametrize("step", [2, 3])
 def test_hidden_strides(strides, step, chunks_of):
     chunks_of(step)
-    check(head_inputs(3, (2, 3), (8, 8), 3, 24, strides=strides))
+    check(head_inputs(3, (2, 3), (4, 4), 3, 24, strides=strides))
 
 
 def test_weight_and_ids_strides(chunks_of):
@@ -107,14 +107,14 @@ def test_weight_and_ids_strides(chunks_of):
 @pytest.mark.parametrize("image_strides", IMAGE_STRIDES)
 def test_image_strides(image_strides, pixels, chunks_of):
     chunks_of(2)
-    check(head_inputs(3, (3, 2), (8, 16), 3, 24, pixels=pixels, image_strides=image_strides, norm=True))
+    check(head_inputs(3, (3, 2), (4, 8), 3, 24, pixels=pixels, image_strides=image_strides, norm=True))
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])
 @pytest.mark.parametrize(("dtype", "pixels"), [(F32, U8), (BF16, U8), (F16, U8), (F64, U8), (BF16, F32), (F16, F16)])
 def test_pixels_are_normalised_first(dtype, pixels, norm_pix, chunks_of):
     chunks_of(2)
-    inputs = head_inputs(3, (3, 2), (8, 16), 3, 24, dtype=dtype, pixels=pixels, norm_pix=norm_pix, norm=True)
+    inputs = head_inputs(3, (3, 2), (4, 8), 3, 24, dtype=dtype, pixels=pixels, norm_pix=norm_pix, norm=True)
     plain = {name: x for name, x in inputs.items() if name not in ("mean", "std")}
     assert not torch.equal(check(inputs)["value"], check(plain)["value"])
 

@@ -25,6 +25,7 @@ def by_hand(noise, num_keep):
     return torch.tensor(keep), torch.tensor(hide), torch.tensor(restore), torch.tensor(mask)
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize(
     ("num_patches", "ratio", "visible", "visible_when_masked_are_counted"),
     [
@@ -49,17 +50,25 @@ def test_counts_truncate_in_double(num_patches, ratio, visible, visible_when_mas
 
 
 def test_count_masked_moves_only_the_border():
-    noise = torch.rand(3, 196)
-    fewer, more = (random_masking(3, 196, 0.9, noise=noise, count=side) for side in ("visible", "masked"))
+    noise = torch.rand(3, 49)
+    fewer, more = (random_masking(3, 49, 0.6, noise=noise, count=side) for side in ("visible", "masked"))
     assert_same(more, by_hand(noise, 20))
     assert torch.equal(more.ids_keep[:, :19], fewer.ids_keep)
     assert torch.equal(more.ids_restore, fewer.ids_restore)
 
 
-@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
-@pytest.mark.parametrize(("n", "num_patches"), [(1, 49), (3, 197), (3, 196), (1, 1568), (3, 2)])
+@pytest.mark.parametrize(
+    ("n", "num_patches", "dtype"),
+    [
+        *((n, num_patches, dtype) for n, num_patches in [(1, 49), (3, 2)] for dtype in (F32, F64, BF16, F16)),
+        (3, 196, F16),
+        (3, 197, F32),
+        (1, 1568, BF16),
+        (1, 1568, F64),
+    ],
+)
 def test_given_noise(n, num_patches, dtype):
-    noise = torch.rand(n, num_patches, dtype=dtype)  # half precision has ties in every row
+    noise = torch.rand(n, num_patches, dtype=dtype)  # half precision has ties
     before = noise.clone()
     masking = random_masking(n, num_patches, noise=noise, mask_ratio=0.5)
     assert_same(masking, reference.random_masking(n, num_patches, noise=noise, mask_ratio=0.5))
@@ -67,14 +76,12 @@ def test_given_noise(n, num_patches, dtype):
     assert torch.equal(noise, before)
 
 
-@pytest.mark.parametrize("levels", [1, 2, 5])
-@pytest.mark.parametrize("num_patches", [16, 17, 196, 1568])
-def test_ties_go_to_the_lower_index(num_patches, levels):
-    noise = torch.randint(levels, (3, num_patches)).float()
+@pytest.mark.parametrize("num_patches", [16, 17, 196])
+def test_ties_go_to_the_lower_index(num_patches):
+    noise = torch.stack([torch.randint(levels, (num_patches,)).float() for levels in (1, 2, 5)])
     masking = random_masking(3, num_patches, 0.6, noise=noise)
     assert_same(masking, by_hand(noise, int(num_patches * (1 - 0.6))))
-    if levels == 1:
-        assert masking.ids_restore.tolist() == [list(range(num_patches))] * 3
+    assert masking.ids_restore[0].tolist() == list(range(num_patches))
 
 
 @pytest.mark.parametrize(
@@ -97,25 +104,25 @@ def test_noise_strides(build):
 
 def test_one_draw_from_the_random_stream():
     torch.manual_seed(7)
-    ours = random_masking(3, 196)
+    ours = random_masking(3, 49)
     after = torch.rand(5)
     torch.manual_seed(7)
-    assert_same(ours, reference.random_masking(3, 196))
+    assert_same(ours, reference.random_masking(3, 49))
     assert torch.equal(after, torch.rand(5))
     torch.manual_seed(7)
-    noise = torch.rand(3, 196, dtype=torch.float32)
+    noise = torch.rand(3, 49, dtype=torch.float32)
     state = torch.get_rng_state()
-    assert_same(ours, random_masking(3, 196, noise=noise))
+    assert_same(ours, random_masking(3, 49, noise=noise))
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_the_draw_is_float32_under_any_default_dtype():
     torch.manual_seed(7)
-    expected = random_masking(3, 196)
+    expected = random_masking(3, 49)
     torch.manual_seed(7)
     torch.set_default_dtype(F64)
     try:
-        assert_same(random_masking(3, 196), expected)
+        assert_same(random_masking(3, 49), expected)
     finally:
         torch.set_default_dtype(F32)
 
@@ -123,23 +130,23 @@ def test_the_draw_is_float32_under_any_default_dtype():
 def test_own_generator():
     state = torch.get_rng_state()
     first, second = (torch.Generator(DEVICE).manual_seed(5) for _ in range(2))
-    ours = random_masking(3, 196, generator=first, device=DEVICE)
+    ours = random_masking(3, 49, generator=first, device=DEVICE)
     assert torch.equal(state, torch.get_rng_state())
-    assert_same(ours, reference.random_masking(3, 196, generator=second))
+    assert_same(ours, reference.random_masking(3, 49, generator=second))
 
 
 def test_rows_are_masked_independently():
-    masking = random_masking(3, 196)
+    masking = random_masking(3, 49)
     assert len({tuple(row) for row in masking.mask.tolist()}) == 3
 
 
 def test_two_runs_are_equal():
-    noise = torch.rand(3, 196).bfloat16()
-    assert_same(random_masking(3, 196, noise=noise), random_masking(3, 196, noise=noise))
+    noise = torch.rand(3, 49).bfloat16()
+    assert_same(random_masking(3, 49, noise=noise), random_masking(3, 49, noise=noise))
 
 
 @pytest.mark.parametrize(
-    ("n", "num_patches", "hidden"), [(1, 49, 48), (3, 196, 147), (3, 197, 1), (1, 2, 1), (3, 1568, 700)]
+    ("n", "num_patches", "hidden"), [(1, 49, 48), (3, 196, 147), (3, 197, 1), (1, 2, 1), (1, 1568, 700)]
 )
 def test_masking_from_mask(n, num_patches, hidden):
     mask = torch.rand(n, num_patches).argsort(dim=1) < hidden
@@ -154,7 +161,7 @@ def test_masking_from_mask(n, num_patches, hidden):
 
 
 def test_masking_from_mask_takes_the_mask_of_random_masking():
-    ours = random_masking(3, 197)
+    ours = random_masking(3, 49)
     again = masking_from_mask(ours.mask)
     assert torch.equal(again.mask, ours.mask)
     assert torch.equal(again.ids_keep, ours.ids_keep.sort(dim=1).values)

@@ -1,13 +1,14 @@
 """The model: its keys, its initial values, and what its methods promise."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mae import MODELS, MAEConfig, MaskedAutoencoder, mae_vit_demo_patch7
 from mae.model import sincos_pos_embed
-from mae_kernels import masking_from_mask, patchify, random_masking
+from mae_kernels import masking_from_mask, patchify, random_masking, reference
 
 TINY = MAEConfig(
     image_size=(32, 48), patch_size=8, embed_dim=64, depth=2, num_heads=4, decoder_embed_dim=32, decoder_depth=1,
@@ -245,3 +246,14 @@ def test_it_learns():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05
+
+
+def test_the_loss_is_that_of_the_published_pass(images):
+    """Every parameter random: an initial 0 or 1 would hide what is left out."""
+    model = MaskedAutoencoder(replace(TINY, decoder_depth=2)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    floats = (images / 255.0).double()
+    noise = torch.rand(3, TINY.num_patches)
+    expected = reference.pretraining_loss(model, floats, noise)
+    torch.testing.assert_close(model(floats, noise=noise).loss, expected, rtol=1e-10, atol=0)

@@ -43,9 +43,15 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("return_pred", [False, True], ids=["masked-head", "full-head"])
-@pytest.mark.parametrize("norm_pix", [True, False], ids=["norm_pix", "plain"])
-@pytest.mark.parametrize("config", [SMALL, VIT_B], ids=["small", "ViT-B"])
+@pytest.mark.parametrize(
+    ("config", "norm_pix", "return_pred"),
+    [
+        *((SMALL, norm_pix, return_pred) for norm_pix in (True, False) for return_pred in (True, False)),
+        (VIT_B, True, False),
+        (VIT_B, False, True),
+    ],
+    ids=lambda x: x if isinstance(x, bool) else {SMALL: "small", VIT_B: "ViT-B"}[x],
+)
 def test_hugging_face_loss_and_every_gradient(config, norm_pix, return_pred):
     ours = build(config, norm_pix)
     theirs = hugging_face(ours)
@@ -76,7 +82,7 @@ def test_hugging_face_predictions(norm_pix):
 
 
 @pytest.mark.parametrize("norm_pix", [True, False], ids=["norm_pix", "plain"])
-@pytest.mark.parametrize("config", [SMALL, VIT_B], ids=["small", "ViT-B"])
+@pytest.mark.parametrize("config", [SMALL, pytest.param(VIT_B, marks=pytest.mark.slow)], ids=["small", "ViT-B"])
 def test_definition_in_float64(config, norm_pix):
     model = build(config, norm_pix).double()
     images = torch.randn(2, 3, *config.image_size, dtype=torch.float64)

@@ -63,18 +63,18 @@ def test_sizes(n, grid, patch, c, d, k, r, dtype):
     check(patch_embed_inputs(n, grid, patch, c, d, dtype=dtype, k=k, r=r), dtype)
 
 
-@pytest.mark.parametrize("k", [None, 4])
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    ("strides", "norm", "k"),
+    [("contiguous", False, None), ("contiguous", True, 4), ("channels_last", False, 4), ("channels_last", True, None)],
+)
 @pytest.mark.parametrize(("pixels", "c"), [(F32, 3), (U8, 3), (U8, 1), (F32, 13), (F64, 3), (BF16, 3)])
-@pytest.mark.parametrize("strides", ["contiguous", "channels_last"])
 def test_pixels(strides, pixels, c, norm, k):
     dtype = F32 if pixels == U8 else pixels
     inputs = patch_embed_inputs(3, (3, 4), (8, 14), c, 64, dtype=dtype, pixels=pixels, strides=strides, k=k, norm=norm)
     check(inputs, dtype)
 
 
-@pytest.mark.parametrize("k", [None, 4])
-@pytest.mark.parametrize("pixels", [F32, U8])
+@pytest.mark.parametrize(("pixels", "k"), [(F32, None), (U8, 4)])
 @pytest.mark.parametrize("strides", IMAGE_STRIDES)
 def test_image_strides(strides, pixels, k):
     check(patch_embed_inputs(3, (3, 2), (8, 16), 3, 64, pixels=pixels, strides=strides, k=k, r=1, norm=True))
@@ -86,16 +86,16 @@ def test_the_published_crop():
     check(inputs)
 
 
-@pytest.mark.parametrize("k", [None, 12])
+@pytest.mark.parametrize("k", [None, 5])
 @pytest.mark.parametrize("strides", TOKEN_STRIDES)
 def test_gradient_strides(strides, k):
-    check(patch_embed_inputs(3, (7, 7), (8, 8), 3, 64, k=k, r=1), grad_strides=strides)
+    check(patch_embed_inputs(3, (3, 4), (8, 8), 3, 64, k=k, r=1), grad_strides=strides)
 
 
-@pytest.mark.parametrize("k", [None, 12])
+@pytest.mark.parametrize("k", [None, 5])
 @pytest.mark.parametrize("strides", ["sum", "slice", "permute"])
 def test_gradient_strides_without_prefix(strides, k):
-    check(patch_embed_inputs(3, (7, 7), (8, 8), 3, 64, k=k, pos=False), grad_strides=strides)
+    check(patch_embed_inputs(3, (3, 4), (8, 8), 3, 64, k=k, pos=False), grad_strides=strides)
 
 
 @pytest.mark.parametrize(
@@ -304,8 +304,8 @@ def test_gradcheck(norm, k):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_two_runs_are_bitwise_equal(dtype):
-    inputs = patch_embed_inputs(3, (14, 14), (16, 16), 3, 192, dtype=dtype, k=49, r=1, norm=True)
-    grad = tokens(3, 50, 192, dtype)
+    inputs = patch_embed_inputs(3, (7, 7), (8, 8), 3, 192, dtype=dtype, k=24, r=1, norm=True)
+    grad = tokens(3, 25, 192, dtype)
     first, second = (run(patch_embed, inputs, grad, ALL) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

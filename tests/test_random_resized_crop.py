@@ -95,9 +95,9 @@ def test_a_box_of_the_size_asked_for_is_copied():
 
 @pytest.mark.parametrize("level", [0, 1, 127, 254, 255])
 def test_flat_pictures_stay_flat(level):
-    pictures = torch.full((1, 1, 40, 50), level, dtype=U8)
-    for size in ((7, 9), (41, 70)):
-        ours = random_resized_crop(pictures, torch.tensor([[0, 0, 37, 50]]), torch.tensor([False]), size)
+    pictures = torch.full((1, 1, 20, 25), level, dtype=U8)
+    for size in ((7, 9), (23, 31)):
+        ours = random_resized_crop(pictures, torch.tensor([[0, 0, 19, 25]]), torch.tensor([False]), size)
         assert (ours == level).all()
 
 
@@ -136,6 +136,7 @@ def test_two_runs_are_bitwise_equal():
     assert torch.equal(random_resized_crop(**inputs), random_resized_crop(**inputs))
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("packed", [False, True])
 def test_compile_with_boxes_drawn_inside(packed):
     def augment(pictures, sizes, draws):
@@ -151,6 +152,7 @@ def test_compile_with_boxes_drawn_inside(packed):
     assert torch.equal(compiled(pictures, sizes, draws), expected)
 
 
+@pytest.mark.eager
 def test_compile_packs_a_list():
     inputs = crop_inputs(3, 2, 16, 24, (9, 14))
     inputs["images"] = list(inputs["images"])

@@ -1,0 +1,209 @@
+"""Calls of applied models that the ops do not cover run the original code, and those of each family's own are kept."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import families
+import pytest
+import torch
+import transformers
+from conftest import DEVICE
+from families import SIZE, Calls, distance, hugging_face, images, is_a_key_bias, published, timm_encoder, train
+from peers import FOLDER
+from torch import nn
+
+from mae_kernels import apply, unapply
+from mae_kernels.integrations.pieces import given
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "expected"),
+    [
+        ((1, 2), {}, (1, 2, None)),
+        ((1,), {"ratio": 2, "noise": 3}, (1, 2, 3)),
+        ((), {"x": 1, "ratio": 2}, (1, 2, None)),
+        ((1,), {}, None),
+        ((1,), {"imgs": 2}, None),
+        ((1, 2), {"imgs": 2}, None),
+        ((1, 2, 3, 4), {}, None),
+    ],
+)
+def test_calls_are_told_apart(args, kwargs, expected):
+    assert given(args, kwargs, "x", "ratio", noise=None) == expected
+
+
+def test_hooks_on_a_part_that_the_ops_would_pass_over():
+    """Whoever asks for the projection's result gets it; without the hook the ops are back."""
+    model = published().to(DEVICE)
+    expected = train(copy.deepcopy(model), batch := images(device=DEVICE))
+    apply(model)
+    seen = []
+    handle = model.patch_embed.proj.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    with Calls() as calls:
+        result = train(model, batch)
+    assert seen == [(3, 64, 6, 6)]
+    assert "mae_kernels::patch_embed" not in calls.names
+    assert all(distance(result[name], expected[name]) < 1e-5 for name in expected)
+    handle.remove()
+    with Calls() as calls:
+        train(model, batch)
+    assert "mae_kernels::patch_embed" in calls.names
+
+
+def test_a_replaced_projection_is_used():
+    class Doubled(nn.Conv2d):  # as adapters do
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = published()
+    apply(model)
+    doubled = Doubled(3, 64, 8, stride=8)
+    doubled.load_state_dict(model.patch_embed.proj.state_dict())
+    model.patch_embed.proj = doubled
+    plain = copy.deepcopy(model)
+    unapply(plain)
+    batch = images()
+    assert distance(train(model, batch)["loss"], train(plain, batch)["loss"]) < 1e-6
+
+
+@pytest.mark.parametrize("build", [published, hugging_face], ids=["published", "Hugging Face"])
+def test_images_that_require_grad(build):
+    model = build().to(DEVICE)
+    plain = copy.deepcopy(model)
+    apply(model)
+    batch = images(device=DEVICE)
+    leaves = [batch.clone().requires_grad_() for _ in range(2)]
+    for network, leaf in zip((model, plain), leaves, strict=True):
+        train(network, leaf)
+    assert distance(leaves[0].grad, leaves[1].grad) < 1e-5
+
+
+def test_nothing_hidden():
+    model = published().to(DEVICE)
+    plain = copy.deepcopy(model)
+    apply(model)
+    batch = images(device=DEVICE)
+    results = []
+    for network in (model, plain):
+        torch.manual_seed(2)
+        results.append(network.forward_encoder(batch, 0.0))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_wrong_sizes_meet_the_original_error():
+    model = hugging_face()
+    apply(model)
+    with pytest.raises(ValueError, match="Input image size"):
+        model(torch.randn(2, 3, 24, 96))
+
+
+def test_as_many_patches_in_another_rectangle():
+    """The published model has no positions for them, and its patch embedding says so."""
+
+    class Strict(type(published().patch_embed)):
+        def forward(self, x):
+            assert x.shape[2:] == self.img_size, "Input image size doesn't match model"
+            return super().forward(x)
+
+    model = published()
+    model.patch_embed.__class__ = Strict
+    apply(model)
+    with pytest.raises(AssertionError, match="Input image size doesn't match model"):
+        model(torch.randn(2, 3, 24, 96))
+
+
+def test_interpolated_positions_of_hugging_face():
+    model = hugging_face()
+    plain = copy.deepcopy(model)
+    apply(model)
+    batch = torch.randn(2, 3, 64, 64)
+    results = []
+    for network in (model, plain):
+        torch.manual_seed(2)
+        results.append(network(batch, interpolate_pos_encoding=True))
+    assert torch.equal(results[0].loss, results[1].loss)
+
+
+@pytest.mark.parametrize("options", [{"output_hidden_states": True, "output_attentions": True}, {"return_dict": False}])
+def test_outputs_of_hugging_face(options):
+    model = hugging_face(attn_implementation="eager")
+    plain = copy.deepcopy(model)
+    apply(model)
+    batch, noise = torch.randn(2, 3, SIZE, SIZE), torch.rand(2, 36)
+    ours, theirs = (network(pixel_values=batch, noise=noise, **options) for network in (model, plain))
+    assert type(ours) is type(theirs)
+    assert len(ours) == len(theirs)
+    for x, y in zip(*(torch.utils._pytree.tree_leaves(out) for out in (ours, theirs)), strict=True):
+        assert distance(x, y) < 1e-5
+
+
+def test_gradient_checkpointing_of_hugging_face():
+    model = hugging_face().to(DEVICE)
+    apply(model)
+    expected = train(model, batch := images(device=DEVICE))
+    model.gradient_checkpointing_enable()
+    result = train(model, batch)
+    assert all(distance(result[name], expected[name]) < 1e-6 for name in expected if not is_a_key_bias(name))
+
+
+def test_saving_as_hugging_face_does(tmp_path):
+    model = hugging_face()
+    apply(model)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path)
+    assert loaded.config.architectures == ["ViTMAEForPreTraining"]
+    batch = torch.randn(2, 3, SIZE, SIZE)
+    assert distance(train(loaded.train(), batch)["loss"], train(model, batch)["loss"]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "options", [{"reg_tokens": 4}, {"no_embed_class": True}, {"class_token": False, "global_pool": "avg"}]
+)
+def test_prefix_tokens_of_timm(options):
+    model = timm_encoder(**options)
+    plain = copy.deepcopy(model)
+    assert apply(model).replaced
+    batch = images()
+    expected, result = train(plain, batch), train(model, batch)
+    assert all(distance(result[name], expected[name]) < 1e-5 for name in expected)
+
+
+def test_patch_dropout_in_order():
+    model = timm_encoder()
+    model.patch_drop.ordered = True
+    plain = copy.deepcopy(model)
+    apply(model)
+    batch = images()
+    results = []
+    for network in (model, plain):
+        torch.manual_seed(2)
+        results.append(network.forward_features(batch))
+    assert distance(*results) < 1e-5
+
+
+def test_lightly_refuses_a_missing_class_token():
+    model = families.lightly()
+    apply(model)
+    with pytest.raises(RuntimeError, match="the class token, number 0, must come first in idx_keep"):
+        model.backbone.encode(images(), idx_keep=torch.tensor([[1, 2, 3]] * 3))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="this is the run with transformers 4")
+def test_transformers_4():
+    """What concerns Hugging Face once more, with the last transformers 4."""
+    folder = FOLDER / "transformers-4"
+    if not folder.is_dir():
+        pytest.skip("transformers 4 is not installed; make test does it")
+    here = Path(__file__)
+    files = ["test_apply.py", here.name]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "Hugging or hugging", *files],
+        cwd=here.parent, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(here.parent.parent)])},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "failed" not in result.stdout

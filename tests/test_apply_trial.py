@@ -1,0 +1,184 @@
+"""What apply leaves alone: methods that do something else than the ops, and models that it does not know."""
+
+import copy
+
+import pytest
+import torch
+from conftest import DEVICE
+from families import BiasedVariance, MaskedAutoencoderViT, distance, images, published, timm_encoder, train
+from torch import nn
+
+from mae_kernels import apply
+
+
+class ShiftedMasking(MaskedAutoencoderViT):
+    """A strategy of its own: a run of patches that starts anywhere."""
+
+    def random_masking(self, x, mask_ratio):
+        n, length, dim = x.shape
+        keep = int(length * (1 - mask_ratio))
+        start = torch.randint(length, (n, 1), device=x.device)
+        ids_shuffle = (torch.arange(length, device=x.device) + start) % length
+        ids_restore = ids_shuffle.argsort(dim=1)
+        kept = x.gather(1, ids_shuffle[:, :keep, None].expand(-1, -1, dim))
+        return kept, (ids_restore >= keep).float(), ids_restore
+
+
+class BrightestPatches(MaskedAutoencoderViT):
+    """Chooses by the embeddings themselves, which the fused encoder does not compute."""
+
+    def random_masking(self, x, mask_ratio):
+        _, length, dim = x.shape
+        keep = int(length * (1 - mask_ratio))
+        ids_shuffle = x.mean(2).argsort(dim=1)
+        ids_restore = ids_shuffle.argsort(dim=1)
+        kept = x.gather(1, ids_shuffle[:, :keep, None].expand(-1, -1, dim))
+        return kept, (ids_restore >= keep).float(), ids_restore
+
+
+class EpsilonOutside(MaskedAutoencoderViT):
+    def forward_loss(self, imgs, pred, mask):
+        target = self.patchify(imgs)
+        target = (target - target.mean(2, keepdim=True)) / (target.std(2, keepdim=True) + 1e-6)
+        return ((pred - target).square().mean(2) * mask).sum() / mask.sum()
+
+
+class Dropout(MaskedAutoencoderViT):
+    """Not seen in evaluation mode."""
+
+    def forward_encoder(self, x, mask_ratio):
+        x = torch.dropout(self.patch_embed(x) + self.pos_embed[:, 1:], 0.1, self.training)
+        x, mask, ids_restore = self.random_masking(x, mask_ratio)
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x), mask, ids_restore
+
+
+class AnotherDraw(MaskedAutoencoderViT):
+    """The same result, one random number later."""
+
+    def forward_decoder(self, x, ids_restore):
+        torch.rand(1)
+        return super().forward_decoder(x, ids_restore)
+
+
+class Counting(MaskedAutoencoderViT):
+    """Keeps a statistic."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward_encoder(self, x, mask_ratio):
+        self.seen += len(x)
+        return super().forward_encoder(x, mask_ratio)
+
+
+class CountingAnew(Counting):
+    def forward_encoder(self, x, mask_ratio):
+        self.seen = self.seen + len(x)
+        return MaskedAutoencoderViT.forward_encoder(self, x, mask_ratio)
+
+
+class Remembering(MaskedAutoencoderViT):
+    """Leaves what it did on the model, for pictures."""
+
+    def forward_decoder(self, x, ids_restore):
+        self.last_ids, self.norm.last = ids_restore, x
+        return super().forward_decoder(x, ids_restore)
+
+
+class Weighted(MaskedAutoencoderViT):
+    """Hidden patches that count for more, or less."""
+
+    def random_masking(self, x, mask_ratio):
+        kept, mask, ids_restore = super().random_masking(x, mask_ratio)
+        return kept, mask * torch.linspace(0.5, 1.5, mask.shape[1], device=x.device), ids_restore
+
+
+class AnotherSignature(MaskedAutoencoderViT):
+    def forward_loss(self, imgs, pred, mask, weight):
+        return super().forward_loss(imgs, pred, mask) * weight
+
+    def forward(self, imgs, mask_ratio=0.75):
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio)
+        pred = self.forward_decoder(latent, ids_restore)
+        return self.forward_loss(imgs, pred, mask, 2.0), pred, mask
+
+
+@pytest.mark.parametrize(
+    ("cls", "method", "reason"),
+    [
+        (ShiftedMasking, "random_masking", "its result is"),
+        (BrightestPatches, "random_masking", "its result is"),
+        (BrightestPatches, "forward_encoder", "its result is"),
+        (BiasedVariance, "forward_loss", "its result is"),
+        (EpsilonOutside, "forward_loss", "its result is"),
+        (Dropout, "forward_encoder", "its result is"),
+        (AnotherDraw, "forward_decoder", "it draws other random numbers"),
+        (Weighted, "forward_loss", ""),
+        (Counting, "forward_encoder", "it changes buffers"),
+        (CountingAnew, "forward_encoder", "it changes buffers"),
+        (Remembering, "forward_decoder", "it sets last, last_ids"),
+        (AnotherSignature, "forward_loss", "the original fails on random input: TypeError: "),
+    ],
+)
+def test_a_subclass_that_does_something_else_keeps_doing_it(cls, method, reason):
+    model = published(cls=cls).to(DEVICE)
+    expected = train(copy.deepcopy(model), batch := images(device=DEVICE))
+    report = apply(model)
+    assert method in [change.method for change in report.left]
+    assert next(change for change in report.left if change.method == method).why_not.startswith(reason)
+    assert f"left      {method}: {reason}" in str(report)
+    assert len(report.replaced) > 1
+    assert not hasattr(model, "seen") or model.seen == 0  # the trial left no trace
+    assert not hasattr(model, "last_ids")
+    result = train(model, batch)
+    assert not hasattr(model, "seen") or model.seen == 3
+    assert hasattr(model, "last_ids") == (cls is Remembering)
+    assert all(distance(result[name], expected[name]) < 1e-5 for name in expected)
+
+
+def test_a_strategy_of_their_own_keeps_the_fused_encoder():
+    report = apply(published(cls=ShiftedMasking))
+    assert [change.method for change in report.replaced] == ["forward_encoder", "forward_decoder", "forward_loss"]
+
+
+def test_a_method_of_the_instance_is_left():
+    model = published()
+    model.forward_loss = lambda imgs, pred, mask: pred.mean()
+    (left,) = apply(model).left
+    assert str(left) == "forward_loss: the method forward_loss was set on the instance"
+
+
+def test_dropout_of_timm_is_left():
+    with pytest.raises(
+        ValueError, match=r"apply: nothing was replaced:\n  forward_features: the ops do not cover its options$"
+    ):
+        apply(timm_encoder(pos_drop_rate=0.1, dynamic_img_size=True))
+
+
+def test_unknown_models_are_refused():
+    with pytest.raises(ValueError) as error:
+        apply(nn.Sequential(nn.Linear(2, 2)))
+    lines = str(error.value).splitlines()
+    assert lines[0] == "apply: nothing in Sequential is known. Looked for:"
+    assert lines[1] == "  ViTMAEForPreTraining or ViTMAEModel of transformers"
+    assert lines[2].startswith("  a model with the published parts patch_embed.proj, pos_embed, ")
+    assert lines[3] == "  VisionTransformer of timm with patch_drop_rate above 0"
+    assert lines[4] == "  MaskedVisionTransformerTIMM of lightly"
+    assert lines[5].startswith("Of a published-style model it lacks: patch_embed.proj, pos_embed, ")
+
+
+def test_what_a_model_lacks_is_named():
+    model = published()
+    del model.mask_token, model.decoder_pred
+    with pytest.raises(ValueError, match=r"it lacks: mask_token, decoder_pred$"):
+        apply(model)
+
+
+def test_weights_without_memory_are_refused():
+    with pytest.raises(ValueError, match="cls_token is on the meta device; apply once the weights have their memory"):
+        apply(published().to("meta"))
