@@ -1,4 +1,4 @@
-"""Head and loss a few samples at a time, with their gradients, around any implementation of the loss."""
+"""Head and loss a chunk of samples at a time, with their gradients, around any implementation of the loss."""
 
 from collections.abc import Callable
 from math import ceil

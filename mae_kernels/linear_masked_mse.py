@@ -1,4 +1,4 @@
-"""The decoder's head and the reconstruction loss in one: predictions exist for a few samples at a time."""
+"""The decoder's head and the reconstruction loss in one: predictions exist for a chunk of samples at a time."""
 
 from collections.abc import Sequence
 from math import prod
