@@ -254,7 +254,8 @@ def _project(patches: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _weight_gradient(grad: Tensor, patches: Tensor) -> Tensor:
     """``grad [B, D].T @ patches [B, E]`` as ``[D, E]``, in float32 or the dtype of both."""
-    if grad.is_cuda and grad.dtype != torch.float64:
+    # PyTorch promises a float32 product of half precision on CUDA alone, and calls ROCm's devices cuda too.
+    if grad.is_cuda and torch.version.hip is None and grad.dtype != torch.float64:
         return _product_in_float32(grad, patches)
     if not _convolution_is_faster(patches):
         return grad.t() @ patches
