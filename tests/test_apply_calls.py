@@ -69,6 +69,31 @@ def test_a_replaced_projection_is_used():
     assert distance(train(model, batch)["loss"], train(plain, batch)["loss"]) < 1e-6
 
 
+def test_an_argument_of_a_subclass_reaches_it():
+    class Scaled(families.MaskedAutoencoderViT):
+        def forward_decoder(self, x, ids_restore, scale=1.0):
+            return scale * super().forward_decoder(x, ids_restore)
+
+    model = published(cls=Scaled)
+    assert "forward_decoder" in [change.method for change in apply(model).replaced]
+    call = torch.randn(2, 10, 64), torch.rand(2, 36).argsort(1)
+    assert distance(model.forward_decoder(*call, scale=2.0), 2 * model.forward_decoder(*call)) < 1e-6
+
+
+@pytest.mark.parametrize("stated", [None, SIZE, [SIZE, SIZE]], ids=["nowhere", "int", "list"])
+def test_where_a_published_model_states_its_image_size(stated):
+    model = published()
+    expected = train(copy.deepcopy(model), batch := images())
+    del model.patch_embed.img_size
+    if stated is not None:
+        model.patch_embed.img_size = stated
+    assert "forward_encoder" in [change.method for change in apply(model).replaced]
+    with Calls() as calls:
+        result = train(model, batch)
+    assert "mae_kernels::patch_embed" in calls.names
+    assert all(distance(result[name], expected[name]) < 1e-5 for name in expected)
+
+
 @pytest.mark.parametrize("build", [published, hugging_face], ids=["published", "Hugging Face"])
 def test_images_that_require_grad(build):
     model = build().to(DEVICE)
@@ -189,6 +214,20 @@ def test_lightly_refuses_a_missing_class_token():
     apply(model)
     with pytest.raises(RuntimeError, match="the class token, number 0, must come first in idx_keep"):
         model.backbone.encode(images(), idx_keep=torch.tensor([[1, 2, 3]] * 3))
+
+
+@pytest.mark.parametrize("masked", ["mask", "idx_mask"])
+def test_a_mask_of_lightly_runs_the_original(masked):
+    model = families.lightly()
+    plain = copy.deepcopy(model)
+    apply(model)
+    order = torch.cat([torch.zeros(3, 1, dtype=torch.long), 1 + torch.rand(3, 36).argsort(1)], dim=1)
+    masks = {"mask": torch.rand(3, 37) < 0.5, "idx_mask": order[:, 1:19]}
+    call = {"images": images(), "idx_keep": order[:, :10], masked: masks[masked]}
+    with Calls() as calls:
+        result = model.backbone.encode(**call)
+    assert "mae_kernels::patch_embed" not in calls.names
+    assert torch.equal(result, plain.backbone.encode(**call))
 
 
 @pytest.mark.slow

@@ -98,6 +98,34 @@ class Weighted(MaskedAutoencoderViT):
         return kept, mask * torch.linspace(0.5, 1.5, mask.shape[1], device=x.device), ids_restore
 
 
+class WithAttention(MaskedAutoencoderViT):
+    """Returns one thing more."""
+
+    def forward_encoder(self, x, mask_ratio):
+        latent, mask, ids_restore = super().forward_encoder(x, mask_ratio)
+        return latent, mask, ids_restore, latent.mean()
+
+    def forward(self, imgs, mask_ratio=0.75):
+        latent, mask, ids_restore, _ = self.forward_encoder(imgs, mask_ratio)
+        pred = self.forward_decoder(latent, ids_restore)
+        return self.forward_loss(imgs, pred, mask), pred, mask
+
+
+class BooleanMask(MaskedAutoencoderViT):
+    def random_masking(self, x, mask_ratio):
+        kept, mask, ids_restore = super().random_masking(x, mask_ratio)
+        return kept, mask.bool(), ids_restore
+
+
+class HiddenInReverse(MaskedAutoencoderViT):
+    """Keeps the same patches, and numbers the hidden ones from the last to the first."""
+
+    def random_masking(self, x, mask_ratio):
+        kept, mask, ids_restore = super().random_masking(x, mask_ratio)
+        first, last = kept.shape[1], x.shape[1] - 1
+        return kept, mask, torch.where(ids_restore < first, ids_restore, first + last - ids_restore)
+
+
 class AnotherSignature(MaskedAutoencoderViT):
     def forward_loss(self, imgs, pred, mask, weight):
         return super().forward_loss(imgs, pred, mask) * weight
@@ -119,6 +147,9 @@ class AnotherSignature(MaskedAutoencoderViT):
         (Dropout, "forward_encoder", "its result is"),
         (AnotherDraw, "forward_decoder", "it draws other random numbers"),
         (Weighted, "forward_loss", ""),
+        (WithAttention, "forward_encoder", "it returns 4 values, not 3, in training"),
+        (BooleanMask, "random_masking", "it returns torch.bool (3, 36), not torch.float32 (3, 36), in training"),
+        (HiddenInReverse, "random_masking", "it chooses other patches in training"),
         (Counting, "forward_encoder", "it changes buffers"),
         (CountingAnew, "forward_encoder", "it changes buffers"),
         (Remembering, "forward_decoder", "it sets last, last_ids"),

@@ -113,7 +113,7 @@ def test_linprobe(run, tmp_path, capsys):
                 Image.new("RGB", (32, 32), (colour + i, colour, colour)).save(tmp_path / part / name / f"{i}.png")
     (tmp_path / "fit" / "dark" / "broken.png").touch()
     arguments = ["--checkpoint", str(folder), "--data", str(tmp_path / "fit"), "--test", str(tmp_path / "test")]
-    main(["linprobe", *arguments, "--device", "cpu"])
+    main(["linprobe", *arguments, "--device", "cpu", "--batch-size", "5"])  # which divides neither 12 nor 13
     output = capsys.readouterr()
     assert "pre-trained encoder       100.0%" in output.out
     assert "untrained encoder" in output.out
@@ -179,12 +179,18 @@ def test_fashion_mnist_is_what_it_says():
             "linprobe --checkpoint {run} --data {d}/good --test {d}",
             "{d}/good must hold one sub-folder of images per class",
         ),
+        (
+            "linprobe --checkpoint {run} --data {d}/classes/fit --test {d}/classes/test",
+            "{d}/classes/fit and {d}/classes/test do not hold the same classes; only in one: ant, bee",
+        ),
     ],
 )
 def test_it_stops_with_one_clear_sentence(run, tmp_path, command, sentence):
     good_folder(tmp_path / "good", 3)
     unreadable_files(tmp_path / "bad")
     (tmp_path / "empty").mkdir()
+    for part in ("fit/ant", "fit/cat", "test/bee", "test/cat"):
+        good_folder(tmp_path / "classes" / part, 1)
     places = {"d": tmp_path, "run": run[0]}
     arguments = command.format(**places).split()
     if arguments[0] == "pretrain":

@@ -189,6 +189,15 @@ def test_unknown_and_ambiguous_layouts_are_refused(tmp_path, state, sentence):
     assert str(error.value) == f"{tmp_path / 'x.pth'}: {sentence}"
 
 
+@pytest.mark.parametrize(
+    "content", [[torch.zeros(2)], {"model": 3}, {"epoch": 4}], ids=["list", "number", "no tensors"]
+)
+def test_files_without_a_state_dict_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="holds no state dict, neither at its top nor under 'model' or 'state_d"):
+        load_checkpoint(tmp_path / "x.pth", MODEL)
+
+
 def test_a_bare_file_of_hugging_face_says_what_it_takes_for_granted(tmp_path):
     state = to_layout(mae_vit_demo_patch7().state_dict(), "huggingface-4")
     torch.save(state, tmp_path / "x.bin")
