@@ -1,4 +1,4 @@
-"""Head and loss a chunk of samples at a time, with their gradients, around any implementation of the loss."""
+"""Head and loss a chunk of samples at a time, with their gradients, around any way to score them."""
 
 from collections.abc import Callable
 from math import ceil
@@ -9,15 +9,12 @@ import torch.nn.functional as F
 from mae_kernels.precision import accumulation_dtype
 
 
-def in_chunks(
-    loss_of: Callable, hidden, weight, bias, images, ids_mask, patch, norm_pix, mean, std, eps, layout, compute_dtype,
-    needs,
-):  # fmt: skip
+def in_chunks(score: Callable, hidden, weight, bias, compute_dtype, needs):
     """Loss, unscaled gradients of hidden, weight and bias, and the factor that scales them.
 
-    ``loss_of`` is an implementation of masked_mse, which may write the residual over its pred. The gradients are those
-    of ``N * M / 2`` losses: without the many rows that the loss averages over they are neither too small nor too large
-    for float16.
+    ``score(pred, chunk)`` gives loss and residual of predictions ``[B, M, E]`` for B samples, a slice of all; it may
+    write the residual over them. The gradients are those of ``N * M / 2`` losses: without the many rows that the loss
+    averages over they are neither too small nor too large for float16.
     """
     (n, m, d), values = hidden.shape, weight.shape[0]
     needs_hidden, needs_weight, needs_bias = needs
@@ -34,9 +31,7 @@ def in_chunks(
         chunk = slice(first, min(first + step, n))
         rows = hidden[chunk].reshape(-1, d).to(compute_dtype)  # [B, D]
         pred = F.linear(rows, weight, bias).view(-1, m, values)
-        chunk_loss, residual, _ = loss_of(
-            pred, images[chunk], None, ids_mask[chunk], patch, norm_pix, mean, std, eps, layout, any(needs)
-        )
+        chunk_loss, residual = score(pred, chunk)
         del pred
         loss.add_(chunk_loss, alpha=(chunk.stop - first) / n)
         residual = residual.view(-1, values)  # [B, E]
@@ -60,8 +55,7 @@ def chunk_samples(n: int, m: int, values: int, device_type: str) -> int:
 
     CPU: Intel Xeon, 2 cores, torch 2.13, ViT-B/16, 32 samples in chunks of 2, 4, 8, 16: forward and backward in float32
     52, 45, 44, 45 ms at a peak of 21, 21, 25, 39 MiB; in bfloat16 29, 26, 22, 20 ms at 20, 20, 20, 32 MiB.
-    GPU: NVIDIA H200, ViT-B/16, 256 samples in bfloat16: 4 chunks, which are 46 launches, 877 µs at a peak of 118 MiB,
-    one chunk 382 µs at 264 MiB.
+    GPU: the launches of four chunks take longer than all the work of one (benchmarks/NOTES.md, "On a GPU").
     """
     limit = 2**20 if device_type == "cpu" else 2**25
     chunks = ceil(n / max(limit // (m * values), 1))

@@ -34,10 +34,6 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
 
 class _GatherTokens(torch.autograd.Function):
     @staticmethod
-    def forward(tokens, ids):
-        return _gather_tokens(tokens, ids)
-
-    @staticmethod
     def setup_context(ctx, inputs, output):
         tokens, ids = inputs
         ctx.save_for_backward(ids)

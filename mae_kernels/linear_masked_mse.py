@@ -1,6 +1,6 @@
 """The decoder's head and the reconstruction loss in one: predictions exist for a chunk of samples at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -102,14 +102,6 @@ def _compute_dtype(op: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 class _LinearMaskedMSE(torch.autograd.Function):
     @staticmethod
-    def forward(
-        hidden, weight, bias, images, ids_mask, patch, norm_pix, mean, std, eps, layout, compute_dtype, needs
-    ):  # fmt: skip
-        return _linear_masked_mse(
-            hidden, weight, bias, images, ids_mask, patch, norm_pix, mean, std, eps, layout, compute_dtype, needs
-        )
-
-    @staticmethod
     def setup_context(ctx, inputs, output):
         _, *saved = output
         ctx.mark_non_differentiable(*saved)
@@ -132,8 +124,18 @@ def _linear_masked_mse_check(hidden, weight, bias, images, ids_mask, patch, *_):
     checks.id_values("linear_masked_mse", "ids_mask", ids_mask, prod(patch_grid(images, patch)))
 
 
-def _linear_masked_mse_eager(*args):
-    return in_chunks(masked_mse_eager, *args)
+def around(loss_of: Callable) -> Callable:
+    """The op around an implementation of masked_mse, which may write the residual over its pred."""
+
+    def run(hidden, weight, bias, images, ids_mask, patch, norm_pix, mean, std, eps, layout, compute_dtype, needs):
+        def score(pred, chunk):
+            options = patch, norm_pix, mean, std, eps, layout, any(needs)
+            loss, residual, _ = loss_of(pred, images[chunk], None, ids_mask[chunk], *options)
+            return loss, residual
+
+        return in_chunks(score, hidden, weight, bias, compute_dtype, needs)
+
+    return run
 
 
 def _linear_masked_mse_fake(
@@ -153,7 +155,7 @@ _linear_masked_mse = define(
     "linear_masked_mse(Tensor hidden, Tensor weight, Tensor? bias, Tensor images, Tensor ids_mask, int[2] patch, "
     "bool norm_pix, Tensor? mean, Tensor? std, float eps, str layout, ScalarType compute_dtype, bool[3] needs) "
     "-> (Tensor loss, Tensor g_hidden, Tensor g_weight, Tensor g_bias, Tensor scale)",
-    eager=_linear_masked_mse_eager,
+    eager=around(masked_mse_eager),
     fake=_linear_masked_mse_fake,
     check=_linear_masked_mse_check,
 )

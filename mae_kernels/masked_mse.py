@@ -94,10 +94,6 @@ def residual_is_less(pred: torch.dtype, pixels: torch.dtype) -> bool:
 
 class _MaskedMSE(torch.autograd.Function):
     @staticmethod
-    def forward(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, keep_residual):
-        return _masked_mse(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, keep_residual)
-
-    @staticmethod
     def setup_context(ctx, inputs, output):
         pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, ctx.keep_residual = inputs
         _, residual, scale = output

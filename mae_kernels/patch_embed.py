@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from math import gcd, prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -105,10 +106,6 @@ def _compute_dtype(op: str, images: Tensor, weight: Tensor) -> torch.dtype:
 
 class _PatchEmbed(torch.autograd.Function):
     @staticmethod
-    def forward(images, weight, bias, pos_embed, ids_keep, prefix, mean, std, compute_dtype, out_dtype):
-        return _patch_embed(images, weight, bias, pos_embed, ids_keep, prefix, mean, std, compute_dtype, out_dtype)
-
-    @staticmethod
     def setup_context(ctx, inputs, output):
         images, weight, _, _, ids_keep, prefix, mean, std, ctx.compute_dtype, _ = inputs
         ctx.save_for_backward(images, weight, ids_keep, mean, std)
@@ -133,18 +130,52 @@ def _patch_embed_check(images, weight, bias, pos_embed, ids_keep, *_):
         checks.id_values("patch_embed", "ids_keep", ids_keep, prod(patch_grid(images, weight.shape[2:])))
 
 
-def embed(
-    gather: Callable, assemble: Callable, images, weight, bias, pos_embed, ids_keep, prefix, mean, std, compute_dtype,
-    out_dtype,
-):  # fmt: skip
-    """The op around two steps of an implementation: ``gather`` makes the patches, ``assemble`` the result of tokens."""
-    n, (d, _, *patch) = images.shape[0], weight.shape
-    patches = gather(images, ids_keep, patch, mean, std, compute_dtype)  # [N K, E]
-    bias = None if bias is None else bias.to(compute_dtype)
-    tokens = _project(patches, weight.to(compute_dtype).flatten(1), bias).view(n, -1, d)  # [N, K, D]
-    if prefix is None and pos_embed is None and tokens.dtype == out_dtype:
-        return tokens
-    return assemble(tokens, pos_embed, ids_keep, prefix, out_dtype)
+class Steps(NamedTuple):
+    """What implementations do each in their own way; its two methods are the op and its backward around them."""
+
+    gather: Callable  # images, ids_keep, patch, mean, std, dtype -> visible patches [N K, E], normalised
+    assemble: Callable  # tokens [N, K, D], pos_embed, ids_keep, prefix, dtype -> [N, R + K, D]
+    spread: Callable  # rows [N, K, E], ids_keep, L -> [N, L, E], zero where no row belongs
+    sum_positions: Callable  # rows [N, K, D], ids_keep, L, dtype -> [L, D], the sum of those of the same patch
+
+    def embed(self, images, weight, bias, pos_embed, ids_keep, prefix, mean, std, compute_dtype, out_dtype):
+        n, (d, _, *patch) = images.shape[0], weight.shape
+        patches = self.gather(images, ids_keep, patch, mean, std, compute_dtype)  # [N K, E]
+        bias = None if bias is None else bias.to(compute_dtype)
+        tokens = _project(patches, weight.to(compute_dtype).flatten(1), bias).view(n, -1, d)  # [N, K, D]
+        if prefix is None and pos_embed is None and tokens.dtype == out_dtype:
+            return tokens
+        return self.assemble(tokens, pos_embed, ids_keep, prefix, out_dtype)
+
+    def gradients(self, grad, images, weight, ids_keep, mean, std, num_prefix, compute_dtype, needs):
+        needs_images, needs_weight, needs_bias, needs_pos, needs_prefix = needs
+        n, d, patch = images.shape[0], weight.shape[0], weight.shape[2:]
+        sum_dtype = accumulation_dtype(grad.dtype)  # autograd casts once, to the dtype of the parameter
+        num_patches = prod(patch_grid(images, patch))
+        g_images, g_weight, g_bias, g_pos, g_prefix = (grad.new_empty(0, dtype=sum_dtype) for _ in needs)
+
+        if needs_prefix:
+            g_prefix = grad[:, :num_prefix].sum(0, dtype=sum_dtype)
+        g_tokens = grad[:, num_prefix:]  # [N, K, D]
+        if needs_pos and ids_keep is None:
+            g_pos = g_tokens.sum(0, dtype=sum_dtype)
+        elif needs_pos:
+            g_pos = self.sum_positions(g_tokens, ids_keep, num_patches, sum_dtype)
+        g_tokens = g_tokens.to(compute_dtype).reshape(-1, d)  # [N K, D]
+        if needs_bias:
+            g_bias = g_tokens.sum(0, dtype=sum_dtype)
+        if needs_weight:
+            patches = self.gather(images, ids_keep, patch, mean, std, compute_dtype)
+            g_weight = _weight_gradient(g_tokens, patches).reshape(weight.shape).to(sum_dtype)
+        if needs_images:
+            g_patches = g_tokens @ weight.to(compute_dtype).flatten(1)  # [N K, E]
+            if std is not None:
+                g_patches.view(-1, images.shape[1], patch[0] * patch[1]).div_(std[:, None])
+            g_patches = g_patches.view(n, -1, g_patches.shape[1])
+            if ids_keep is not None:
+                g_patches = self.spread(g_patches, ids_keep, num_patches)  # [N, L, E]
+            g_images = unpatchify(g_patches, tuple(patch), tuple(images.shape[2:]), "cpq").to(images.dtype)
+        return g_images, g_weight, g_bias, g_pos, g_prefix
 
 
 def _assemble(tokens, pos_embed, ids_keep, prefix, out_dtype):
@@ -161,54 +192,11 @@ def _assemble(tokens, pos_embed, ids_keep, prefix, out_dtype):
     return out
 
 
-def _patch_embed_eager(*args):
-    return embed(_gather, _assemble, *args)
-
-
 def _patch_embed_fake(images, weight, bias, pos_embed, ids_keep, prefix, mean, std, compute_dtype, out_dtype):
     d, _, ph, pw = weight.shape
     num_prefix = 0 if prefix is None else prefix.shape[0]
     visible = prod(patch_grid(images, (ph, pw))) if ids_keep is None else ids_keep.shape[1]
     return images.new_empty((images.shape[0], num_prefix + visible, d), dtype=out_dtype)
-
-
-def gradients(
-    gather: Callable, spread: Callable, sum_positions: Callable, grad, images, weight, ids_keep, mean, std, num_prefix,
-    compute_dtype, needs,
-):  # fmt: skip
-    """Of images, weight, bias, positions and prefix, around three steps of an implementation.
-
-    ``gather`` makes the patches, ``spread`` puts rows ``[N, K, E]`` back among L, ``sum_positions`` adds rows
-    ``[N, K, D]`` of the same patch.
-    """
-    needs_images, needs_weight, needs_bias, needs_pos, needs_prefix = needs
-    n, d, patch = images.shape[0], weight.shape[0], weight.shape[2:]
-    sum_dtype = accumulation_dtype(grad.dtype)  # autograd casts once, to the dtype of the parameter
-    num_patches = prod(patch_grid(images, patch))
-    g_images, g_weight, g_bias, g_pos, g_prefix = (grad.new_empty(0, dtype=sum_dtype) for _ in needs)
-
-    if needs_prefix:
-        g_prefix = grad[:, :num_prefix].sum(0, dtype=sum_dtype)
-    g_tokens = grad[:, num_prefix:]  # [N, K, D]
-    if needs_pos and ids_keep is None:
-        g_pos = g_tokens.sum(0, dtype=sum_dtype)
-    elif needs_pos:
-        g_pos = sum_positions(g_tokens, ids_keep, num_patches, sum_dtype)
-    g_tokens = g_tokens.to(compute_dtype).reshape(-1, d)  # [N K, D]
-    if needs_bias:
-        g_bias = g_tokens.sum(0, dtype=sum_dtype)
-    if needs_weight:
-        patches = gather(images, ids_keep, patch, mean, std, compute_dtype)
-        g_weight = _weight_gradient(g_tokens, patches).reshape(weight.shape).to(sum_dtype)
-    if needs_images:
-        g_patches = g_tokens @ weight.to(compute_dtype).flatten(1)  # [N K, E]
-        if std is not None:
-            g_patches.view(-1, images.shape[1], patch[0] * patch[1]).div_(std[:, None])
-        g_patches = g_patches.view(n, -1, g_patches.shape[1])
-        if ids_keep is not None:
-            g_patches = spread(g_patches, ids_keep, num_patches)  # [N, L, E]
-        g_images = unpatchify(g_patches, tuple(patch), tuple(images.shape[2:]), "cpq").to(images.dtype)
-    return g_images, g_weight, g_bias, g_pos, g_prefix
 
 
 def _spread(rows, ids_keep, num_patches):
@@ -220,10 +208,6 @@ def _spread(rows, ids_keep, num_patches):
 def _sum_positions(grad, ids_keep, num_patches, sum_dtype):
     rows = grad.reshape(-1, grad.shape[2]).to(sum_dtype)
     return torch.ops.aten.embedding_dense_backward(rows, ids_keep.flatten(), num_patches, -1, False)
-
-
-def _patch_embed_backward_eager(*args):
-    return gradients(_gather, _spread, _sum_positions, *args)
 
 
 def _patch_embed_backward_fake(grad, images, weight, ids_keep, mean, std, num_prefix, compute_dtype, needs):
@@ -270,8 +254,8 @@ def _weight_gradient(grad: Tensor, patches: Tensor) -> Tensor:
 def _product_in_float32(grad: Tensor, patches: Tensor) -> Tensor:
     if grad.dtype != torch.float32:
         return torch.mm(grad.t(), patches, out_dtype=torch.float32)  # half precision is rounded once, by autograd
-    # Some products of cuBLAS add all rows in one chain: over 468 of them it strays 7 times as far as the reference's
-    # convolution. Where it splits them itself, over 12,544, parts cost 60 of 370 µs on an H200.
+    # Some products of cuBLAS add all rows in one chain and stray 7 times as far as the reference's convolution. Where
+    # it splits the rows itself, parts cost a sixth of the time (benchmarks/NOTES.md, "On a GPU").
     parts = gcd(len(grad), 16)
     return (grad.view(parts, -1, grad.shape[1]).mT @ patches.view(parts, -1, patches.shape[1])).sum(0)
 
@@ -297,10 +281,12 @@ def _as_pixels(rows: Tensor) -> Tensor:
     return rows[None, None].permute(0, 3, 1, 2)
 
 
+_EAGER = Steps(_gather, _assemble, _spread, _sum_positions)
+
 _patch_embed = define(
     "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? ids_keep, Tensor? prefix, "
     "Tensor? mean, Tensor? std, ScalarType compute_dtype, ScalarType out_dtype) -> Tensor",
-    eager=_patch_embed_eager,
+    eager=_EAGER.embed,
     fake=_patch_embed_fake,
     check=_patch_embed_check,
 )
@@ -308,7 +294,7 @@ _patch_embed_backward = define(
     "patch_embed_backward(Tensor grad, Tensor images, Tensor weight, Tensor? ids_keep, Tensor? mean, Tensor? std, "
     "SymInt num_prefix, ScalarType compute_dtype, bool[5] needs) "
     "-> (Tensor g_images, Tensor g_weight, Tensor g_bias, Tensor g_pos_embed, Tensor g_prefix)",
-    eager=_patch_embed_backward_eager,
+    eager=_EAGER.gradients,
     fake=_patch_embed_backward_fake,
 )
 

@@ -1,6 +1,7 @@
 """How an op reaches PyTorch's dispatcher: one schema, an eager and a Triton implementation, one fake."""
 
 from collections.abc import Callable
+from inspect import Parameter, Signature
 
 import torch
 from torch import Tensor
@@ -38,11 +39,19 @@ def define(schema: str, *, eager: Callable, fake: Callable, check: Callable | No
 
 
 def differentiable(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
-    """Give the op itself the gradient of the Function beside it.
+    """Make the op the forward of the Function beside it, and give the op itself the Function's gradient.
 
     The public functions apply the Function, which torch.func needs; vmap maps its two ops, sample by sample. Graphs
     that hold the bare op, such as exported programs, find its gradient here.
     """
+
+    def forward(*args):
+        return op(*args)
+
+    # torch.compile counts the parameters to know whether forward takes a context.
+    names = (argument.name for argument in op._schema.arguments)
+    forward.__signature__ = Signature(Parameter(name, Parameter.POSITIONAL_ONLY) for name in names)
+    function.forward = staticmethod(forward)
     function.generate_vmap_rule = True
     torch.library.register_autograd(op, function.backward, setup_context=function.setup_context, lib=_LIBRARY)
 

@@ -79,10 +79,6 @@ def _promoted(tokens: Tensor, mask_token: Tensor, pos_embed: Tensor | None) -> t
 
 class _ScatterMaskTokens(torch.autograd.Function):
     @staticmethod
-    def forward(tokens, mask_token, ids_restore, pos_embed, num_prefix, out_dtype):
-        return _scatter_mask_tokens(tokens, mask_token, ids_restore, pos_embed, num_prefix, out_dtype)
-
-    @staticmethod
     def setup_context(ctx, inputs, output):
         tokens, _, ids_restore, pos_embed, ctx.num_prefix, _ = inputs
         ctx.save_for_backward(ids_restore)

@@ -2,11 +2,7 @@
 
 from functools import partial
 
-from torch import Tensor
-
-from mae_kernels.chunks import in_chunks
 from mae_kernels.kernels.masked_mse import masked_mse
+from mae_kernels.linear_masked_mse import around
 
-
-def linear_masked_mse(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return in_chunks(partial(masked_mse, in_place=True), *args)
+linear_masked_mse = around(partial(masked_mse, in_place=True))

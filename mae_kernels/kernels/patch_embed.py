@@ -11,7 +11,7 @@ from mae_kernels.kernels.host import cdiv
 from mae_kernels.kernels.numerics import rounded
 from mae_kernels.kernels.pixels import decoded_values, load_values, patch_offsets
 from mae_kernels.kernels.rows import row_tiles, split_samples
-from mae_kernels.patch_embed import embed, gradients
+from mae_kernels.patch_embed import Steps
 from mae_kernels.patchify import patch_grid
 
 
@@ -101,14 +101,6 @@ def position_gradient_kernel(
     tl.store(p_pos_embed + o_out[:, None] + d[None, :], acc, mask=(i < num_patches)[:, None] & m_d[None, :])
 
 
-def patch_embed(*args) -> Tensor:
-    return embed(_gather_patches, _add_positions, *args)
-
-
-def patch_embed_backward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return gradients(_gather_patches, gather_tokens_backward, _position_gradient, *args)
-
-
 def _gather_patches(images, ids, patch, mean, std, dtype):
     n, c, ph, pw = *images.shape[:2], *patch
     grid = patch_grid(images, patch)
@@ -156,3 +148,7 @@ def _position_gradient(grad, ids, num_patches, dtype):
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if x is None else x.stride()
+
+
+_STEPS = Steps(_gather_patches, _add_positions, gather_tokens_backward, _position_gradient)
+patch_embed, patch_embed_backward = _STEPS.embed, _STEPS.gradients

@@ -114,8 +114,8 @@ def random_resized_crop_kernel(
 
 
 def crop_tiles() -> CropTiles:
-    # H200, 256 boxes of 3 x 290 x 390 to 224 x 224, four taps loaded at a time: 935 µs, and 1192 with 64 columns and
-    # four warps. One tap at a time, as here, is measured with the latter alone: 1121 µs.
+    # These won a race on an H200 in which four taps were loaded at a time (benchmarks/NOTES.md, "On a GPU"). One tap at
+    # a time, as here, was not raced.
     return CropTiles(rows=16, cols=32, lines=16, num_warps=2)
 
 
