@@ -152,7 +152,9 @@ def test_more_than_two_billion_pixels():
     weight = torch.randn(64, 3, 16, 16)
     ids_keep = random_masking(n, 196).ids_keep
     ours = patch_embed(images, weight, ids_keep=ids_keep)[-2:]
-    assert torch.equal(ours, patch_embed(images[-2:], weight, ids_keep=ids_keep[-2:]))
+    expected = patch_embed(images[-2:], weight, ids_keep=ids_keep[-2:])
+    # For two images the library of products takes another kernel, whose sums have another order.
+    assert (ours - expected).norm() < 1e-6 * expected.norm()
 
 
 def test_more_than_two_billion_values_of_tokens():
