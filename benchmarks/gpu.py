@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["MAE_COMMIT"] = options.commit
     name = "rehearsal" if options.rehearse else record.name()
     facts = record.conditions()
-    path = options.out.resolve() / f"{name}-{facts['date']}-{facts['commit']}-call-{options.call}.jsonl"
+    path = options.out.resolve() / f"{name}-{facts['date'][:10]}-{facts['commit']}-call-{options.call}.jsonl"
     after, failed = options.after or path.with_name(path.name.replace("call-2", "call-1")), []
     if options.call == 2 and after.is_file():
         failed = [test["id"] for test in record.read(after)["tests"] if test["outcome"] == "failed"]

@@ -50,7 +50,7 @@ def conditions() -> dict:
         "uncommitted_changes": bool(_output("git", "status", "--porcelain", "--untracked-files=no"))
         if "MAE_COMMIT" not in os.environ and _output("git", "rev-parse", "HEAD") else "unknown",
         "sources": sources(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M}",
         "device": torch.cuda.get_device_name() if on_gpu else cpu.get("brand_raw", "CPU"),
         "cpu": {name: cpu.get(key, "unknown") for name, key in (
             ("brand", "brand_raw"), ("vendor", "vendor_id_raw"), ("family", "family"), ("model", "model")
@@ -112,7 +112,7 @@ def begin(path: Path, command: str) -> None:
     for name in ("kind", "device", "commit", "sources", "torch", "triton"):
         if before.get(name, facts[name]) != facts[name]:
             raise ValueError(f"{path} holds results of {name} {before[name]}, not {facts[name]}: write to another file")
-    if not before:
+    if "kind" not in before:  # outcomes of tests may have come first
         append(path, conditions={**facts, "command": command})
 
 

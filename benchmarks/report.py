@@ -31,6 +31,7 @@ class Result:
         self.kind, rows, ceilings = self.facts.get("kind"), self.facts["rows"], self.facts["ceilings"]
         self.ops = [row for row in rows if "backend" in row and "median_ms" in row]
         self.steps = [row for row in rows if "contender" in row]
+        self.compared = [row for row in self.steps if row["contender"].startswith("(a)")] and self.steps
         self.hosts = [row for row in rows if "host_us" in row and "median_ms" not in row]
         back_end = {"gpu": "triton"}.get(self.kind, "eager")
         self.own = [row for row in self.ops if row["backend"] == back_end and "speedup" in row]
@@ -66,7 +67,7 @@ def results(root: Path) -> list[Result]:
 
 
 def newest(found: list[Result], kind: str, rows: str = "facts") -> Result | None:
-    """The result of that kind with the latest date, of several the last by name, among those that have such rows."""
+    """The latest result of that kind among those that have such rows."""
     return next((result for result in reversed(found) if result.kind == kind and getattr(result, rows)), None)
 
 
@@ -104,7 +105,7 @@ def of_ops(found: list[Result], kind: str = "cpu") -> list:
 
 
 def of_gpu(found: list[Result]) -> list:
-    measured = [result for rows in ("shown", "steps", "facts") if (result := newest(found, "gpu", rows))]
+    measured = [result for rows in ("shown", "compared", "facts") if (result := newest(found, "gpu", rows))]
     if not measured:
         return ["On a GPU: not measured since the first commit."]
     parts = []
@@ -123,7 +124,7 @@ def of_gpu(found: list[Result]) -> list:
 
 def of_steps(found: list[Result], kind: str = "cpu") -> list:
     """Images per second at each shape and dtype; memory and launches at ViT-B, or at the last shape without it."""
-    if not (result := newest(found, kind, "steps")):
+    if not (result := newest(found, kind, "compared")):
         return [f"The whole step on a {kind.upper()}: not measured yet."]
     rows = {(row["contender"], row["shape"], row["dtype"]): row for row in result.steps}
     names, shapes, dtypes = (list(dict.fromkeys(values)) for values in zip(*rows, strict=True))
@@ -136,14 +137,14 @@ def of_steps(found: list[Result], kind: str = "cpu") -> list:
     )  # fmt: skip
     header = ["step", *(f"{short[shape]} {dtype}" for shape, dtype in columns)]
     lines = [[*header, f"saved, {short[at]}", f"peak, {short[at]}", calls]]
-    for name in names:
+    for name in sorted(names, key=lambda name: rows.get((name, *columns[-1]), {}).get("images_per_s", 0)):
         speeds = [say(rows.get((name, *column), {}).get("images_per_s")) for column in columns]
         lines.append([name.partition(") ")[2], *speeds])
         there = [rows.get((name, at, dtype), {}) for dtype in dtypes]
         for field, scale, digits, unit in (("saved_bytes_per_image", 1e6, 0, " MB"), ("peak_mib", 1024, 2, " GiB"),
                                            ("launches", 1, 0, "")):  # fmt: skip
             values = [f"{row[field] / scale:.{digits}f}" if field in row else "-" for row in there]
-            lines[-1].append(" / ".join(values) + unit)
+            lines[-1].append(" / ".join(values) + unit * any(field in row for row in there))
     by_letter = {(name[1], dtype): row for (name, shape, dtype), row in rows.items() if shape == at}
     pairs = [(by_letter["a", x], by_letter["d", x]) for x in dtypes if {("a", x), ("d", x)} <= by_letter.keys()]
     rates = " and ".join(f"{say(ours['mfu'], '%')} in {ours['dtype']}" for _, ours in pairs)

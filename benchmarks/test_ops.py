@@ -27,7 +27,7 @@ def test_op(case, op_shape, ceilings, hand_over, request):
     torch.compiler.reset()
     inputs = rotated(partial(_arguments, work))
     ops: dict[str, Callable] = {REFERENCE: work.reference}
-    if options.compiled and options.compiled in op_shape.id:
+    if options.compiled and options.compiled in op_shape.id and not work.loops:
         # CUDA graphs would copy every input to a place of their own, which costs more than they save here.
         mode = "max-autotune-no-cudagraphs" if DEVICE.type == "cuda" else "default"
         ops[COMPILED] = torch.compile(work.reference, mode=mode, dynamic=False)

@@ -98,6 +98,7 @@ class Work:
     again: tuple[str, ...] = ()  # arguments that the backward reads once more
     keeps: str = ""  # the argument of whose size, as used, is what the forward writes for the backward
     peer: Callable | None = None  # what stands for the reference; None: the published step
+    loops: bool = False  # the reference loops over images, which a compiler unrolls for minutes
     passes_together: bool = False  # gradients are computed in the forward: only the sum of both passes means something
 
     @cached_property
@@ -284,8 +285,9 @@ def random_resized_crop(s: Shape) -> Work:
 
     flops = 2 * n * s.channels * 4 * h * (w + s.image)
     return Work(
-        "random_resized_crop", arguments, flops=(flops, 0), pixels=U8, used={"images": Fraction(h * w, height * width)}
-    )
+        "random_resized_crop", arguments, flops=(flops, 0), pixels=U8, loops=True,
+        used={"images": Fraction(h * w, height * width)},
+    )  # fmt: skip
 
 
 # The names say dtypes that are not float32: of pixels, then of tokens, predictions and products.

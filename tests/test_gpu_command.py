@@ -85,7 +85,7 @@ def test_no_stage_stops_the_next(pretended_stages, tmp_path, capsys):
     )
     assert gpu.main(["1", "--rehearse", "--out", str(tmp_path), "--commit", "abc1234"]) == 1
     (path,) = tmp_path.glob("*.jsonl")
-    assert path.name == f"rehearsal-{record.conditions()['date']}-{record.conditions()['commit']}-call-1.jsonl"
+    assert path.name == f"rehearsal-{record.conditions()['date'][:10]}-{record.conditions()['commit']}-call-1.jsonl"
     result = record.read(path)
     assert result["command"] == "python -m benchmarks.gpu 1 --rehearse"
     assert [(stage["stage"], stage["passed"], stage["last_line"]) for stage in result["stages"]] == [

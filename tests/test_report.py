@@ -164,16 +164,19 @@ def test_the_block_of_a_gpu_takes_the_newest_ops_and_the_newest_step(root):
     passed, failed = ({"stage": x, "passed": x == "memcheck", "last_line": "0 | 0"} for x in ("memcheck", "racecheck"))
     lines = [{"ceilings": {"copy_gb_per_s": 4000.0, "tflops": tflops}}, {"stage": passed}]
     save(root, "call-1", *rows, lines=lines, driver="1.2.3", cpu={"family": 25, "model": 17}, **gpu)
-    save(root, "call-2", step("(d) mae, eager", 5000.0), lines=[{"stage": failed}], **gpu, commit="def5678")
+    both = [step("(d) mae, eager", 5000.0), step("(a) published pipeline as written", 2000.0)]
+    save(root, "call-2", *both, lines=[{"stage": failed}], **gpu, commit="def5678")
+    save(root, "call-3", step("(d) mae, eager", 888.0), **gpu, commit="def5678", date="2026-01-02 12:34")
     block = written(
         root, "**Failed at commit def5678:** racecheck.", "| mae, eager | 5000 | 90 MB | 2.00 GiB | 77 |",
         "SYNTHETIC GPU, driver 1.2.3, torch 2.13.0, triton 3.7.1, 2026-01-02, commit abc1234",
-        "[call-1](docs/results/call-1.md); other runs: [call-2](docs/results/call-2.md)",
+        "[call-1](docs/results/call-1.md); other runs: [call-2](docs/results/call-2.md), "
+        "[call-3](docs/results/call-3.md)",
         "| gather_tokens | forward | 80.0 µs | 40.0 µs | 20.0 µs | 10.0x | 2.00x | 95 % | 98 % | 10.0 -> 2.00 MiB |",
         "| scatter_mask_tokens | forward | 2.00 ms | - | 0.500 ms | 4.00x | - | 97 % | - | 10.0 -> 2.00 MiB |",
         "![ops under the roofs of the GPU](docs/results/call-1-roofline.svg)",
     ).partition("numbers of gpu: begin")[2]  # fmt: skip
-    assert not re.search(r"not measured since|7\.77|6\.66|1\.11|family", block, flags=re.I)
+    assert not re.search(r"not measured since|7\.77|6\.66|1\.11|888|family", block, flags=re.I)
     made = "".join((root / "docs/results" / f"call-1{end}").read_text("utf-8") for end in (".md", "-roofline.svg"))
     labels = ("SYNTHETIC GPU", "linear, bfloat16: 700 TFLOP/s", "convolution, float32: 55.0 TFLOP/s")
     assert all(part in made for part in (r"| memcheck | True | 0 \| 0 |", *labels))
