@@ -7,10 +7,11 @@ from torch import Tensor
 
 from mae.attention import attention
 from mae_kernels import gather_tokens
+from mae_kernels.untouched import is_own, untouched
 
 
 class Attention(nn.Module):
-    """Holds parameters under their published names; :class:`Block` applies them."""
+    """Attention of every token to all; :class:`Block` computes the same in fewer passes where nobody would notice."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -18,14 +19,37 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:  # [N, T, D] -> [N, T, D], or [N, S, D] with ids
+        """Normed tokens in; all of them out, or those at ids ``[N, S]`` alone."""
+        packed = self.qkv(x)  # [N, T, 3 D]
+        if ids is None:
+            return self.attend(packed)
+        dim = packed.shape[2] // 3
+        return self.attend(packed[..., dim:], gather_tokens(packed[..., :dim], ids))
+
+    def attend(self, packed: Tensor, queries: Tensor | None = None) -> Tensor:
+        """``[N, T, 3 D]`` queries, keys and values, or queries ``[N, S, D]`` beside ``[N, T, 2 D]``: ``[N, S, D]``."""
+        # The method Tensor.unflatten cannot be compiled while a default device is set.
+        parts, heads = (3 if queries is None else 2), self.num_heads
+        packed = torch.unflatten(packed, 2, (parts, heads, -1))
+        queries = None if queries is None else torch.unflatten(queries, 2, (heads, -1))
+        return self.proj(attention(packed, queries).flatten(2))
+
 
 class Mlp(nn.Module):
-    """Holds parameters under their published names; :class:`Block` applies them."""
+    """Two layers with gelu in between; of these too :class:`Block` makes fewer passes."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, D]
+        return self.output(self.fc1(x))
+
+    def output(self, hidden: Tensor) -> Tensor:  # [N, T, H] -> [N, T, D]
+        fc2 = self.fc2
+        return gelu_linear(hidden, fc2.weight, fc2.bias) if untouched(fc2) else fc2(F.gelu(hidden))
 
 
 class Block(nn.Module):
@@ -38,36 +62,43 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:  # [N, T, D] -> [N, T, D], or [N, S, D] with ids
         """All tokens, or those at ids ``[N, S]`` alone; either way they attend to all."""
-        dim, heads = x.shape[2], self.attn.num_heads
-        weight, bias = self.attn.qkv.weight, self.attn.qkv.bias
-        queries = None
-        if ids is None:
-            packed = norm_linear(x, self.norm1, weight, bias)  # [N, T, 3 D]
+        attn, norm = self.attn, self.norm1
+        rows = x if ids is None else gather_tokens(x, ids)  # [N, S, D]
+        if is_own(attn, Attention) and untouched(norm, qkv := attn.qkv):
+            weight, bias, queries = qkv.weight, qkv.bias, None
+            if ids is not None:
+                (weight_q, weight), (bias_q, bias) = (_queries_and_rest(p) for p in (weight, bias))
+                queries = norm_linear(rows, norm, weight_q, bias_q)
+            attended = attn.attend(norm_linear(x, norm, weight, bias), queries)
         else:
-            packed = norm_linear(x, self.norm1, weight[dim:], bias[dim:])  # [N, T, 2 D]
-            x = gather_tokens(x, ids)  # [N, S, D]
-            queries = norm_linear(x, self.norm1, weight[:dim], bias[:dim])
-            queries = torch.unflatten(queries, 2, (heads, dim // heads))  # [N, S, heads, d]
-        # The method Tensor.unflatten cannot be compiled while a default device is set.
-        packed = torch.unflatten(packed, 2, (-1, heads, dim // heads))
-        attended = attention(packed, queries).flatten(2)
-        x = x + self.attn.proj(attended)
-        hidden = norm_linear(x, self.norm2, self.mlp.fc1.weight, self.mlp.fc1.bias)  # [N, S, 4 D]
-        return x + gelu_linear(hidden, self.mlp.fc2.weight, self.mlp.fc2.bias)
+            attended = attn(norm(x), ids)
+        x = rows + attended
+        mlp, norm = self.mlp, self.norm2
+        if is_own(mlp, Mlp) and untouched(norm, fc1 := mlp.fc1):
+            return x + mlp.output(norm_linear(x, norm, fc1.weight, fc1.bias))
+        return x + mlp(norm(x))
 
 
-def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> Tensor:
+def _queries_and_rest(p: Tensor | None) -> tuple[Tensor | None, Tensor | None]:  # [3 D, ...] -> [D, ...], [2 D, ...]
+    return (None, None) if p is None else (p[: len(p) // 3], p[len(p) // 3 :])
+
+
+def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``linear(norm(x))``: ``[N, T, D] -> [N, T, O]``. The backward normalises x again."""
     dtype = _compute_dtype(x)
     # A number for torch.compile(dynamic=True) too: torch 2.13 fails on a symbol that two Functions share.
     eps = float(f"{norm.eps}")
-    return _NormLinear.apply(x, norm.weight, norm.bias, eps, weight.to(dtype), bias.to(dtype))
+    return _NormLinear.apply(x, norm.weight, norm.bias, eps, weight.to(dtype), _to(bias, dtype))
 
 
-def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``linear(gelu(x))``: ``[N, T, H] -> [N, T, O]``. The backward computes gelu again."""
     dtype = _compute_dtype(x)
-    return _GeluLinear.apply(x, weight.to(dtype), bias.to(dtype))
+    return _GeluLinear.apply(x, weight.to(dtype), _to(bias, dtype))
+
+
+def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -23,6 +23,8 @@ from mae_kernels import (
     scatter_mask_tokens,
     unpatchify,
 )
+from mae_kernels.nn import assemble_tokens, floating_pixels
+from mae_kernels.untouched import is_own, projects_patches, untouched
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,14 @@ class NoDecoderError(RuntimeError):
 
 
 class PatchEmbed(nn.Module):
-    """Holds the projection's parameters under their published names; :func:`mae_kernels.patch_embed` applies them."""
+    """Projects every patch; :meth:`MaskedAutoencoder.embed` passes it over where nobody would notice."""
 
     def __init__(self, config: MAEConfig):
         super().__init__()
         self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, stride=config.patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:  # [N, C, H, W], floating -> [N, L, D]
+        return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class MaskedAutoencoder(nn.Module):
@@ -196,16 +201,15 @@ class MaskedAutoencoder(nn.Module):
                 f"MaskedAutoencoder: images must be [N, {self.config.in_chans}, {height}, {width}], "
                 f"got shape {tuple(images.shape)}; resize them or build the model with another image_size"
             )
-        return patch_embed(
-            images,
-            self.patch_embed.proj.weight,
-            self.patch_embed.proj.bias,
-            self.pos_embed[:, 1:],
-            ids_keep,
-            prefix=self.cls_token + self.pos_embed[:, :1],
-            out_dtype=self.residual_dtype,
-            **self._stats(images),
-        )
+        embed, position = self.patch_embed, self.pos_embed[:, 1:]
+        prefix = self.cls_token + self.pos_embed[:, :1]
+        if is_own(embed, PatchEmbed) and projects_patches(embed.proj):
+            weight, bias, stats = embed.proj.weight, embed.proj.bias, self._stats(images)
+            return patch_embed(
+                images, weight, bias, position, ids_keep, prefix=prefix, out_dtype=self.residual_dtype, **stats
+            )
+        tokens = embed(floating_pixels(images, **self._stats(images)))  # [N, L, D]
+        return assemble_tokens(tokens, position, ids_keep, prefix, self.residual_dtype)
 
     def encode(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, D]
         for block in self.blocks:
@@ -237,9 +241,11 @@ class MaskedAutoencoder(nn.Module):
 
     def loss(self, hidden: Tensor, images: Tensor, ids_mask: Tensor) -> Tensor:
         """Norm, head and squared error of the hidden patches ``[N, M, D']``: scalar float32."""
-        head = self.decoder_pred
+        head, target = self.decoder_pred, self._target(images)
         hidden = self.decoder_norm(hidden)
-        return linear_masked_mse(hidden, head.weight, head.bias, images, ids_mask, **self._target(images))
+        if untouched(head):
+            return linear_masked_mse(hidden, head.weight, head.bias, images, ids_mask, **target)
+        return masked_mse(head(hidden), images, ids_mask=ids_mask, **target)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Features of whole images for downstream use, nothing masked: ``[N, 1 + L, D]``, class token first."""
@@ -267,7 +273,7 @@ class MaskedAutoencoder(nn.Module):
         masking = self._masking(images, mask_ratio, noise, masking)
         patches = self.forward(images, masking=masking, return_pred=True).pred.float()  # [N, L, E]
         mean, std = self.pixel_mean[:, None, None], self.pixel_std[:, None, None]
-        pixels = (images / 255 - mean) / std if images.dtype == torch.uint8 else images.float()  # [N, C, H, W]
+        pixels = floating_pixels(images, **self._stats(images)).float()  # [N, C, H, W]
         patch_size, image_size = self.config.patch_size, self.config.image_size
         if self.config.norm_pix_loss:
             truth = patchify(pixels, patch_size)

@@ -25,11 +25,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from mae_kernels import checks
+from mae_kernels.gather_tokens import gather_tokens
 from mae_kernels.masked_mse import masked_mse
 from mae_kernels.patch_embed import patch_embed
 from mae_kernels.patchify import Layout, patch_grid
 from mae_kernels.precision import accumulation_dtype
 from mae_kernels.scatter_mask_tokens import scatter_mask_tokens
+from mae_kernels.untouched import projects_patches
 
 __all__ = ["MaskTokenScatter", "MaskedMSELoss", "MaskedPatchEmbed", "learned_token"]
 
@@ -37,6 +39,30 @@ __all__ = ["MaskTokenScatter", "MaskedMSELoss", "MaskedPatchEmbed", "learned_tok
 def learned_token(dim: int) -> nn.Parameter:
     """A class or mask token as published: ``[1, 1, dim]`` from N(0, 0.02)."""
     return nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
+
+
+def floating_pixels(images: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+    """Images as the ops read them: uint8 as ``x / 255``, then normalised where mean and std ``[C]`` are given."""
+    x = images / 255 if images.dtype == torch.uint8 else images
+    return x if mean is None else (x - mean[:, None, None]) / std[:, None, None]
+
+
+def assemble_tokens(
+    tokens: Tensor,
+    pos_embed: Tensor | None,
+    ids_keep: Tensor | None,
+    prefix: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """``[N, L, D]`` -> ``[N, R + K, D]``: what :func:`mae_kernels.patch_embed` does behind the projection.
+
+    For projections that have to be called, such as one with a LoRA adapter. Arguments as there.
+    """
+    x = tokens if pos_embed is None else tokens + pos_embed
+    x = x if ids_keep is None else gather_tokens(x, ids_keep)
+    if prefix is not None:
+        x = torch.cat([prefix.reshape(1, -1, x.shape[2]).expand(x.shape[0], -1, -1), x], dim=1)
+    return x if out_dtype is None else x.to(out_dtype)
 
 
 class _ReadsPixels(nn.Module):
@@ -106,8 +132,9 @@ class MaskedPatchEmbed(_ReadsPixels):
         pixel_std: C values, likewise.
         out_dtype: dtype of the result; None promotes as the published code does.
 
-    ``proj`` is a convolution that holds weight ``[D, C, ph, pw]`` and bias ``[D]``; it is not called itself, so hooks
-    on it do not run. Published initial values: xavier-uniform of the weight seen as ``[D, C ph pw]``.
+    ``proj`` is a convolution with weight ``[D, C, ph, pw]`` and bias ``[D]``. It is called itself, for all patches,
+    only where somebody would notice: with hooks on it, an adapter, a parametrisation. Published initial values:
+    xavier-uniform of the weight seen as ``[D, C ph pw]``.
     """
 
     def __init__(
@@ -156,16 +183,13 @@ class MaskedPatchEmbed(_ReadsPixels):
         """
         if prefix is not None and pos_embed is not None:
             prefix, pos_embed = self._split_positions(images, prefix, pos_embed)
-        return patch_embed(
-            images,
-            self.proj.weight,
-            self.proj.bias,
-            pos_embed,
-            ids_keep,
-            prefix=prefix,
-            out_dtype=self.out_dtype,
-            **self._normalization(images),
-        )
+        proj, stats, dtype = self.proj, self._normalization(images), self.out_dtype
+        if projects_patches(proj):
+            return patch_embed(
+                images, proj.weight, proj.bias, pos_embed, ids_keep, prefix=prefix, out_dtype=dtype, **stats
+            )
+        tokens = proj(floating_pixels(images, **stats)).flatten(2).transpose(1, 2)
+        return assemble_tokens(tokens, pos_embed, ids_keep, prefix, dtype)
 
     def _split_positions(self, images: Tensor, prefix: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
         op, embed_dim = "MaskedPatchEmbed", self.proj.out_channels

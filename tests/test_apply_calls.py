@@ -69,6 +69,42 @@ def test_a_replaced_projection_is_used():
     assert distance(train(model, batch)["loss"], train(plain, batch)["loss"]) < 1e-6
 
 
+def negated(function):
+    return lambda *args, **options: -function(*args, **options)
+
+
+@pytest.mark.parametrize("how", ["another class", "another forward", "another patchify", "overlapping patches"])
+@pytest.mark.parametrize("build", [published, hugging_face], ids=["published", "Hugging Face"])
+def test_parts_that_were_exchanged_since_are_used(build, how):
+    """Applied first, changed then: the same as the change alone."""
+    plain = copy.deepcopy(model := build())
+    apply(model)
+    conv = nn.Conv2d(3, 64, 10, stride=8, padding=1)
+    for network in (model, plain):
+        embed = network.patch_embed if build is published else network.vit.embeddings.patch_embeddings
+        if how == "another class":
+            cls = type(embed)
+            embed.__class__ = type("Another", (cls,), {"forward": negated(cls.forward)})
+        elif how == "another forward":
+            embed.forward = negated(embed.forward)
+        elif how == "another patchify":
+            network.patchify = negated(network.patchify)
+        else:
+            setattr(embed, "proj" if build is published else "projection", copy.deepcopy(conv))
+    batch = images()
+    ours, expected = train(model, batch), train(plain, batch)
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("build", [published, hugging_face], ids=["published", "Hugging Face"])
+def test_pixels_that_are_no_floating_numbers_meet_the_original(build):
+    model = build()
+    apply(model)
+    with pytest.raises(RuntimeError, match="should be the same"):
+        model(torch.randint(256, (2, 3, SIZE, SIZE), dtype=torch.uint8))
+
+
 def test_an_argument_of_a_subclass_reaches_it():
     class Scaled(families.MaskedAutoencoderViT):
         def forward_decoder(self, x, ids_restore, scale=1.0):

@@ -5,10 +5,19 @@ import copy
 import pytest
 import torch
 from conftest import DEVICE
-from families import BiasedVariance, MaskedAutoencoderViT, distance, images, published, timm_encoder, train
+from families import (
+    BiasedVariance,
+    MaskedAutoencoderViT,
+    distance,
+    hugging_face,
+    images,
+    published,
+    timm_encoder,
+    train,
+)
 from torch import nn
 
-from mae_kernels import apply
+from mae_kernels import apply, unapply
 
 
 class ShiftedMasking(MaskedAutoencoderViT):
@@ -184,11 +193,76 @@ def test_a_method_of_the_instance_is_left():
     assert str(left) == "forward_loss: the method forward_loss was set on the instance"
 
 
-def test_dropout_of_timm_is_left():
-    with pytest.raises(
-        ValueError, match=r"apply: nothing was replaced:\n  forward_features: the ops do not cover its options$"
-    ):
-        apply(timm_encoder(pos_drop_rate=0.1, dynamic_img_size=True))
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"pos_drop_rate": 0.1}, "the ops do not cover its options"),
+        ({"dynamic_img_size": True}, "dynamic_img_size takes images of any size"),
+        ({"pos_embed": "none"}, "it has no pos_embed"),
+    ],
+)
+def test_options_of_timm_are_left(options, reason):
+    with pytest.raises(ValueError, match=f"^apply: nothing was replaced:\n  forward_features: {reason}$"):
+        apply(timm_encoder(**options))
+
+
+class Stem(nn.Module):
+    """Patches by two convolutions, in place of any family's patch embedding or projection."""
+
+    num_patches = 36
+
+    def __init__(self, as_map: bool = False):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.GELU(), nn.Conv2d(8, 64, 2, 2))
+        self.as_map = as_map
+
+    def forward(self, x, interpolate_pos_encoding=False):
+        x = self.layers(x)
+        return x if self.as_map else x.flatten(2).transpose(1, 2)
+
+
+# How a model is changed, the method that stays as it is, and why: applied afterwards it says so.
+CHANGES = {
+    "stem of Hugging Face": (
+        hugging_face, lambda model: setattr(model.vit.embeddings, "patch_embeddings", Stem()),
+        "vit.embeddings.forward", "patch_embeddings.projection is missing, not a convolution of patches",
+    ),
+    "stem of a published projection": (
+        published, lambda model: setattr(model.patch_embed, "proj", Stem(as_map=True)),
+        "forward_encoder", "patch_embed.proj is a Stem, not a convolution of patches",
+    ),
+    "no hidden patch": (
+        hugging_face, lambda model: setattr(model.config, "mask_ratio", 0.0),
+        "vit.embeddings.forward", "a mask ratio of 0.0 hides none of the patches, or all",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("applied_first", [False, True])
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_was_exchanged_stays_exchanged(name, applied_first):
+    build, change, method, reason = CHANGES[name]
+    model = build()
+    if applied_first:
+        apply(model)
+    change(model)
+    model.to(DEVICE)
+    plain = copy.deepcopy(model)
+    unapply(plain)
+    if not applied_first:
+        assert f"{method}: {reason}" in map(str, apply(model).left)
+    batch = images(device=DEVICE)
+    ours, expected = (train(network, batch) for network in (model, plain))
+    for key, value in expected.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6, equal_nan=True, msg=key)
+
+
+def test_emptied_parameters_are_refused():
+    model = published()
+    model.pos_embed.data = torch.empty(0)
+    message = "apply: pos_embed is empty, as FSDP and ZeRO-3 leave parameters; apply before sharding"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        apply(model)
 
 
 def test_unknown_models_are_refused():

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 
 from mae import MAEConfig, MaskedAutoencoder, TrainingStep
@@ -57,12 +58,37 @@ def checkpointed(model: MaskedAutoencoder) -> MaskedAutoencoder:
     return model
 
 
+def every_layer_sharded(model: MaskedAutoencoder) -> MaskedAutoencoder:
+    for part in list(model.modules()):
+        if isinstance(part, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.LayerNorm)):
+            fully_shard(part)
+    return fully_shard(model)
+
+
+def wrapped_by_size(parameters: int) -> Callable[[MaskedAutoencoder], torch.nn.Module]:
+    policy = functools.partial(size_based_auto_wrap_policy, min_num_params=parameters)
+    options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    return functools.partial(FullyShardedDataParallel, auto_wrap_policy=policy, **options)
+
+
+def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    if not isinstance(model, FullyShardedDataParallel):
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        named = model.named_parameters()
+        return {name.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for name, p in named}
+
+
 # How a model is distributed, options of the step, and whether its products are in bfloat16.
 RUNS: dict[str, tuple[Callable, dict, bool]] = {
     "DDP": (DistributedDataParallel, {}, False),
     "DDP, micro-batches": (DistributedDataParallel, {"micro_batches": 2}, False),
     "DDP, compiled": (DistributedDataParallel, {"execution": "compile"}, False),
     "FSDP2": (sharded, {}, False),
+    "FSDP2, whole": (fully_shard, {}, False),
+    "FSDP2, every layer": (every_layer_sharded, {}, False),
+    "FSDP1, large parts": (wrapped_by_size(4000), {}, False),
+    "FSDP1, every layer": (wrapped_by_size(100), {}, False),
     "FSDP2, micro-batches, clipped": (sharded, {"micro_batches": 2, "clip_grad": 0.1}, False),
     "FSDP2, compiled": (sharded, {"execution": "compile"}, False),
     "FSDP2, checkpointed blocks": (lambda model: sharded(checkpointed(model)), {}, False),
@@ -84,8 +110,7 @@ def _process(rank: int, file: str, queue) -> None:
                 model.register_comm_hook(summed, _counted_all_reduce)
             losses = train(model, lambda x: x.chunk(2)[rank], **options)
             dist.all_reduce(losses)
-            whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            state = get_model_state_dict(model, options=whole)
+            state = whole_state(model)
             result = (losses / 2).numpy(), {k: v.float().numpy() for k, v in state.items()}, sum(summed)
         except Exception:
             result = traceback.format_exc()

@@ -56,7 +56,8 @@ def apply(model: nn.Module) -> Report:
     mode: where a subclass does something else than the ops, that method is left alone, and the report says so.
 
     Calls that the ops do not cover run the original code as before: other image sizes, interpolated positions, a mask
-    ratio of 0, images that require grad, and parts with hooks of their own, such as one on ``patch_embed.proj``.
+    ratio of 0, pixels that are no floating numbers, images that require grad, and parts that were exchanged since or
+    have hooks of their own, such as one on ``patch_embed.proj``.
 
     Args:
         model: with its weights, on any device, in any precision.
@@ -72,6 +73,11 @@ def apply(model: nn.Module) -> Report:
             raise ValueError(f"apply: {name} is on the meta device; apply once the weights have their memory")
         if _is_sharded(parameter):
             raise ValueError(f"apply: {name} is sharded; apply before fully_shard")
+        if not parameter.numel():
+            raise ValueError(f"apply: {name} is empty, as FSDP and ZeRO-3 leave parameters; apply before sharding")
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(f"apply: {name or 'the model'} is sharded; apply before FullyShardedDataParallel wraps it")
     unapply(model)
     changes = []
     for name, module in model.named_modules():
@@ -106,8 +112,10 @@ def unapply(model: nn.Module) -> None:
 def _replace(name: str, module: nn.Module, replacements: list[Replacement]) -> list[Change]:
     original, functions, changes = type(module), {}, []
     for new in replacements:
-        tried = {**functions, new.method: new.function}
-        why_not = _difference(module, new, fused_class(original, tried))
+        why_not = new.obstacle(module)
+        if not why_not:
+            tried = {**functions, new.method: new.guarded(module)}
+            why_not = _difference(module, new, fused_class(original, tried))
         if not why_not:
             functions = tried
         changes.append(Change(name, new.method, new.ops, why_not))
@@ -118,8 +126,6 @@ def _replace(name: str, module: nn.Module, replacements: list[Replacement]) -> l
 
 def _difference(module: nn.Module, new: Replacement, cls: type) -> str:
     """Why the method of cls may not be taken: what it does differently on random input; empty if it does the same."""
-    if new.method in vars(module):
-        return f"the method {new.method} was set on the instance"
     original, tried = type(module), 0
     for training in (True, False):
         try:

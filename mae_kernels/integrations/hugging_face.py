@@ -2,11 +2,12 @@
 
 import sys
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mae_kernels.integrations.pieces import example_images, given, hides_some, keep_some, patch_numbers, untouched
+from mae_kernels.integrations.pieces import example_images, given, hides_some, keep_some, patch_numbers
 from mae_kernels.integrations.replacement import Replacement
 from mae_kernels.masked_mse import masked_mse
 from mae_kernels.patch_embed import patch_embed
@@ -29,50 +30,80 @@ def replacements(module: nn.Module) -> list[Replacement]:
     return []
 
 
+class _Shape(NamedTuple):
+    """Of a model's images and patches, in pixels."""
+
+    image: tuple[int, int]
+    patch: tuple[int, int]
+    channels: int
+
+    @classmethod
+    def of(cls, config) -> "_Shape":
+        sizes = (
+            (size, size) if isinstance(size, int) else tuple(size) for size in (config.image_size, config.patch_size)
+        )
+        return cls(*sizes, config.num_channels)
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image[0] // self.patch[0]) * (self.image[1] // self.patch[1])
+
+    def images(self, like: Tensor) -> Tensor:
+        return example_images(like.new_empty(1, self.channels, *self.patch), self.image)
+
+
+def _options(config) -> str:
+    if hides_some(_Shape.of(config).num_patches, config.mask_ratio):
+        return ""
+    return f"a mask ratio of {config.mask_ratio} hides none of the patches, or all"
+
+
 def _of_embeddings(module: nn.Module) -> list[Replacement]:
-    embed = module.patch_embeddings
-    weight = embed.projection.weight
+    shape, options = _Shape.of(module.config), _options(module.config)
 
     def masking_example():
-        return (torch.randn(3, embed.num_patches, 5, dtype=weight.dtype, device=weight.device),)
+        like = module.cls_token
+        return (torch.randn(3, shape.num_patches, 5, dtype=like.dtype, device=like.device),)
 
-    def example():
-        return (example_images(weight, embed.image_size),)
-
+    masking_ops = ("random_masking", "gather_tokens")
     return [
-        Replacement("random_masking", _random_masking, ("random_masking", "gather_tokens"), masking_example),
-        Replacement("forward", _embed, ("patch_embed",), example),
-    ]
+        Replacement("random_masking", _random_masking, masking_ops, masking_example, options=options),
+        Replacement(
+            "forward", _embed, ("patch_embed",), lambda: (shape.images(module.cls_token),),
+            projection="patch_embeddings.projection", passed_over=("patch_embeddings",),
+            tensors=("cls_token", "position_embeddings"), options=options,
+        ),
+    ]  # fmt: skip
 
 
 def _of_decoder(module: nn.Module) -> list[Replacement]:
-    table, width = module.decoder_pos_embed, module.decoder_embed.in_features
-    num_patches = table.shape[1] - 1
-
     def example():
-        visible = int(num_patches * 0.25)
-        tokens = torch.randn(2, 1 + visible, width, dtype=table.dtype, device=table.device)
+        table, num_patches = module.decoder_pos_embed, module.decoder_pos_embed.shape[1] - 1
+        like = {"dtype": table.dtype, "device": table.device}
+        tokens = torch.randn(2, 1 + int(num_patches * 0.25), module.decoder_embed.in_features, **like)
         return tokens, torch.rand(2, num_patches, device=table.device).argsort(1)
 
-    return [Replacement("forward", _decode, ("scatter_mask_tokens",), example)]
+    tensors = ("mask_token", "decoder_pos_embed")
+    return [Replacement("forward", _decode, ("scatter_mask_tokens",), example, tensors=tensors)]
 
 
 def _of_model(module: nn.Module) -> list[Replacement]:
-    embed = module.vit.embeddings.patch_embeddings
-    weight = embed.projection.weight
+    shape = _Shape.of(module.config)
 
     def loss_example():
-        images = example_images(weight, embed.image_size).to(torch.promote_types(weight.dtype, torch.float32))
-        pred = torch.randn(2, embed.num_patches, prod(weight.shape[1:]), dtype=images.dtype, device=images.device)
-        _, mask, _ = module.vit.embeddings.random_masking(patch_numbers(2, embed.num_patches, images.device))
+        like = module.vit.embeddings.cls_token
+        images = shape.images(like).to(torch.promote_types(like.dtype, torch.float32))
+        values = shape.channels * prod(shape.patch)
+        pred = torch.randn(2, shape.num_patches, values, dtype=images.dtype, device=images.device)
+        _, mask, _ = module.vit.embeddings.random_masking(patch_numbers(2, shape.num_patches, images.device))
         return images, pred, mask
 
-    def example():
-        return (example_images(weight, embed.image_size),)
-
     if hasattr(module, "forward_loss"):  # not so in later versions of transformers 5
-        return [Replacement("forward_loss", _forward_loss, ("masked_mse",), loss_example)]
-    return [Replacement("forward", _forward, ("masked_mse",), example)]
+        method, function, example = "forward_loss", _forward_loss, loss_example
+    else:
+        method, function, example = "forward", _forward, lambda: (shape.images(module.vit.embeddings.cls_token),)
+    options = {"ignored": ("patchify",), "options": _options(module.config)}
+    return [Replacement(method, function, ("masked_mse",), example, **options)]
 
 
 def _random_masking(self, *args, **kwargs):  # [N, L, D] -> [N, K, D], [N, L] with 1 = removed, [N, L]
@@ -86,10 +117,11 @@ def _random_masking(self, *args, **kwargs):  # [N, L, D] -> [N, K, D], [N, L] wi
 def _embed(self, *args, **kwargs):  # [N, C, H, W] -> [N, 1 + K, D], [N, L], [N, L]
     call = given(args, kwargs, "pixel_values", noise=None, interpolate_pos_encoding=False)
     embed = self.patch_embeddings
-    if call is None or call[2] or not _covers(self, call[0]):
+    shape = _Shape.of(self.config)
+    if call is None or call[2] or not _has_pixels(self.config, call[0]) or call[0].shape[2:] != shape.image:
         return NotImplemented
     images, noise, _ = call
-    numbers = patch_numbers(len(images), embed.num_patches, images.device)
+    numbers = patch_numbers(len(images), shape.num_patches, images.device)
     kept, mask, ids_restore = self.random_masking(numbers, noise)
     table, proj = self.position_embeddings, embed.projection
     prefix = self.cls_token + table[:, :1]
@@ -97,14 +129,10 @@ def _embed(self, *args, **kwargs):  # [N, C, H, W] -> [N, 1 + K, D], [N, L], [N,
     return tokens, mask, ids_restore
 
 
-def _covers(self, images: Tensor) -> bool:
-    embed = self.patch_embeddings
-    return (
-        tuple(images.shape[1:]) == (embed.num_channels, *embed.image_size)
-        and hides_some(embed.num_patches, self.config.mask_ratio)
-        and type(embed.projection) is nn.Conv2d
-        and untouched(embed, embed.projection)
-    )
+def _has_pixels(config, images: Tensor) -> bool:
+    """Whether the images are what the original takes too, with some patches to hide and some to see."""
+    covered = images.is_floating_point() and images.shape[1] == config.num_channels
+    return covered and hides_some(_Shape.of(config).num_patches, config.mask_ratio)
 
 
 def _decode(self, *args, **kwargs):  # [N, 1 + K, D], [N, L] -> [N, L, E]
@@ -125,7 +153,7 @@ def _decode(self, *args, **kwargs):  # [N, 1 + K, D], [N, L] -> [N, L, E]
 
 def _forward_loss(self, *args, **kwargs):  # [N, C, H, W], [N, L, E], [N, L] -> scalar
     call = given(args, kwargs, "pixel_values", "pred", "mask", interpolate_pos_encoding=False)
-    if call is None or call[3] or call[0].requires_grad:
+    if call is None or call[3] or call[0].requires_grad or not _has_pixels(self.config, call[0]):
         return NotImplemented
     return _loss(self.config, *call[:3])
 
@@ -133,6 +161,8 @@ def _forward_loss(self, *args, **kwargs):  # [N, C, H, W], [N, L, E], [N, L] -> 
 def _forward(self, pixel_values=None, noise=None, interpolate_pos_encoding=None, *args, **kwargs):
     as_tuple = not kwargs.get("return_dict", self.config.return_dict)
     if args or pixel_values is None or pixel_values.requires_grad or interpolate_pos_encoding or as_tuple:
+        return NotImplemented
+    if not _has_pixels(self.config, pixel_values):
         return NotImplemented
     outputs = self.vit(pixel_values, noise=noise, **kwargs)
     decoded = self.decoder(outputs.last_hidden_state, outputs.ids_restore)

@@ -7,7 +7,7 @@ from torch import nn
 
 from mae_kernels.integrations.pieces import example_images, given
 from mae_kernels.integrations.replacement import Replacement
-from mae_kernels.integrations.timm import covers, embed_visible
+from mae_kernels.integrations.timm import PARTS, covers, embed_visible, why_not
 
 LOOKED_FOR = "MaskedVisionTransformerTIMM of lightly"
 
@@ -24,7 +24,11 @@ def replacements(module: nn.Module) -> list[Replacement]:
         idx_keep = torch.cat([shuffled.new_zeros(2, 1), 1 + shuffled[:, : embed.num_patches // 4]], dim=1)
         return images, None, idx_keep
 
-    return [Replacement("preprocess", _preprocess, ("patch_embed",), example)]
+    parts = {
+        "projection": f"vit.{PARTS['projection']}",
+        **{name: tuple(f"vit.{path}" for path in PARTS[name]) for name in ("passed_over", "tensors")},
+    }
+    return [Replacement("preprocess", _preprocess, ("patch_embed",), example, **parts, options=why_not(module.vit))]
 
 
 def _preprocess(self, *args, **kwargs):  # [N, C, H, W], [N, 1 + K] -> [N, 1 + K, D]

@@ -1,7 +1,7 @@
 """What the families share: which calls the ops cover, masking by any strategy, and input to try methods on."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mae_kernels.gather_tokens import gather_tokens
 from mae_kernels.masking import random_masking
@@ -14,13 +14,6 @@ def given(args: tuple, kwargs: dict, *names: str, **defaults) -> tuple | None:
     if len(args) > len(names) or values.keys() != set(names):
         return None
     return tuple(values[name] for name in names)
-
-
-def untouched(*modules: nn.Module) -> bool:
-    """Whether nobody would notice that these modules are not called: no hook waits for it, FSDP's included."""
-    return not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
-    )
 
 
 def hides_some(num_patches: int, mask_ratio: float) -> bool:

@@ -5,7 +5,7 @@ from math import isqrt, prod
 import torch
 from torch import Tensor, nn
 
-from mae_kernels.integrations.pieces import example_images, given, hides_some, keep_some, patch_numbers, untouched
+from mae_kernels.integrations.pieces import example_images, given, hides_some, keep_some, patch_numbers
 from mae_kernels.integrations.replacement import Replacement
 from mae_kernels.masked_mse import masked_mse
 from mae_kernels.patch_embed import patch_embed
@@ -25,37 +25,48 @@ def missing(module: nn.Module) -> list[str]:
 
 
 def replacements(module: nn.Module) -> list[Replacement]:
-    if missing(module) or not isinstance(module.patch_embed.proj, nn.Conv2d):
+    if missing(module):
         return []
-    weight = module.patch_embed.proj.weight
-    options = {"dtype": weight.dtype, "device": weight.device}
-    num_patches = module.pos_embed.shape[1] - 1
+
+    def num_patches() -> int:
+        return module.pos_embed.shape[1] - 1
 
     def tokens(*shape: int) -> Tensor:
-        return torch.randn(shape, **options)
+        like = module.mask_token
+        return torch.randn(shape, dtype=like.dtype, device=like.device)
 
     def masking_example():
-        return tokens(3, num_patches, 5), 0.75
+        return tokens(3, num_patches(), 5), 0.75
 
     def encoder_example():
-        return example_images(weight, image_size(module)), 0.75
+        return example_images(module.patch_embed.proj.weight, image_size(module)), 0.75
 
     def decoder_example():
-        visible = int(num_patches * 0.25)
-        return tokens(2, 1 + visible, weight.shape[0]), torch.rand(2, num_patches, device=weight.device).argsort(1)
+        x = tokens(2, 1 + int(num_patches() * 0.25), module.cls_token.shape[2])
+        return x, torch.rand(2, num_patches(), device=x.device).argsort(1)
 
     def loss_example():
+        weight = module.patch_embed.proj.weight
         images = example_images(weight, image_size(module)).to(torch.promote_types(weight.dtype, torch.float32))
-        pred = torch.randn(2, num_patches, prod(weight.shape[1:]), dtype=images.dtype, device=images.device)
-        _, mask, _ = module.random_masking(patch_numbers(2, num_patches, images.device), 0.75)
+        pred = torch.randn(2, num_patches(), prod(weight.shape[1:]), dtype=images.dtype, device=images.device)
+        _, mask, _ = module.random_masking(patch_numbers(2, num_patches(), images.device), 0.75)
         return images, pred, mask
 
+    proj, masking_ops = "patch_embed.proj", ("random_masking", "gather_tokens")
     return [
-        Replacement("random_masking", _random_masking, ("random_masking", "gather_tokens"), masking_example),
-        Replacement("forward_encoder", _forward_encoder, ("patch_embed",), encoder_example),
-        Replacement("forward_decoder", _forward_decoder, ("scatter_mask_tokens",), decoder_example),
-        Replacement("forward_loss", _forward_loss, ("masked_mse",), loss_example),
-    ]
+        Replacement("random_masking", _random_masking, masking_ops, masking_example, tensors=("pos_embed",)),
+        Replacement(
+            "forward_encoder", _forward_encoder, ("patch_embed",), encoder_example, projection=proj,
+            passed_over=("patch_embed",), tensors=("cls_token", "pos_embed"),
+        ),
+        Replacement(
+            "forward_decoder", _forward_decoder, ("scatter_mask_tokens",), decoder_example,
+            tensors=("mask_token", "decoder_pos_embed"),
+        ),
+        Replacement(
+            "forward_loss", _forward_loss, ("masked_mse",), loss_example, projection=proj, ignored=("patchify",)
+        ),
+    ]  # fmt: skip
 
 
 def image_size(module: nn.Module) -> tuple[int, int]:
@@ -77,12 +88,11 @@ def _random_masking(self, *args, **kwargs):  # [N, L, D] -> [N, K, D], [N, L] wi
 
 def _forward_encoder(self, *args, **kwargs):  # [N, C, H, W] -> [N, 1 + K, D], [N, L], [N, L]
     call = given(args, kwargs, "x", "mask_ratio")
-    embed, num_patches = self.patch_embed, self.pos_embed.shape[1] - 1
-    if call is None or call[0].shape[2:] != image_size(self) or not hides_some(num_patches, call[1]):
+    if call is None or not call[0].is_floating_point() or call[0].shape[2:] != image_size(self):
         return NotImplemented
-    if not untouched(embed, embed.proj) or type(embed.proj) is not nn.Conv2d:
+    (x, mask_ratio), embed, num_patches = call, self.patch_embed, self.pos_embed.shape[1] - 1
+    if not hides_some(num_patches, mask_ratio):
         return NotImplemented
-    x, mask_ratio = call
     kept, mask, ids_restore = self.random_masking(patch_numbers(len(x), num_patches, x.device), mask_ratio)
     prefix = self.cls_token + self.pos_embed[:, :1, :]
     ids_keep = kept[:, :, 0].long()
@@ -106,11 +116,12 @@ def _forward_decoder(self, *args, **kwargs):  # [N, 1 + K, D], [N, L] -> [N, L, 
 
 def _forward_loss(self, *args, **kwargs):  # [N, C, H, W], [N, L, E], [N, L] -> scalar
     call = given(args, kwargs, "imgs", "pred", "mask")
-    if call is None or call[0].requires_grad:
+    if call is None or call[0].requires_grad or not call[0].is_floating_point():
         return NotImplemented
     images, pred, mask = call
     patch_size = self.patch_embed.proj.kernel_size
-    return masked_mse(pred, images, patch_size=patch_size, mask=mask, norm_pix=bool(self.norm_pix_loss))
+    loss = masked_mse(pred, images, patch_size=patch_size, mask=mask, norm_pix=bool(self.norm_pix_loss))
+    return loss / mask.any()  # where nothing is hidden theirs is 0 / 0, by which people notice
 
 
 def _has(module: nn.Module, path: str) -> bool:

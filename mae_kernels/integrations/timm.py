@@ -5,7 +5,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from mae_kernels.integrations.pieces import example_images, given, hides_some, untouched
+from mae_kernels.integrations.pieces import example_images, given, hides_some
 from mae_kernels.integrations.replacement import Replacement
 from mae_kernels.masking import random_masking
 from mae_kernels.patch_embed import patch_embed
@@ -21,7 +21,9 @@ def replacements(module: nn.Module) -> list[Replacement]:
     def example():
         return (example_images(module.patch_embed.proj.weight, module.patch_embed.img_size),)
 
-    return [Replacement("forward_features", _forward_features, ("patch_embed", "random_masking"), example)]
+    parts = {**PARTS, "passed_over": (*PARTS["passed_over"], "patch_drop")}
+    ops = ("patch_embed", "random_masking")
+    return [Replacement("forward_features", _forward_features, ops, example, **parts, options=why_not(module))]
 
 
 def _forward_features(self, *args, **kwargs):  # [N, C, H, W] -> [N, R + K, D]
@@ -30,7 +32,7 @@ def _forward_features(self, *args, **kwargs):  # [N, C, H, W] -> [N, R + K, D]
     if call is None or call[1] is not None or call[2] or not self.training or self.grad_checkpointing:
         return NotImplemented
     images = call[0]
-    if not covers(self, images) or not hides_some(self.patch_embed.num_patches, drop.prob) or not untouched(drop):
+    if not covers(self, images) or not hides_some(self.patch_embed.num_patches, drop.prob):
         return NotImplemented
     shape = len(images), self.patch_embed.num_patches
     noise = torch.randn(shape, device=images.device)
@@ -39,18 +41,26 @@ def _forward_features(self, *args, **kwargs):  # [N, C, H, W] -> [N, R + K, D]
     return self.norm(self.blocks(self.norm_pre(x)))
 
 
+# What embed_visible uses of a VisionTransformer without calling it.
+PARTS = {
+    "projection": "patch_embed.proj", "passed_over": ("patch_embed", "patch_embed.norm", "pos_drop"),
+    "tensors": ("pos_embed",),
+}  # fmt: skip
+
+
+def why_not(vit: nn.Module) -> str:
+    """Which option of the model keeps :func:`embed_visible` from doing what vit does; empty if none does."""
+    if vit.dynamic_img_size:
+        return "dynamic_img_size takes images of any size"
+    if not isinstance(vit.patch_embed.norm, nn.Identity):
+        return f"patch_embed.norm is a {type(vit.patch_embed.norm).__name__}"
+    return ""
+
+
 def covers(vit: nn.Module, images: Tensor) -> bool:
     """Whether :func:`embed_visible` does for these images what vit does: fixed size, no dropout of its own."""
-    embed = vit.patch_embed
-    return (
-        tuple(images.shape[2:]) == embed.img_size
-        and type(embed.proj) is nn.Conv2d
-        and untouched(embed, embed.proj, embed.norm, vit.pos_drop)
-        and isinstance(embed.norm, nn.Identity)
-        and not vit.dynamic_img_size
-        and vit.pos_embed is not None
-        and not (vit.training and vit.pos_drop.p)
-    )
+    fits = images.is_floating_point() and tuple(images.shape[2:]) == vit.patch_embed.img_size
+    return fits and not why_not(vit) and not (vit.training and vit.pos_drop.p)
 
 
 def embed_visible(vit: nn.Module, images: Tensor, ids_keep: Tensor) -> Tensor:
