@@ -6,7 +6,7 @@ here = Path(__file__).parent
 
 model = ["matplotlib", "pillow", "safetensors", "scikit-learn", "tqdm", "tyro"]
 bench = [*model, "pytest", "pytest-benchmark"]
-test = [*bench, "accelerate", "hypothesis", "peft", "pytest-xdist", "transformers>=5.17"]
+test = [*bench, "accelerate", "hypothesis", "onnxruntime", "onnxscript", "peft", "pytest-xdist", "transformers>=5.17"]
 
 setup(
     name="mae_kernels",

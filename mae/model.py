@@ -23,7 +23,7 @@ from mae_kernels import (
     scatter_mask_tokens,
     unpatchify,
 )
-from mae_kernels.nn import assemble_tokens, floating_pixels
+from mae_kernels.nn import assemble_tokens, floating_pixels, rewritten
 from mae_kernels.untouched import is_own, projects_patches, untouched
 
 
@@ -144,6 +144,12 @@ class MaskedAutoencoder(nn.Module):
         self.residual_dtype: torch.dtype | None = None
         self.encoder_only = False  # set when the weights came from a checkpoint without a decoder
         self.initialize_weights()
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        config = self.config
+        self.pixel_mean, self.pixel_std = rewritten(self.pixel_mean, config.pixel_mean, config.pixel_std)
+        return self
 
     def initialize_weights(self) -> None:
         for name, module in self.named_modules():

@@ -1,7 +1,7 @@
 """Fused ops for masked-autoencoder training: drop-in for the published pipeline, on any device PyTorch has."""
 
+from mae_kernels import decompositions, reference
 from mae_kernels import nn as nn  # not in __all__, where it would shadow torch's nn in a star import
-from mae_kernels import reference
 from mae_kernels.backend import use_backend, why_not_triton
 from mae_kernels.gather_tokens import gather_tokens
 from mae_kernels.integrations import apply, unapply
@@ -14,6 +14,8 @@ from mae_kernels.random_resized_crop import PackedImages, random_crop_boxes, ran
 from mae_kernels.scatter_mask_tokens import scatter_mask_tokens
 
 __version__ = "0.1.0"
+
+decompositions.register()
 
 __all__ = [
     "Masking",

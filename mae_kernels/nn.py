@@ -47,6 +47,12 @@ def floating_pixels(images: Tensor, mean: Tensor | None = None, std: Tensor | No
     return x if mean is None else (x - mean[:, None, None]) / std[:, None, None]
 
 
+def rewritten(like: Tensor, *statistics: Sequence[float]) -> list[Tensor]:
+    """Means and standard deviations anew, where ``like`` is now: half() rounds such buffers, to_empty() loses them."""
+    options = {"dtype": accumulation_dtype(like.dtype), "device": like.device}
+    return [torch.tensor(values, **options) for values in statistics]
+
+
 def assemble_tokens(
     tokens: Tensor,
     pos_embed: Tensor | None,
@@ -101,9 +107,7 @@ class _ReadsPixels(nn.Module):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         if self._pixel_stats is not None:
-            # half() has rounded them, to_empty() has lost them: they are written anew where they are now.
-            like = {"dtype": accumulation_dtype(self.pixel_mean.dtype), "device": self.pixel_mean.device}
-            self.pixel_mean, self.pixel_std = (torch.tensor(values, **like) for values in self._pixel_stats)
+            self.pixel_mean, self.pixel_std = rewritten(self.pixel_mean, *self._pixel_stats)
         return self
 
     def _normalization(self, images: Tensor) -> dict[str, Tensor]:

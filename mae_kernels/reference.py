@@ -98,15 +98,21 @@ def unpatchify(patches, patch_size, image_size, layout="pqc"):
     return rearrange(patches, _IMAGES[layout], p=p, q=q, h=image_size[0] // p)
 
 
-def masked_mse(
-    pred, images, *, patch_size, mask=None, ids_mask=None, norm_pix=True, mean=None, std=None, eps=1e-6, layout="pqc"
-):
-    """Section 3, "Reconstruction target": squared error per patch, averaged over the masked patches."""
-    target = patchify(normalize(images, mean, std, pred.dtype), patch_size, layout)
+def pixel_target(images, patch_size, norm_pix=True, eps=1e-6, layout="pqc"):
+    """Section 3, "Reconstruction target": the pixels of every patch, normalised by its own mean and variance."""
+    target = patchify(images, patch_size, layout)
     if norm_pix:
         patch_mean = target.mean(dim=-1, keepdim=True)
         patch_var = target.var(dim=-1, keepdim=True)
         target = (target - patch_mean) / (patch_var + eps).sqrt()
+    return target
+
+
+def masked_mse(
+    pred, images, *, patch_size, mask=None, ids_mask=None, norm_pix=True, mean=None, std=None, eps=1e-6, layout="pqc"
+):
+    """Section 3, "Reconstruction target": squared error per patch, averaged over the masked patches."""
+    target = pixel_target(normalize(images, mean, std, pred.dtype), patch_size, norm_pix, eps, layout)
     if ids_mask is not None:
         target = gather_tokens(target, ids_mask)
         mask = torch.ones_like(ids_mask)

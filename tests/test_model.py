@@ -63,6 +63,18 @@ def _without_values(factory):
         return factory()
 
 
+def test_pixel_statistics_survive_memory_without_values():
+    """As large models are built; and half() does not round them."""
+    good = MaskedAutoencoder(TINY)
+    with torch.device("meta"):
+        model = MaskedAutoencoder(TINY)
+    model.to_empty(device="cpu")
+    model.load_state_dict(good.state_dict())
+    for network in (model, model.half()):
+        assert torch.equal(network.pixel_mean, good.pixel_mean)
+        assert torch.equal(network.pixel_std, good.pixel_std)
+
+
 def test_initial_values(model):
     assert torch.equal(model.pos_embed[0, 0], torch.zeros(64))
     assert not model.pos_embed.requires_grad

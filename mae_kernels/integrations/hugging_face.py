@@ -121,7 +121,7 @@ def _embed(self, *args, **kwargs):  # [N, C, H, W] -> [N, 1 + K, D], [N, L], [N,
     if call is None or call[2] or not _has_pixels(self.config, call[0]) or call[0].shape[2:] != shape.image:
         return NotImplemented
     images, noise, _ = call
-    numbers = patch_numbers(len(images), shape.num_patches, images.device)
+    numbers = patch_numbers(images.shape[0], shape.num_patches, images.device)
     kept, mask, ids_restore = self.random_masking(numbers, noise)
     table, proj = self.position_embeddings, embed.projection
     prefix = self.cls_token + table[:, :1]

@@ -93,7 +93,7 @@ def _forward_encoder(self, *args, **kwargs):  # [N, C, H, W] -> [N, 1 + K, D], [
     (x, mask_ratio), embed, num_patches = call, self.patch_embed, self.pos_embed.shape[1] - 1
     if not hides_some(num_patches, mask_ratio):
         return NotImplemented
-    kept, mask, ids_restore = self.random_masking(patch_numbers(len(x), num_patches, x.device), mask_ratio)
+    kept, mask, ids_restore = self.random_masking(patch_numbers(x.shape[0], num_patches, x.device), mask_ratio)
     prefix = self.cls_token + self.pos_embed[:, :1, :]
     ids_keep = kept[:, :, 0].long()
     x = patch_embed(x, embed.proj.weight, embed.proj.bias, self.pos_embed[:, 1:, :], ids_keep, prefix=prefix)

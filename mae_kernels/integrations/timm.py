@@ -34,7 +34,7 @@ def _forward_features(self, *args, **kwargs):  # [N, C, H, W] -> [N, R + K, D]
     images = call[0]
     if not covers(self, images) or not hides_some(self.patch_embed.num_patches, drop.prob):
         return NotImplemented
-    shape = len(images), self.patch_embed.num_patches
+    shape = images.shape[0], self.patch_embed.num_patches
     noise = torch.randn(shape, device=images.device)
     ids_keep = random_masking(*shape, drop.prob, noise=noise).ids_keep
     x = embed_visible(self, images, ids_keep.sort(dim=1).values if drop.ordered else ids_keep)
