@@ -172,13 +172,16 @@ DATA = [
 ]  # fmt: skip
 
 CHECKPOINTS = [
-    *room("mae/checkpoint.py", "test_checkpoint.py -k 'round or failing or encoder_only or mismatch or pickled'",
-        ("keys and shapes that are not checked", "_check(file, state, to_layout(expected, layout))", "pass"),
+    *room("mae/checkpoint.py", "test_checkpoint.py -k 'round or encoder_only or mismatch'",
+        ("keys and shapes that are not checked", "_check(file, weights.state, to_layout(expected, weights.layout))",
+         "pass"),
         ("pictures by a decoder of random weights", "network.encoder_only = checkpoint.encoder_only",
          "network.encoder_only, network.decoder_embed = False, network.decoder_embed"),
-        ("a crash that leaves half a file", 'target.with_name(target.name + ".tmp")', "target"),
-        ("a checkpoint that runs code", "weights_only=True", "weights_only=False"),
         ("a loaded model in training mode", "return network.eval()", "return network")),
+    *room("mae/saving.py", "test_checkpoint.py -k failing",
+        ("a crash that leaves half a file", "path = stage / name", "path = folder / name")),
+    *room("mae/files.py", "test_checkpoint.py -k pickled",
+        ("a checkpoint that runs code", "weights_only=True", "weights_only=False")),
     *room("mae/layouts.py", "test_parity.py -k predictions",
         ("queries written where keys belong", '("attention.q_proj", "attention.k_proj",',
          '("attention.k_proj", "attention.q_proj",'),
