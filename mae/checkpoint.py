@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mae.configs import check_fields, from_hugging_face_config, from_timm_config
 from mae.files import listed, shorten
-from mae.foreign import read_weights
+from mae.foreign import Weights, read_weights
 from mae.layouts import CheckpointError, from_layout, is_decoder, published_names, to_layout
 from mae.model import MODELS, MAEConfig, MaskedAutoencoder
 from mae.saving import write_folder
@@ -124,7 +124,7 @@ def read_checkpoint(path: str | Path, model: str | None = None, *, ema: bool = F
     with torch.device("meta"):
         network = MaskedAutoencoder(config)
     expected = {k: x for k, x in network.state_dict().items() if not (encoder_only and is_decoder(k))}
-    _check(file, weights.state, to_layout(expected, weights.layout))
+    _check(file, weights, to_layout(expected, weights.layout))
     if notes := [*weights.notes, *notes, *more, *pixels]:
         warnings.warn(f"{path}: {'; '.join(notes)}", CheckpointWarning, stacklevel=3)
     published = from_layout(weights.state, weights.layout)
@@ -178,7 +178,8 @@ def _check_depths(config: MAEConfig, state: dict[str, Tensor], encoder_only: boo
             raise CheckpointError(f"{name} is {getattr(config, name)}, and the weights have {held} {blocks}")
 
 
-def _check(file: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def _check(file: Path, weights: Weights, expected: dict[str, Tensor]) -> None:
+    state = weights.state
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is not part of this model" for name in state if name not in expected]
     problems += [
@@ -190,4 +191,5 @@ def _check(file: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) ->
     if strange:  # in a quantised file all are
         problems.append(f"{listed(strange, 3)} hold no floating-point numbers")
     if problems:
-        raise CheckpointError("\n  ".join([f"{file} does not fit the model:", *problems]))
+        done = f" ({'; '.join(weights.notes)})" if weights.notes else ""
+        raise CheckpointError("\n  ".join([f"{file} does not fit the model{done}:", *problems]))

@@ -81,8 +81,7 @@ def read_weights(file: Path, ema: bool = False, exact: bool = False) -> Weights:
     # The place where the published code keeps its weights is no news by itself.
     if chosen.place and (notes or chosen.name != "model"):
         notes.insert(0, f"the weights are those under {'.'.join(chosen.place)!r}")
-    simple = (bool, int, float, str, list, tuple, np.generic)
-    arguments = {k: x for _, values in reversed(dictionaries) for k, x in values.items() if isinstance(x, simple)}
+    arguments = {k: x for _, values in reversed(dictionaries) for k, x in values.items() if _is_plain(x)}
     return Weights(state, layout, arguments, notes)
 
 
@@ -106,6 +105,10 @@ def _dictionaries(content: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Any
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, Tensor) or (isinstance(x, np.ndarray) and x.dtype.kind == "f")
+
+
+def _is_plain(x: Any) -> bool:
+    return isinstance(x, (bool, int, float, str, list, tuple, np.generic)) or getattr(x, "ndim", None) == 0
 
 
 def _models(place: tuple[str, ...], values: dict[str, Any]) -> list[_Model]:

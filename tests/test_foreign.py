@@ -157,7 +157,7 @@ def test_a_norm_behind_pooling_is_said(tmp_path):
 
 
 def test_what_is_no_part_of_a_model_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"\n  wings.weight is not part of this model$"):
+    with pytest.raises(CheckpointError, match=r"; 'net.' is taken off their names\):\n  wings.weight is not part of"):
         load(saved(tmp_path, {"model": under("net.", {**STATE, "wings.weight": torch.ones(1)})}), MODEL)
     with pytest.raises(CheckpointError, match=r"\n  cls_token, pos_embed, mask_token and 71 more hold no floating"):
         load(saved(tmp_path, {"model": {name: x.to(torch.int8) for name, x in STATE.items()}}), MODEL)
@@ -185,6 +185,8 @@ def wide(**options) -> MaskedAutoencoder:
     ("model", "settings", "said"),
     [
         (wide(), {}, f"{TINY}; its positions are those of image_size 32x32; {ASSUMED}"),
+        (wide(norm_pix_loss=False), {"norm_pix_loss": np.array(False)},
+         f"{TINY}; its positions are those of image_size 32x32; its settings say norm_pix_loss False"),
         (wide(image_size=(16, 64), norm_pix_loss=False),
          {"input_size": [3, 16, 64], "arch": "mae_vit_tiny_patch16_dec512d8b", "norm_pix_loss": np.bool_(False)},
          ("its settings say mae_vit_tiny_patch16 and its shapes depth 1, which are taken; "
@@ -199,7 +201,7 @@ def wide(**options) -> MaskedAutoencoder:
          ("its settings say norm_pix_loss 'maybe', which is passed over; "
           f"its positions are those of image_size 32x32; {ASSUMED}")),
     ],
-    ids=["shapes", "settings", "contradiction", "heads"],
+    ids=["shapes", "array", "settings", "contradiction", "heads"],
 )  # fmt: skip
 def test_the_model_need_not_be_named(tmp_path, model, settings, said):
     loaded, found = load(saved(tmp_path, {"args": settings, "model": model.state_dict()}))
