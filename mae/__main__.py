@@ -88,15 +88,17 @@ class ReconstructConfig:
     """Hide patches of images, predict them, and save masked | reconstruction | original."""
 
     checkpoint: Path
-    """Run folder, or a checkpoint file of the published code together with --model."""
+    """Run folder, or a checkpoint file of any layout that convert reads."""
     images: tuple[Path, ...]
     """Image files, or folders of them."""
     out: Path = Path("reconstructions.png")
     """Picture to write."""
     model: ModelName | None = None
-    """Architecture, for a checkpoint file without a config.json beside it."""
+    """Architecture, for a checkpoint file that does not tell it by a config.json, its settings or its shapes."""
     norm_pix_loss: bool | None = None
     """Whether the model was trained on normalised pixels, for such a file."""
+    ema: bool = False
+    """Take the averaged weights, of a file that holds them beside the plain ones."""
     mask_ratio: float = 0.75
     """Share of hidden patches."""
     most: int = 18
@@ -109,7 +111,9 @@ class ReconstructConfig:
 
 def reconstruct(config: ReconstructConfig) -> None:
     overrides = {} if config.norm_pix_loss is None else {"norm_pix_loss": config.norm_pix_loss}
-    model = load_checkpoint(config.checkpoint, config.model, **overrides).to(choose_device(config.device))
+    model = load_checkpoint(config.checkpoint, config.model, ema=config.ema, **overrides).to(
+        choose_device(config.device)
+    )
     files = [f for path in config.images for f in (find_images(path) if path.is_dir() else [path])]
     pictures = list(_readable(files, model, most=config.most))
     if not pictures:
@@ -130,13 +134,15 @@ class LinprobeConfig:
     """Train a linear classifier on frozen features and compare with an untrained encoder."""
 
     checkpoint: Path
-    """Run folder, or a checkpoint file of the published code together with --model."""
+    """Run folder, or a checkpoint file of any layout that convert reads."""
     data: Path
     """Training images, one sub-folder per class."""
     test: Path
     """Test images, the same sub-folders."""
     model: ModelName | None = None
-    """Architecture, for a checkpoint file without a config.json beside it."""
+    """Architecture, for a checkpoint file that does not tell it by a config.json, its settings or its shapes."""
+    ema: bool = False
+    """Take the averaged weights, of a file that holds them beside the plain ones."""
     batch_size: int = 64
     """Images per forward pass."""
     seed: int = 0
@@ -147,7 +153,7 @@ class LinprobeConfig:
 
 def linprobe(config: LinprobeConfig) -> None:
     device = choose_device(config.device)
-    trained = load_checkpoint(config.checkpoint, config.model).to(device)
+    trained = load_checkpoint(config.checkpoint, config.model, ema=config.ema).to(device)
     torch.manual_seed(config.seed)
     untrained = MaskedAutoencoder(trained.config).to(device)
     *fit, classes = find_labelled_images(config.data)
@@ -204,20 +210,22 @@ class ConvertConfig:
     """Write a checkpoint as Hugging Face's transformers, timm, the published code or this project lays it out."""
 
     checkpoint: Path
-    """Folder or file in any of these layouts, found by its keys; a file needs --model."""
+    """Folder or file in any of these layouts, found by its keys."""
     to: Literal[TARGETS]
     """huggingface-4 loads with transformers 4 and 5, huggingface-5 with 5 alone; timm gets the encoder."""
     out: Path
     """Folder to write, or a file that ends in .safetensors or .pth, which holds the weights alone."""
     model: ModelName | None = None
-    """Architecture, for a checkpoint file without a config.json beside it."""
+    """Architecture, for a checkpoint file that does not tell it by a config.json, its settings or its shapes."""
     norm_pix_loss: bool | None = None
     """Whether the model was trained on normalised pixels, for such a file."""
+    ema: bool = False
+    """Take the averaged weights, of a file that holds them beside the plain ones."""
 
 
 def convert(config: ConvertConfig) -> None:
     overrides = {} if config.norm_pix_loss is None else {"norm_pix_loss": config.norm_pix_loss}
-    result = convert_checkpoint(config.checkpoint, config.to, config.out, config.model, **overrides)
+    result = convert_checkpoint(config.checkpoint, config.to, config.out, config.model, ema=config.ema, **overrides)
     print(f"Wrote {', '.join(map(str, result.files))}")
     if result.left_out:
         print(f"Left out, the {len(result.left_out)} tensors of the decoder: {', '.join(result.left_out)}")

@@ -1,28 +1,27 @@
 """Weights on disk: our run folders, and checkpoints of the published code, Hugging Face and timm."""
 
-import argparse
 import dataclasses
 import json
-import os
-import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mae.configs import from_hugging_face_config, from_timm_config
-from mae.layouts import CheckpointError, find_layout, from_layout, is_decoder, to_layout
+from mae.configs import check_fields, from_hugging_face_config, from_timm_config
+from mae.files import listed, shorten
+from mae.foreign import Weights, read_weights
+from mae.layouts import CheckpointError, from_layout, is_decoder, published_names, to_layout
 from mae.model import MODELS, MAEConfig, MaskedAutoencoder
+from mae.saving import write_folder
+from mae.shapes import blocks_in, from_settings, from_weights
 
 _WEIGHTS, _CONFIG, _PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 
 
 class CheckpointWarning(UserWarning):
-    """Something in a checkpoint that the model does differently."""
+    """What was done to a file to read it, and what the model does differently."""
 
 
 class Checkpoint(NamedTuple):
@@ -35,26 +34,16 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(model: MaskedAutoencoder, folder: str | Path) -> None:
-    """Write ``model.safetensors`` and ``config.json`` into folder; a crash in between leaves the old files whole."""
+    """Write ``model.safetensors`` and ``config.json`` into folder; a crash in between leaves the old files whole.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written to.
+    """
     state = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
     write_folder(Path(folder), state, {_CONFIG: dataclasses.asdict(model.config)})
 
 
-def write_folder(folder: Path, state: dict[str, Tensor], descriptions: dict[str, dict]) -> None:
-    """``model.safetensors`` and JSON files by their names, each replaced whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, values in descriptions.items():
-        text = json.dumps(values, indent=2) + "\n"
-        replace_file(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
-    write_safetensors(folder / _WEIGHTS, state)
-
-
-def write_safetensors(file: Path, state: dict[str, Tensor]) -> None:
-    """With the format in its metadata, where transformers looks for it."""
-    replace_file(file, lambda path: save_file(state, path, metadata={"format": "pt"}))
-
-
-def load_checkpoint(path: str | Path, model: str | None = None, **overrides) -> MaskedAutoencoder:
+def load_checkpoint(path: str | Path, model: str | None = None, *, ema: bool = False, **overrides) -> MaskedAutoencoder:
     """Build the model of a checkpoint and load its weights, every key and shape checked.
 
     Args: as of :func:`read_checkpoint`.
@@ -65,7 +54,7 @@ def load_checkpoint(path: str | Path, model: str | None = None, **overrides) -> 
 
     Raises: as :func:`read_checkpoint`.
     """
-    checkpoint = read_checkpoint(path, model, **overrides)
+    checkpoint = read_checkpoint(path, model, ema=ema, **overrides)
     network = MaskedAutoencoder(checkpoint.config)
     network.encoder_only = checkpoint.encoder_only
     network.load_state_dict(checkpoint.state, strict=not network.encoder_only)
@@ -78,14 +67,16 @@ def load_checkpoint(path: str | Path, model: str | None = None, **overrides) -> 
     return network.eval()
 
 
-def read_checkpoint(path: str | Path, model: str | None = None, **overrides) -> Checkpoint:
+def read_checkpoint(path: str | Path, model: str | None = None, *, ema: bool = False, **overrides) -> Checkpoint:
     """The weights of a checkpoint under their published names, and the configuration of their model.
 
     Args:
         path: a folder with a ``config.json`` and ``model.safetensors`` (or ``pytorch_model.bin``), of ours, of Hugging
-            Face's ViTMAE or of timm's; the file in such a folder; or a ``.pth`` or ``.safetensors`` file with a state
-            dict in any of these layouts, which is found by its keys.
-        model: the factory's name, such as ``"mae_vit_base_patch16"``, for files without a ``config.json`` beside them.
+            Face's ViTMAE or of timm's; the file in such a folder; or any file of ``torch.save`` or safetensors that
+            holds such weights, under whatever names and prefixes, in one of these layouts, which is found by its keys.
+        model: the factory's name, such as ``"mae_vit_base_patch16"``, for files without a ``config.json`` beside them
+            whose settings and shapes do not tell it.
+        ema: take the averaged weights, where the file holds them beside the plain ones.
         overrides: fields of :class:`MAEConfig` that the checkpoint does not fix, such as ``norm_pix_loss=False`` for
             the published ``mae_visualize_*`` files.
 
@@ -94,8 +85,8 @@ def read_checkpoint(path: str | Path, model: str | None = None, **overrides) -> 
             weights that do not fit it.
 
     Warns:
-        CheckpointWarning: the configuration asks for something that this model does differently, such as another
-            epsilon.
+        CheckpointWarning: once, what was taken from where, left out or assumed, and what this model does differently,
+            such as another epsilon.
     """
     path = Path(path)
     file = _find(path) if path.is_dir() else path
@@ -103,41 +94,41 @@ def read_checkpoint(path: str | Path, model: str | None = None, **overrides) -> 
         raise CheckpointError(f"there is no checkpoint at {file}")
     if model is not None and model not in MODELS:
         raise CheckpointError(f"there is no model called {model!r}; choose one of {', '.join(MODELS)}")
-    if model is None and (file.suffix not in (".safetensors", ".bin") or not (file.parent / _CONFIG).is_file()):
-        raise CheckpointError(f"{file} has no {_CONFIG} beside it; name the model, one of {', '.join(MODELS)}")
-    state = _read(file)
+    described = file.parent / _CONFIG
+    if model is not None or file.suffix not in (".safetensors", ".bin") or not described.is_file():
+        described = None
+    description = _read_json(described) if described else {}
+    ours = described is not None and not description.keys() & {"model_type", "architecture"}
+    weights = read_weights(file, ema, exact=ours)
+    names = published_names(weights.state, weights.layout)
+    shaped = {names[key]: x for key, x in weights.state.items() if key in names}
+    encoder_only = not any(map(is_decoder, shaped))
+    settings, notes = from_settings(weights.arguments)
     try:
-        layout = find_layout(state)
-    except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    encoder_only = not any(name.startswith("decoder") or name == "mask_token" for name in state)
-    mask_ratio, notes = 0.75, []
-    with torch.device("meta"):
-        if model is None:
-            config, mask_ratio, notes = _configuration(file.parent / _CONFIG, encoder_only, overrides)
-            network = MaskedAutoencoder(config)
+        if described:
+            fields, mask_ratio, more = _fields(description, described.parent / _PREPROCESSOR, encoder_only)
+            fields |= overrides
         else:
-            network = MODELS[model](**overrides)
-            if layout.startswith("huggingface"):
-                notes = ["no config.json was read: norms get the epsilon 1e-06, blocks gelu and no dropout"]
+            fields, more = from_weights(shaped, settings, model, overrides)
+            mask_ratio = settings.get("mask_ratio", 0.75)
+            if weights.layout.startswith("huggingface"):
+                more.append("no config.json was read: norms get the epsilon 1e-06, blocks gelu and no dropout")
+        config, pixels = _config(fields)
+        if described:
+            _check_depths(config, shaped, encoder_only)
+    except CheckpointError as error:
+        raise CheckpointError(f"{described or file}: {error}") from error
+    except ValueError as error:
+        what = "is not the configuration of a model" if described else "is not a model that can be built"
+        raise CheckpointError(f"{described or file} {what}: {error}") from error
+    with torch.device("meta"):
+        network = MaskedAutoencoder(config)
     expected = {k: x for k, x in network.state_dict().items() if not (encoder_only and is_decoder(k))}
-    _check(file, state, to_layout(expected, layout))
-    for note in notes:
-        warnings.warn(f"{path}: {note}", CheckpointWarning, stacklevel=3)
-    published = from_layout(state, layout)
-    return Checkpoint({name: published[name] for name in expected}, network.config, encoder_only, mask_ratio)
-
-
-def _check(file: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    problems = [f"{name} is missing" for name in expected if name not in state]
-    problems += [f"{name} is not part of this model" for name in state if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(x.shape)}, the model expects {tuple(expected[name].shape)}"
-        for name, x in state.items()
-        if name in expected and x.shape != expected[name].shape
-    ]
-    if problems:
-        raise CheckpointError("\n  ".join([f"{file} does not fit the model:", *problems]))
+    _check(file, weights, to_layout(expected, weights.layout))
+    if notes := [*weights.notes, *notes, *more, *pixels]:
+        warnings.warn(f"{path}: {'; '.join(notes)}", CheckpointWarning, stacklevel=3)
+    published = from_layout(weights.state, weights.layout)
+    return Checkpoint({name: published[name] for name in expected}, config, encoder_only, mask_ratio)
 
 
 def _find(folder: Path) -> Path:
@@ -147,59 +138,58 @@ def _find(folder: Path) -> Path:
     return other if other.is_file() and not (folder / _WEIGHTS).is_file() else folder / _WEIGHTS
 
 
-def _configuration(file: Path, encoder_only: bool, overrides: dict) -> tuple[MAEConfig, float, list[str]]:
-    mask_ratio, notes = 0.75, []
+def _read_json(file: Path) -> dict:
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        if "model_type" in fields:
-            mask_ratio = fields.get("mask_ratio", mask_ratio)
-            fields, notes = from_hugging_face_config(fields, encoder_only)
-            if (file.parent / _PREPROCESSOR).is_file():
-                pixels = json.loads((file.parent / _PREPROCESSOR).read_text(encoding="utf-8"))
-                fields |= {f"pixel_{name}": pixels[f"image_{name}"] for name in ("mean", "std")}
-        elif "architecture" in fields:
-            fields = from_timm_config(fields)
-        fields |= overrides
-        channels = fields.get("in_chans", 3)
-        if channels != 3 and "pixel_mean" not in fields:
-            fields |= {"pixel_mean": (0.5,) * channels, "pixel_std": (0.5,) * channels}
-            notes.append("pixel_mean and pixel_std are not known: 0.5 is taken for uint8 images")
-        return MAEConfig(**fields), mask_ratio, notes
-    except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} is not the configuration of a model: {error}") from error
+        values = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "its brackets nest too deep" if isinstance(error, RecursionError) else error
+        raise CheckpointError(f"{file} is not the configuration of a model: {reason}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} is not the configuration of a model: it is {shorten(values)!r}, not an object")
+    return values
 
 
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            return _unwrapped(load_file(file))
-        # Training checkpoints of the published code carry their command line as an argparse.Namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged pickles raise anything from EOFError to IndexError
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{file} is not a readable checkpoint: {reason}") from error
-    state = content.get("model", content.get("state_dict", content)) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
-        raise CheckpointError(f"{file} holds no state dict, neither at its top nor under 'model' or 'state_dict'")
-    return _unwrapped(state)
+def _fields(description: dict, preprocessor: Path, encoder_only: bool) -> tuple[dict, float, list[str]]:
+    """Fields of a ``config.json`` of ours, Hugging Face's or timm's, and the mask ratio of the training."""
+    if "model_type" in description:
+        fields, notes = from_hugging_face_config(description, encoder_only)
+        pixels = _read_json(preprocessor) if preprocessor.is_file() else {}
+        fields |= {f"pixel_{x}": pixels[f"image_{x}"] for x in ("mean", "std") if f"image_{x}" in pixels}
+        return fields, description.get("mask_ratio", 0.75), notes
+    return from_timm_config(description) if "architecture" in description else dict(description), 0.75, []
 
 
-def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without what DistributedDataParallel and torch.compile put before every key."""
-    wrapper = re.match(r"(module\.|_orig_mod\.)*", next(iter(state), ""))[0]
-    return (
-        {name[len(wrapper) :]: x for name, x in state.items()} if all(k.startswith(wrapper) for k in state) else state
-    )
+def _config(fields: dict) -> tuple[MAEConfig, list[str]]:
+    notes = []
+    channels = fields.get("in_chans", 3)
+    if channels != 3 and "pixel_mean" not in fields:
+        notes.append("pixel_mean and pixel_std are not known: 0.5 is taken for uint8 images")
+    check_fields(fields)
+    if notes:
+        fields = fields | {"pixel_mean": (0.5,) * channels, "pixel_std": (0.5,) * channels}
+    return MAEConfig(**fields), notes
 
 
-def replace_file(target: Path, write: Callable[[Path], object]) -> None:
-    """Write beside target, then put it in its place: a crash leaves the old file whole."""
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode
-    write(temporary)
-    temporary.chmod(mode)  # safetensors makes its files private, whatever the umask says
-    os.replace(temporary, target)
+def _check_depths(config: MAEConfig, state: dict[str, Tensor], encoder_only: bool) -> None:
+    """Before thousands of blocks are built that the file does not hold."""
+    depths = {"blocks": "depth"} | ({} if encoder_only else {"decoder_blocks": "decoder_depth"})
+    for blocks, name in depths.items():
+        if getattr(config, name) != (held := blocks_in(state, blocks)):
+            raise CheckpointError(f"{name} is {getattr(config, name)}, and the weights have {held} {blocks}")
+
+
+def _check(file: Path, weights: Weights, expected: dict[str, Tensor]) -> None:
+    state = weights.state
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} is not part of this model" for name in state if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(x.shape)}, the model expects {tuple(expected[name].shape)}"
+        for name, x in state.items()
+        if name in expected and x.shape != expected[name].shape
+    ]
+    strange = [name for name, x in state.items() if x.is_meta or not x.is_floating_point() or x.layout != torch.strided]
+    if strange:  # in a quantised file all are
+        problems.append(f"{listed(strange, 3)} hold no floating-point numbers")
+    if problems:
+        done = f" ({'; '.join(weights.notes)})" if weights.notes else ""
+        raise CheckpointError("\n  ".join([f"{file} does not fit the model{done}:", *problems]))

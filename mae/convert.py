@@ -5,12 +5,12 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from mae.checkpoint import Checkpoint, CheckpointWarning, read_checkpoint, replace_file, write_folder, write_safetensors
+from mae.checkpoint import Checkpoint, CheckpointWarning, read_checkpoint
 from mae.configs import to_hugging_face_config, to_preprocessor_config, to_timm_config
 from mae.layouts import LAYOUTS, CheckpointError, is_decoder, to_layout
+from mae.saving import write_files, write_folder, write_pickle, write_safetensors
 
 TARGETS = ("mae", *LAYOUTS)
 _TORCH_FILES = (".pth", ".pt", ".bin")
@@ -23,12 +23,12 @@ class Conversion(NamedTuple):
 
 
 def convert_checkpoint(
-    source: str | Path, to: str, out: str | Path, model: str | None = None, **overrides
+    source: str | Path, to: str, out: str | Path, model: str | None = None, *, ema: bool = False, **overrides
 ) -> Conversion:
     """Write a checkpoint as another system lays it out; tensors keep their dtype and every bit.
 
     Args:
-        source, model, overrides: as of :func:`mae.checkpoint.read_checkpoint`.
+        source, model, ema, overrides: as of :func:`mae.checkpoint.read_checkpoint`.
         to: ``"mae"`` (a run folder), ``"published"``, ``"huggingface-4"`` (loads with transformers 4.x and 5.x),
             ``"huggingface-5"`` (its own names, which 4.x does not know), or ``"timm"`` (the encoder alone).
         out: a folder for ``model.safetensors`` and what describes the model (``from_pretrained(out)``,
@@ -36,7 +36,7 @@ def convert_checkpoint(
             The published code knows only files; its ``.pth`` holds them under ``"model"``.
 
     Raises:
-        CheckpointError: the source cannot be used, or the target cannot hold it.
+        CheckpointError: the source cannot be used, or the target cannot hold it or be written.
 
     Warns:
         CheckpointWarning: as of :func:`mae.checkpoint.read_checkpoint`.
@@ -51,7 +51,7 @@ def convert_checkpoint(
         raise CheckpointError(f"a published checkpoint is one file; let the name {out} end in .pth")
     if out.is_dir() if is_file else out.is_file():
         raise CheckpointError(f"{out} is a {'folder, not a file' if is_file else 'file, not a folder'}")
-    checkpoint = read_checkpoint(source, model, **overrides)
+    checkpoint = read_checkpoint(source, model, ema=ema, **overrides)
     try:
         descriptions = {} if is_file else _descriptions(checkpoint, to)
     except ValueError as error:
@@ -87,10 +87,9 @@ def _write(out: Path, state: dict[str, Tensor], descriptions: dict[str, dict], u
     if descriptions:
         write_folder(out, state, descriptions)
         return [*(out / name for name in descriptions), out / "model.safetensors"]
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".safetensors":
-        write_safetensors(out, state)
+        write_files(out.parent, {out.name: lambda path: write_safetensors(path, state)})
     else:
         content = {"model": state} if under_model else state
-        replace_file(out, lambda path: torch.save(content, path))
+        write_files(out.parent, {out.name: lambda path: write_pickle(path, content)})
     return [out]

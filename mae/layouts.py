@@ -5,6 +5,7 @@ Names were read in transformers 4.57.6 and 5.23.0 (``ViTMAEForPreTraining``, ``V
 """
 
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -79,6 +80,43 @@ _TABLES: dict[str, Table] = {
 def is_decoder(name: str) -> bool:
     """Whether a published key belongs to the decoder."""
     return name.startswith("decoder_") or name == "mask_token"
+
+
+# One of these is in every model, and in no block.
+_LANDMARKS = ("cls_token", "pos_embed", "patch_embed.proj")
+
+
+def published_names(keys: Iterable[str], layout: str) -> dict[str, str]:
+    """Those keys that are names of the layout, and what we call them; q, k and v have one name."""
+    ours = {theirs: name for name, names in _TABLES[layout].items() for theirs in names}
+    parts = {key: _split(key) for key in keys}
+    return {key: ours[stem].replace("#", number) + leaf for key, (stem, number, leaf) in parts.items() if stem in ours}
+
+
+def find_models(state: dict[str, Tensor]) -> dict[str, set[str]]:
+    """Where models lie in a state dict: what stands before their keys, and the whole keys that a layout knows.
+
+    ``{"model.cls_token": ..., "ema.cls_token": ...}`` holds two, ``"model."`` and ``"ema."``. No key belongs to two
+    models; of two readings of the same keys the one that explains more counts, then the one with the shorter prefix.
+    """
+    names = {re.sub(r"\.(weight|bias)$", "", key) for key in state}
+    prefixes = {
+        name.removesuffix(landmark)
+        for landmark in {table[ours][0] for table in _TABLES.values() for ours in _LANDMARKS}
+        for name in names
+        if f".{name}".endswith(f".{landmark}")
+    }
+    found = {}
+    for prefix in prefixes:
+        inside = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+        known = max((published_names(inside, layout) for layout in _TABLES), key=len)
+        found[prefix] = {prefix + key for key in known}
+    result: dict[str, set[str]] = {}
+    for prefix in sorted(found, key=lambda prefix: (-len(found[prefix]), len(prefix), prefix)):
+        if not any(found[prefix] & keys for keys in result.values()):
+            result[prefix] = found[prefix]
+    order = {key: i for i, key in enumerate(state)}
+    return dict(sorted(result.items(), key=lambda item: min(order[key] for key in item[1])))
 
 
 def find_layout(state: dict[str, Tensor]) -> str:

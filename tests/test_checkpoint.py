@@ -2,11 +2,18 @@
 
 import argparse
 import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import mae
 from mae import CheckpointError, MAEConfig, MaskedAutoencoder, load_checkpoint, mae_vit_tiny_patch16, save_checkpoint
 
 SMALL = MAEConfig(
@@ -46,12 +53,99 @@ def test_a_failing_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
     def fail(state, path, metadata):
         path.write_bytes(b"half a file")
-        raise OSError("no space left on device")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mae.checkpoint.save_file", fail)
-    with pytest.raises(OSError):
-        save_checkpoint(MaskedAutoencoder(SMALL), tmp_path)
-    assert same_weights(load_checkpoint(tmp_path), old)
+    monkeypatch.setattr("mae.saving.save_file", fail)
+    with pytest.raises(CheckpointError) as error:
+        save_checkpoint(MaskedAutoencoder(replace(SMALL, norm_pix_loss=True)), tmp_path)
+    names = "config.json, model.safetensors"
+    assert str(error.value) == (
+        f"{names} could not be written into {tmp_path}: No space left on device; {names} from before are whole"
+    )
+    loaded = load_checkpoint(tmp_path)
+    assert same_weights(loaded, old)
+    assert loaded.config == SMALL
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+FULL_DISK = """
+import resource, torch
+from mae.layouts import CheckpointError
+from mae.saving import write_files, write_folder, write_pickle
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+state = {"x": torch.zeros(1000)}
+from pathlib import Path
+for write in (
+    lambda: write_folder(Path("new"), state, {}),
+    lambda: write_files(Path("new"), {"x.pth": lambda path: write_pickle(path, state)}),
+    lambda: write_folder(Path("file/new"), state, {}),
+):
+    try:
+        write()
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_is_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-c", FULL_DISK]
+    path = os.pathsep.join([str(Path(mae.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    first, *others = result.stdout.splitlines()
+    assert first.startswith("model.safetensors could not be written into new: Error while serializing: I/O error: ")
+    assert others == [
+        "x.pth could not be written into new: File too large",
+        "model.safetensors could not be written into file/new: Not a directory",
+    ]
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_leftovers_of_killed_saves_go_and_those_of_living_ones_stay(tmp_path):
+    model = MaskedAutoencoder(SMALL)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = socket.gethostname()
+    names = {
+        f".saving-{host}-{ended.pid}-01234567": False,
+        f".saving-{host}-{os.getpid()}-01234567": True,
+        f".saving-elsewhere-{ended.pid}-01234567": True,
+    }
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    files = {
+        ".tmpAbCd12": (1, False),
+        ".tmpNew123": (None, True),
+        "model.safetensors.tmp": (1, False),
+        "x.tmp": (1, True),
+    }
+    for name, (time, _) in files.items():
+        (tmp_path / name).touch()
+        if time:
+            os.utime(tmp_path / name, (time, time))
+    save_checkpoint(model, tmp_path)
+    kept = [name for name, stays in names.items() if stays] + [name for name, (_, stays) in files.items() if stays]
+    assert {x.name for x in tmp_path.iterdir()} == {"config.json", "model.safetensors", *kept}
+
+
+def test_two_saves_at_once_do_not_meet(tmp_path, monkeypatch):
+    model = MaskedAutoencoder(SMALL)
+    inner, real = [], mae.saving.save_file
+
+    def save(state, path, metadata):
+        if not inner:
+            inner.append(path)
+            save_checkpoint(model, tmp_path)
+        real(state, path, metadata=metadata)
+
+    monkeypatch.setattr("mae.saving.save_file", save)
+    save_checkpoint(model, tmp_path)
+    assert same_weights(load_checkpoint(tmp_path), model)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
@@ -148,3 +242,47 @@ def test_pickled_code_is_not_run(tmp_path):
     torch.save({"model": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(CheckpointError, match="is not a readable checkpoint"):
         load_checkpoint(tmp_path / "evil.pth", "mae_vit_tiny_patch16")
+
+
+WHOLE, SIZE = "a whole number of 1 to 65536", "a whole number of 1 to 65536, or a list of one a side"
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"depth": 3.5}, "depth must be a whole number of 0 to 1000, got 3.5"),
+        ({"depth": 10**9}, "depth must be a whole number of 0 to 1000, got 1000000000"),
+        ({"depth": True}, "depth must be a whole number of 0 to 1000, got True"),
+        ({"num_heads": 0}, f"num_heads must be {WHOLE}, got 0"),
+        ({"embed_dim": "32"}, f"embed_dim must be {WHOLE}, got '32'"),
+        ({"patch_size": [0, 8, 8]}, f"patch_size must be {SIZE}, got [0, 8, 8]"),
+        ({"patch_size": [1, 8, 8]}, "image_size has 2 sides, and patch_size 3"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio must be a number above 0, got nan"),
+        ({"norm_pix_loss": "no"}, "norm_pix_loss must be true or false, got 'no'"),
+        ({"pixel_std": [1, 1, 0]}, "pixel_std must be a list of numbers above 0, got [1, 1, 0]"),
+        ({"model_type": "vit_mae", "hidden_size": 0}, f"hidden_size must be {WHOLE}, got 0"),
+        ({"model_type": "vit_mae", "layer_norm_eps": "x"}, "layer_norm_eps must be a number above 0, got 'x'"),
+        ({"architecture": 3}, "architecture must be a name, got 3"),
+        ([1], "it is '[1]', not an object"),
+        ("[" * 200_000, "its brackets nest too deep"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_a_configuration_is_checked_before_anything_is_built(tmp_path, values, sentence):
+    save_checkpoint(MaskedAutoencoder(SMALL), tmp_path)
+    if isinstance(values, dict):
+        values = asdict(SMALL) | values
+    text = values if isinstance(values, str) else json.dumps(values)
+    write_text(tmp_path / "config.json", text)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(tmp_path)
+    assert str(error.value) == f"{tmp_path / 'config.json'} is not the configuration of a model: {sentence}"
+
+
+def test_blocks_that_the_file_does_not_hold_are_not_built(tmp_path, monkeypatch):
+    save_checkpoint(MaskedAutoencoder(SMALL), tmp_path)
+    write_text(tmp_path / "config.json", json.dumps(asdict(SMALL) | {"depth": 1000}))
+    monkeypatch.setattr("mae.checkpoint.MaskedAutoencoder", None)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(tmp_path)
+    assert str(error.value) == f"{tmp_path / 'config.json'}: depth is 1000, and the weights have 1 blocks"

@@ -195,6 +195,8 @@ def test_timm_builds_our_encoder_and_we_its(size, tmp_path):
         features = ours.forward_features(images)
         for vit in (theirs, from_folder):
             torch.testing.assert_close(vit.forward_features(images), features, rtol=1e-5, atol=1e-5)
+        classifier = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=10)
+        assert classifier(images).shape == (2, 10)
     assert from_folder.pretrained_cfg["mean"] == list(SMALL.pixel_mean)
 
     state = randomised(theirs).state_dict()

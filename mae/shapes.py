@@ -1,0 +1,177 @@
+"""The configuration of weights that come without one: by the settings of their training, and by their shapes."""
+
+import functools
+import math
+import re
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mae.configs import are_all, is_number, is_whole, mlp_ratio
+from mae.layouts import CheckpointError, is_decoder
+from mae.model import MODELS, MAEConfig
+
+# Settings of other people's trainings: ours -> what they call it.
+_SETTINGS = {
+    "model": ("model", "model_name", "arch"),
+    "norm_pix_loss": ("norm_pix_loss", "norm_pix"),
+    "image_size": ("input_size", "img_size", "image_size"),
+    "mask_ratio": ("mask_ratio",),
+    "num_heads": ("num_heads",),
+    "decoder_num_heads": ("decoder_num_heads",),
+}
+_HEADS = ("num_heads", "decoder_num_heads")
+
+
+def from_settings(values: dict) -> tuple[dict, list[str]]:
+    """What the settings of a training say of its model, as plain values, and a clause for each that is not understood.
+
+    Returns:
+        Any of ``"model"`` (a name of :data:`mae.model.MODELS`), ``"mask_ratio"``, and the fields
+        ``"norm_pix_loss"``, ``"image_size"``, ``"num_heads"`` and ``"decoder_num_heads"``.
+    """
+    result, notes = {}, []
+    for ours, names in _SETTINGS.items():
+        for name in names:
+            if name not in values:
+                continue
+            value = values[name].item() if hasattr(values[name], "item") else values[name]  # scalars of NumPy
+            understood = _READ[ours](value)
+            if understood is None:
+                notes.append(f"its settings say {name} {repr(value)[:60]}, which is passed over")
+            else:
+                result[ours] = understood
+                break
+    return result, notes
+
+
+def _model_name(value: Any) -> str | None:
+    """``"mae_vit_base_patch16_dec512d8b"`` and ``"vit_base_patch16"`` are names of the published code too."""
+    name = re.sub(r"_dec512d8b$", "", str(value))
+    return next((x for x in (name, f"mae_{name}") if x in MODELS), None)
+
+
+def _sides(value: Any) -> tuple[int, int] | None:
+    """An edge, ``(height, width)``, or timm's ``(channels, height, width)``."""
+    sides = (value, value) if is_whole(value) else value
+    return tuple(sides[-2:]) if are_all(sides, is_whole) and len(sides) in (2, 3) else None
+
+
+_READ = {
+    "model": _model_name,
+    "norm_pix_loss": lambda x: bool(x) if isinstance(x, int) and x in (0, 1) else None,
+    "image_size": _sides,
+    "mask_ratio": lambda x: float(x) if is_number(x, 0) and x < 1 else None,
+} | dict.fromkeys(_HEADS, lambda x: x if is_whole(x) else None)
+
+
+def from_weights(
+    state: dict[str, Tensor], settings: dict, model: str | None, overrides: dict
+) -> tuple[dict, list[str]]:
+    """Fields of :class:`MAEConfig` for weights without a configuration.
+
+    What the caller names comes first, then the shapes, then the settings, and last the published model of that width.
+
+    Args:
+        state: published keys; others are passed over.
+        settings: as of :func:`from_settings`.
+        model: a name of :data:`mae.model.MODELS`, to whose sizes the weights will be held.
+        overrides: fields that are not to be looked up.
+
+    Returns:
+        The fields, and a clause for each that is a choice.
+
+    Raises:
+        CheckpointError: sizes that cannot be told.
+    """
+    notes, shapes = [], _shapes(state)
+    fixed = ("embed_dim", "depth", "patch_size")
+    base = model or settings.get("model")
+    said = {} if model else {name: settings[name] for name in _HEADS if name in settings}
+    if not model:
+        missing = [name for name in ("embed_dim", "patch_size", "depth", "mlp_ratio") if name not in shapes]
+        if missing:
+            raise CheckpointError(f"its shapes do not tell {', '.join(missing)}; {NAME_THE_MODEL}")
+        if base and any(shapes[name] != _factory(base)[name] for name in fixed):
+            told = ", ".join(f"{name} {_text(shapes[name])}" for name in fixed if shapes[name] != _factory(base)[name])
+            notes.append(f"its settings say {base} and its shapes {told}, which are taken")
+        if not base or _factory(base)["embed_dim"] != shapes["embed_dim"]:
+            base = next((name for name in MODELS if _factory(name)["embed_dim"] == shapes["embed_dim"]), None)
+            heads = [name for name in _HEADS if name not in overrides and name not in said]
+            if base is None and heads:
+                raise CheckpointError(f"it has no config.json beside it; {NAME_THE_MODEL}")
+            if heads:
+                taken = " and ".join(f"{name} {_factory(base)[name]}" for name in heads)
+                notes.append(f"it does not say its heads, and {taken} are those of {base}")
+    known = dict(_factory(base)) if base else {}
+    result = known | ({} if model else {k: x for k, x in shapes.items() if k != "tokens"}) | said | overrides
+    if "image_size" not in overrides:
+        result["image_size"], more = _image_size(result, shapes.get("tokens"), settings)
+        notes += more
+    if "norm_pix_loss" not in overrides:
+        result["norm_pix_loss"] = settings.get("norm_pix_loss", True)
+        if settings.get("norm_pix_loss") is False:
+            notes.append("its settings say norm_pix_loss False")
+        elif "norm_pix_loss" not in settings and any(is_decoder(name) for name in state):
+            notes.append("it does not say norm_pix_loss, and True is assumed")
+    if not model and len(result.get("pixel_mean", (0,) * 3)) != result["in_chans"]:
+        result = {name: x for name, x in result.items() if name not in ("pixel_mean", "pixel_std") or name in overrides}
+    return result, notes
+
+
+NAME_THE_MODEL = f"name the model, one of {', '.join(MODELS)}"
+
+
+def _text(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
+
+
+@functools.cache
+def _factory(name: str) -> dict:
+    with torch.device("meta"):
+        return asdict(MODELS[name]().config)
+
+
+def _shapes(state: dict[str, Tensor]) -> dict:
+    """Fields that the shapes of weights fix, and ``tokens``, the rows of the position embedding."""
+    shape = {name: tuple(x.shape) for name, x in state.items()}
+    result = {}
+    if len(shape.get("patch_embed.proj.weight", ())) == 4:
+        dim, channels, *patch = shape["patch_embed.proj.weight"]
+        result |= {"embed_dim": dim, "in_chans": channels, "patch_size": tuple(patch)}
+    if len(shape.get("pos_embed", ())) == 3:
+        result["tokens"] = shape["pos_embed"][1]
+    if len(shape.get("decoder_embed.weight", ())) == 2:
+        result |= {"decoder_embed_dim": shape["decoder_embed.weight"][0], "decoder_depth": 0}
+    widths = {}
+    for prefix, blocks in (("", "blocks"), ("decoder_", "decoder_blocks")):
+        if len(mlp := shape.get(f"{blocks}.0.mlp.fc1.weight", ())) == 2 and all(mlp):
+            result[f"{prefix}depth"] = blocks_in(state, blocks)
+            widths |= {f"{prefix}hidden_size": mlp[1], f"{prefix}intermediate_size": mlp[0]}
+    if "hidden_size" in widths:
+        result["mlp_ratio"] = mlp_ratio(widths, encoder_only="decoder_hidden_size" not in widths)
+    return result
+
+
+def blocks_in(state: dict[str, Tensor], blocks: str) -> int:
+    """How many ``"blocks"`` or ``"decoder_blocks"`` published keys name."""
+    return len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
+
+
+def _image_size(known: dict, tokens: int | None, settings: dict) -> tuple[tuple[int, ...], list[str]]:
+    """Of the settings if as many patches fit as there are positions, else a square of that many."""
+    said, usual, patch = settings.get("image_size"), known.get("image_size"), _sides(known["patch_size"])
+    if tokens is None or patch is None:
+        return said or usual or MAEConfig.image_size, []
+    for size in filter(None, (said, usual)):
+        cut = [divmod(x, p) for x, p in zip(size, patch, strict=True)]
+        if not any(rest for _, rest in cut) and math.prod(count for count, _ in cut) == tokens - 1:
+            return size, [] if size == usual else [f"its settings say image_size {_text(said)}"]
+    edge = math.isqrt(max(tokens - 1, 0))
+    if edge < 1 or edge**2 != tokens - 1:
+        raise CheckpointError(f"its {tokens - 1} positions are those of no square image; pass image_size")
+    size = tuple(edge * p for p in patch)
+    note = f"its positions are those of image_size {_text(size)}"
+    return size, [note + (f", and not {_text(said)} as its settings say" if said else "")]
