@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mae.configs import check_fields, from_hugging_face_config, from_timm_config
+from mae.configs import from_hugging_face_config, from_timm_config
+from mae.fields import check_fields
 from mae.files import listed, shorten
 from mae.foreign import Weights, read_weights
 from mae.layouts import CheckpointError, from_layout, is_decoder, published_names, to_layout

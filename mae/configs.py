@@ -6,9 +6,8 @@ refused; what changes a result is said.
 
 import math
 import re
-from collections.abc import Callable
-from typing import Any
 
+from mae.fields import RULES, SHARE, WIDTH, check, is_number
 from mae.layouts import CheckpointError
 from mae.model import MAEConfig
 
@@ -35,66 +34,13 @@ _HUGGING_FACE_DEFAULTS = {
     "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
 
-_MOST_BLOCKS, _LARGEST = 1000, 1 << 16  # which no model comes near, and which build within seconds
-
-
-def is_whole(x: Any, lowest: int = 1, highest: int = _LARGEST) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and lowest <= x <= highest
-
-
-def is_number(x: Any, lowest: float = -math.inf) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and lowest < x < math.inf
-
-
-def are_all(values: Any, test: Callable[..., bool], *arguments) -> bool:
-    return isinstance(values, (list, tuple)) and all(test(x, *arguments) for x in values)
-
-
-_SIZE = (
-    lambda x: is_whole(x) or (are_all(x, is_whole) and len(x) in (2, 3)),
-    f"a whole number of 1 to {_LARGEST}, or a list of one a side",
-)
-_SHARE = (lambda x: is_number(x) and 0 <= x < 1, "a number from 0 to below 1")
-_WIDTH = (is_whole, f"a whole number of 1 to {_LARGEST}")
-_BLOCKS = (lambda x: is_whole(x, 0, _MOST_BLOCKS), f"a whole number of 0 to {_MOST_BLOCKS}")
-_RULES = {
-    "image_size": _SIZE, "patch_size": _SIZE, "in_chans": _WIDTH, "embed_dim": _WIDTH, "depth": _BLOCKS,
-    "num_heads": _WIDTH, "decoder_embed_dim": _WIDTH, "decoder_depth": _BLOCKS, "decoder_num_heads": _WIDTH,
-    "mlp_ratio": (lambda x: is_number(x, 0) and x < _LARGEST, "a number above 0"),
-    "norm_pix_loss": (lambda x: isinstance(x, bool), "true or false"),
-    "pixel_mean": (lambda x: are_all(x, is_number), "a list of numbers"),
-    "pixel_std": (lambda x: are_all(x, is_number, 0), "a list of numbers above 0"),
-}  # fmt: skip
-
-
-def check_fields(values: dict) -> None:
-    """Types and ranges of fields of :class:`MAEConfig`, before anything is built from them.
-
-    Raises:
-        ValueError: the field, what was expected and what came.
-    """
-    for name in values:
-        if name not in _RULES:
-            raise ValueError(f"{name} is no field of MAEConfig, which has {', '.join(_RULES)}")
-    _check(values, _RULES)
-    sides = {name: len(values[name]) for name in ("image_size", "patch_size") if are_all(values.get(name), is_whole)}
-    if len({*sides.values()}) > 1:
-        raise ValueError(f"image_size has {sides['image_size']} sides, and patch_size {sides['patch_size']}")
-
-
-def _check(values: dict, rules: dict) -> None:
-    for name, (fits, expected) in rules.items():
-        if name in values and not fits(values[name]):
-            raise ValueError(f"{name} must be {expected}, got {repr(values[name])[:60]}")
-
-
-_HUGGING_FACE_RULES = {theirs: _RULES[ours] for ours, theirs in _HUGGING_FACE_FIELDS.items()} | {
-    "intermediate_size": _WIDTH,
-    "decoder_intermediate_size": _WIDTH,
+_HUGGING_FACE_RULES = {theirs: RULES[ours] for ours, theirs in _HUGGING_FACE_FIELDS.items()} | {
+    "intermediate_size": WIDTH,
+    "decoder_intermediate_size": WIDTH,
     "layer_norm_eps": (lambda x: is_number(x, 0), "a number above 0"),
-    "hidden_dropout_prob": _SHARE,
-    "attention_probs_dropout_prob": _SHARE,
-    "mask_ratio": _SHARE,
+    "hidden_dropout_prob": SHARE,
+    "attention_probs_dropout_prob": SHARE,
+    "mask_ratio": SHARE,
 }
 
 
@@ -155,7 +101,7 @@ def from_hugging_face_config(values: dict, encoder_only: bool = False) -> tuple[
     for name, expected in {"model_type": "vit_mae", "hidden_act": "gelu", "qkv_bias": True}.items():
         if values.get(name, expected) != expected:
             raise CheckpointError(f"{name} is {values[name]!r}, and only {expected!r} can be converted")
-    _check(values, _HUGGING_FACE_RULES)
+    check(values, _HUGGING_FACE_RULES)
     notes = []
     eps = values["layer_norm_eps"]
     if eps > 1e-5:

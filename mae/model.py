@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from mae.block import Block
+from mae.fields import check_fields
 from mae_kernels import (
     Masking,
     gather_tokens,
@@ -46,6 +47,10 @@ class MAEConfig:
     pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self):
+        try:
+            check_fields(vars(self))
+        except ValueError as error:
+            raise ValueError(f"MAEConfig: {error}") from None
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value, value) if isinstance(value, int) else tuple(value))

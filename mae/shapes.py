@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mae.configs import are_all, is_number, is_whole, mlp_ratio
+from mae.configs import mlp_ratio
+from mae.fields import are_all, is_number, is_whole
 from mae.layouts import CheckpointError, is_decoder
 from mae.model import MODELS, MAEConfig
 
