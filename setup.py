@@ -5,8 +5,9 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 
 model = ["matplotlib", "pillow", "safetensors", "scikit-learn", "tqdm", "tyro"]
+multiband = ["tifffile"]  # TIFFs beyond 8-bit grey and colour
 bench = [*model, "pytest", "pytest-benchmark"]
-test = [*bench, "accelerate", "hypothesis", "pytest-xdist", "transformers>=5.17"]
+test = [*bench, *multiband, "accelerate", "hypothesis", "pytest-xdist", "transformers>=5.17"]
 
 setup(
     name="mae_kernels",
@@ -26,6 +27,7 @@ setup(
     ],
     extras_require={
         "demo": model,
+        "multiband": multiband,
         "bench": bench,
         "test": test,
         "dev": [*test, "ruff"],

@@ -158,16 +158,19 @@ TRAINING = [
 ]  # fmt: skip
 
 DATA = [
-    *room("mae/data.py", "test_data.py -k 'oddities or upright or hold or central or boxes'",
+    *room("mae/data/loader.py", "test_data.py -k 'hold or boxes'",
         ("crops beside their box", "(left, top, left + width,", "(top, left, left + width,"),
         ("no crop is flipped", "bool(torch.rand(()) < 0.5)", "False"),
         ("ratios that are not log-uniform", "3 / 4 * (16 / 9) ** ratio", "3 / 4 + 7 / 12 * ratio"),
         ("height and width of boxes swapped", "round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))",
-         "round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))"),
-        ("pixels of 16 bits twice as bright", "highest = 65535", "highest = 32767"),
-        ("transparency on black", '"white"', '"black"'),
+         "round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))")),
+    *room("mae/data/levels.py", "test_readers.py -k 'bits or numbers'",
+        ("pixels of 16 bits twice as bright", "return 0, 65535", "return 0, 32767")),
+    *room("mae/data/readers.py", "test_data.py -k 'upright or hold'",
         ("a photograph that stays on its side", "ImageOps.exif_transpose(image, in_place=True)", "pass"),
-        ("a tensor of transposed pictures", "transpose(2, 0, 1)", "transpose(2, 1, 0)"),
+        ("a tensor of transposed pictures", "-1).transpose(2, 0, 1)", "-1).transpose(2, 1, 0)")),
+    *room("mae/data/pictures.py", "test_data.py -k 'oddities or central'",
+        ("transparency on black", 'image.size, "white"', 'image.size, "black"'),
         ("an oblong size turned over", "(size[1], size[0])", "size")),
 ]  # fmt: skip
 
