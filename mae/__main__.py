@@ -111,8 +111,8 @@ def pretrain(config: PretrainConfig) -> None:
         reconstruct(
             ReconstructConfig(config.out, (config.data,), picture, device=config.train.device, reading=config.reading)
         )
-    print(f"The model is in {config.out}. Try it on images that it has not seen:")
-    print(f"  python -m mae reconstruct --checkpoint {config.out} --images FOLDER")
+    print(f"The model is in {printable(config.out)}. Try it on images that it has not seen:")
+    print(f"  python -m mae reconstruct --checkpoint {printable(config.out)} --images FOLDER")
 
 
 def _channels(in_chans: int | None) -> dict:
@@ -165,7 +165,7 @@ def reconstruct(config: ReconstructConfig) -> None:
     result = model.reconstruct(images, config.mask_ratio, noise=noise)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     save_reconstructions(result, config.out)
-    print(f"Wrote {len(images)} reconstructions to {config.out}")
+    print(f"Wrote {len(images)} reconstructions to {printable(config.out)}")
     if result.uses_true_statistics:
         print("The model was trained on normalised pixels: hidden patches take mean and contrast from the original.")
 
@@ -331,7 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
             warnings.showwarning = _show
             commands[type(config)](config)
     except (CheckpointError, DataError, NoDecoderError, TrainingStopped, ValueError) as error:
-        sys.exit(f"mae: {error}")
+        sys.exit(f"mae: {printable(error)}")
 
 
 def _show(message: Warning, category: type[Warning], filename: str, line: int, *_) -> None:

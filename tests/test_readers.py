@@ -185,6 +185,13 @@ def test_tiffs_of_every_dtype(tmp_path, dtype):
     assert_close(pixels(tmp_path / "x.tif"), RAMP)
 
 
+def test_tiffs_whose_white_is_zero(tmp_path):
+    for dtype in (np.uint8, np.uint16):
+        values = (RAMP * np.iinfo(dtype).max).astype(dtype)
+        tifffile.imwrite(tmp_path / "x.tif", values, photometric="miniswhite")
+        assert_close(pixels(tmp_path / "x.tif"), 1 - RAMP)
+
+
 def test_one_nan_leaves_a_picture(tmp_path):
     values = RAMP.astype(np.float32)
     values[0, 0] = np.nan
@@ -232,6 +239,12 @@ def test_no_channel_of_a_tiff_is_cut(tmp_path):
     data = (four * 255).astype(np.uint8).transpose(1, 2, 0)
     tifffile.imwrite(tmp_path / "alpha.tif", data, photometric="rgb", extrasamples=["unassalpha"])
     assert_close(pixels(tmp_path / "alpha.tif"), 1 - (1 - COLOURS) * RAMP, levels=2)
+    deep = (np.stack([RAMP, RAMP]) * 65535).astype(np.uint16).transpose(1, 2, 0)
+    options = {"planarconfig": "contig", "extrasamples": ["unassalpha"]}
+    tifffile.imwrite(tmp_path / "float.tif", data / 255, photometric="rgb", **options)
+    tifffile.imwrite(tmp_path / "grey.tif", deep, photometric="minisblack", **options)
+    assert_close(pixels(tmp_path / "float.tif"), 1 - (1 - COLOURS) * RAMP, levels=2)
+    assert_close(pixels(tmp_path / "grey.tif"), 1 - (1 - RAMP) * RAMP, levels=2)
     tifffile.imwrite(tmp_path / "pages.tif", np.zeros((2, 16, 32, 3), np.uint8), photometric="rgb")
     assert refusal(tmp_path / "pages.tif") == "it has 6 channels, and the model takes 3"
     with tifffile.TiffWriter(tmp_path / "sizes.tif") as tiff:

@@ -109,10 +109,10 @@ def _levels(pixels: np.ndarray) -> int:
 
 
 def _scaled(x: np.ndarray, ends: tuple[float, float]) -> np.ndarray:
-    low, high = (x.dtype.type(end) / 2 for end in ends)  # halves, as above
-    if low == high:
-        return np.zeros(x.shape, np.uint8)
     with np.errstate(invalid="ignore", over="ignore"):
+        low, high = (x.dtype.type(end) / 2 for end in ends)  # halves, as above
+        if low == high:
+            return np.zeros(x.shape, np.uint8)
         y = (x / 2 - low) / (high - low)
         y *= 255
     return np.nan_to_num(y.round(out=y).clip(0, 255, out=y), copy=False).astype(np.uint8)

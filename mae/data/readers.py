@@ -123,7 +123,10 @@ def _read_with_pillow(file: Path, reading: Reading, shrink: Callable[[int, int],
                 values = values.astype(np.uint16)
             elif image.mode == "I" and image.format == "TIFF" and tags.get(_SAMPLE_FORMAT, (1,))[0] == 1:
                 values = values.view(np.uint32)
-            stored = _keyed(_without_nodata(values, tags.get(_GDAL_NODATA)), key)
+            values = _without_nodata(values, tags.get(_GDAL_NODATA))
+            if tags.get(_PHOTOMETRIC) == 0 and image.mode.startswith("I;16"):  # white is 0; Pillow turns 8 bits around
+                values = 65535 - values
+            stored = _keyed(values, key)
         elif tile is not None and ";16" in _raw_mode(tile):
             values, alpha = _deep_colours(file, image), None
             if image.mode == "RGBA" and reading.channels in (1, 3):
@@ -215,10 +218,16 @@ def _read_tiff(file: Path, reading: Reading, shrink: Callable[[int, int], int]) 
             raise DataError(f"tifffile finds no rows and columns in its axes {series.axes!r}")
         height, width = (series.shape[axis] for axis in axes)
         reading.check_size(height, width)
-        reading.check_channels(math.prod(series.shape) // (height * width))
+        channels = math.prod(series.shape) // (height * width)
+        has_alpha = series.keyframe.extrasamples in ((1,), (2,)) and reading.channels in (1, 3)
+        reading.check_channels(channels - has_alpha)
         values = np.moveaxis(series.asarray(), axes, (-2, -1)).reshape(-1, height, width)
         nodata = series.keyframe.tags.get(_GDAL_NODATA)
-        return Values(_without_nodata(values, nodata and nodata.value))
+        colours = _without_nodata(values[: channels - has_alpha], nodata and nodata.value)
+        if not has_alpha:
+            return Values(colours)
+        opaque = np.iinfo(values.dtype).max if values.dtype.kind in "ui" else 1
+        return Values(colours, (values[-1] / opaque * 255).clip(0, 255).round().astype(np.uint8))
 
 
 # Tags of TIFFs.
