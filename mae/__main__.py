@@ -42,8 +42,8 @@ class ReadingOptions:
 
     value_range: tuple[float, float] | None = None
     """Values that become black and white, such as 0 4095: the same ones in every command. By default 8 bits are taken
-    as they are, 16 bits as 0 to 65535, floats as 0 to 1; pictures that this would leave with fewer than 32 levels, and
-    all others, are scaled by the range of their own values, and counted."""
+    as they are, 16 bits as 0 to 65535 and floats between 0 and 1 as that; other values, and pictures that this leaves
+    with fewer than 32 levels, are scaled by the picture's own range, and counted."""
     max_pixels: int = Reading.max_pixels
     """Pictures of more pixels are passed over: decoding one takes a byte or more for each channel of each pixel."""
 

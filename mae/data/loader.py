@@ -46,7 +46,7 @@ def random_box(height: int, width: int) -> tuple[int, int, int, int]:
 
 
 class Sample(NamedTuple):
-    """What a worker makes of one number of a picture."""
+    """One picture as a worker hands it on."""
 
     pixels: Tensor | None  # [C, h, w] uint8; None where no file could be read
     flip: bool
@@ -74,16 +74,14 @@ class TrainingImages(Dataset):
         Source: He et al. 2021, appendix A.1; boxes of 20 to 100 % of the area, half of them flipped.
         """
         problems = []
-        for other in self._spread(index):
+        for other in _spread(index, len(self.files)):
             try:
                 picture = read_image(self.files[other], self.reading, self._shrink_whole)
             except DataError as error:
                 problems.append(str(error))
                 continue
             top, left, height, width = random_box(picture.height, picture.width)
-            factor = self._shrink(height, width)
-            box = (left, top, left + width, top + height)
-            picture = picture.each(lambda image: image.reduce(factor, box) if factor > 1 else image.crop(box))  # noqa: B023
+            picture = picture.cut((left, top, left + width, top + height), self._shrink(height, width))
             return Sample(to_tensor(picture), bool(torch.rand(()) < 0.5), problems, other, picture.note)
         return Sample(None, False, problems)
 
@@ -96,14 +94,6 @@ class TrainingImages(Dataset):
                 break
         return samples
 
-    def _spread(self, index: int) -> Iterator[int]:
-        """The index, and others far from it and from each other: broken files often lie side by side."""
-        count = len(self.files)
-        step = round(count * 0.618)  # the golden section
-        while math.gcd(step, count) != 1:
-            step += 1
-        return ((index + i * step) % count for i in range(min(count, _MOST_TRIES)))
-
     def _shrink(self, height: int, width: int) -> int:
         return max(1, int(min(height / self.image_size[0], width / self.image_size[1]) / _ENOUGH_PIXELS))
 
@@ -111,6 +101,14 @@ class TrainingImages(Dataset):
         """What the smallest box allows, a fifth of the area at a ratio of 3 to 4."""
         least = math.sqrt(height * width * 0.2 * 3 / 4)
         return self._shrink(min(height, int(least)), min(width, int(least)))
+
+
+def _spread(index: int, count: int) -> Iterator[int]:
+    """The index, and others far from it and from each other: broken files often lie side by side."""
+    step = round(count * 0.618)  # the golden section
+    while math.gcd(step, count) != 1:
+        step += 1
+    return ((index + i * step) % count for i in range(min(count, _MOST_TRIES)))
 
 
 @dataclass(frozen=True)
@@ -232,6 +230,7 @@ def read_pictures(
         raise ValueError(f"most must be at least 1, got {most}")
     borders = [len(files) * i // min(most, len(files)) for i in range(min(most, len(files)) + 1)]
     parts = [iter(range(*ends)) for ends in pairwise(borders)]
+    _refuse_unreadable(files, reading)
     problems, notes, taken, tried = [], Notes(files), 0, 0
     for part in (*parts, rest := chain(*parts)):
         for index in part:
@@ -249,13 +248,23 @@ def read_pictures(
             yield to_tensor(resize_and_crop(picture, image_size)), index
             if part is not rest:
                 break
-    if not taken:
-        raise DataError(_none_readable(problems, len(files)))
     notes.warn()
     if problems:
         warnings.warn(
             f"{len(problems)} of {tried} files cannot be read; first: {problems[0]}", DataWarning, stacklevel=2
         )
+
+
+def _refuse_unreadable(files: list[Path], reading: Reading) -> None:
+    """At once, and not when the last of many files has been tried."""
+    problems = []
+    for index in _spread(0, len(files)):
+        try:
+            read_image(files[index], reading)
+            return
+        except DataError as error:
+            problems.append(str(error))
+    raise DataError(_none_readable(problems, len(files)))
 
 
 def _ignore_interrupt(worker: int) -> None:

@@ -31,6 +31,10 @@ class Picture(NamedTuple):
     def width(self) -> int:
         return self.images[0].width
 
+    def cut(self, box: tuple[int, int, int, int], factor: int) -> "Picture":
+        """The box (left, top, right, bottom), of which factor times factor pixels become one, their mean."""
+        return self.each(lambda image: image.reduce(factor, box) if factor > 1 else image.crop(box))
+
     def each(self, f: Callable[[Image.Image], Image.Image]) -> "Picture":
         with _quiet_pillow():
             return Picture(tuple(map(f, self.images)), self.note)
