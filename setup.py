@@ -5,8 +5,12 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 
 model = ["matplotlib", "pillow", "safetensors", "scikit-learn", "tqdm", "tyro"]
+multiband = ["tifffile"]  # TIFFs beyond 8-bit grey and colour
 bench = [*model, "pytest", "pytest-benchmark"]
-test = [*bench, "accelerate", "hypothesis", "onnxruntime", "onnxscript", "peft", "pytest-xdist", "transformers>=5.17"]
+test = [
+    *bench, *multiband, "accelerate", "hypothesis", "onnxruntime", "onnxscript", "peft", "pytest-xdist",
+    "transformers>=5.17",
+]  # fmt: skip
 
 setup(
     name="mae_kernels",
@@ -26,6 +30,7 @@ setup(
     ],
     extras_require={
         "demo": model,
+        "multiband": multiband,
         "bench": bench,
         "test": test,
         "dev": [*test, "ruff"],

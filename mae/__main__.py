@@ -10,28 +10,45 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from torch import Tensor
+from tqdm import tqdm
 
 from mae.checkpoint import CheckpointError, CheckpointWarning, load_checkpoint
 from mae.convert import TARGETS, convert_checkpoint
 from mae.data import (
     Batches,
     DataError,
+    DataWarning,
+    Reading,
     TrainingImages,
     find_images,
     find_labelled_images,
-    read_image,
-    resize_and_crop,
-    to_tensor,
+    printable,
+    read_pictures,
 )
 from mae.demo import DemoConfig, run_demo
 from mae.figures import save_loss, save_reconstructions
-from mae.model import MODELS, MaskedAutoencoder, NoDecoderError
+from mae.model import MODELS, MAEConfig, MaskedAutoencoder, NoDecoderError
 from mae.probe import extract_features, linear_probe
 from mae.profile import Phase, profile_step, training_flops
 from mae.step import adamw
 from mae.train import TrainConfig, TrainingStopped, choose_device, train, uses_bfloat16
 
 ModelName = Literal[tuple(MODELS)]
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How files become pictures, for every command that reads some."""
+
+    value_range: tuple[float, float] | None = None
+    """Values that become black and white, such as 0 4095: the same ones in every command. By default 8 bits are taken
+    as they are, 16 bits as 0 to 65535 and floats between 0 and 1 as that; other values, and pictures that this leaves
+    with fewer than 32 levels, are scaled by the picture's own range, and counted."""
+    max_pixels: int = Reading.max_pixels
+    """Pictures of more pixels are passed over: decoding one takes a byte or more for each channel of each pixel."""
+
+    def reading(self, channels: int | None = None) -> Reading:
+        return Reading(Reading.channels if channels is None else channels, self.value_range, self.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,9 @@ class PretrainConfig:
     """Run folder: model.safetensors, config.json, metrics.jsonl, loss.png, reconstructions.png."""
     image_size: int = 224
     """Height and width in pixels, a multiple of the patch."""
+    in_chans: int | None = None
+    """Channels of the images, by default those of the model. Other numbers than 1 and 3 come from multi-band TIFFs and
+    .npy files, and are normalised with mean 0.5 and standard deviation 0.5."""
     norm_pix_loss: bool = True
     """Normalise target patches: better features. Without it the reconstructions are honest pictures."""
     decoder_depth: int | None = None
@@ -55,10 +75,14 @@ class PretrainConfig:
     """Width of the decoder, published: 512. There 128 gives 84.9 % fine-tuned and 69.1 % by linear probe."""
     workers: int = 2
     """Processes that decode and crop images."""
+    reading: Annotated[ReadingOptions, tyro.conf.arg(name="")] = field(default_factory=ReadingOptions)
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 
 def pretrain(config: PretrainConfig) -> None:
+    config.reading.reading(
+        Reading.channels if config.in_chans is None else config.in_chans
+    )  # refuses its options before a file is opened
     files = find_images(config.data)
     torch.manual_seed(config.train.seed)
     decoder = {"decoder_depth": config.decoder_depth, "decoder_embed_dim": config.decoder_width}
@@ -66,21 +90,41 @@ def pretrain(config: PretrainConfig) -> None:
         image_size=config.image_size,
         norm_pix_loss=config.norm_pix_loss,
         **{name: value for name, value in decoder.items() if value is not None},
+        **_channels(config.in_chans),
     )
-    print(f"Pre-training {config.model} on {len(files)} images from {config.data}")
+    print(f"Pre-training {config.model} on {len(files)} images from {printable(config.data)}")
     batches = Batches(
-        TrainingImages(files, model.config.image_size, model.config.in_chans),
+        TrainingImages(files, model.config.image_size, config.reading.reading(model.config.in_chans)),
         steps=config.train.steps,
         batch_size=config.train.batch_size,
         workers=config.workers,
         seed=config.train.seed,
     )
-    history = train(model, batches, config.train, config.out)
+    try:
+        history = train(model, batches, config.train, config.out)
+    finally:
+        batches.notes.warn()
     save_loss(history, config.out / "loss.png")
     picture = config.out / "reconstructions.png"
-    reconstruct(ReconstructConfig(config.out, (config.data,), picture, device=config.train.device))
-    print(f"The model is in {config.out}. Try it on images that it has not seen:")
-    print(f"  python -m mae reconstruct --checkpoint {config.out} --images FOLDER")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # training has said them
+        reconstruct(
+            ReconstructConfig(config.out, (config.data,), picture, device=config.train.device, reading=config.reading)
+        )
+    print(f"The model is in {printable(config.out)}. Try it on images that it has not seen:")
+    print(f"  python -m mae reconstruct --checkpoint {printable(config.out)} --images FOLDER")
+
+
+def _channels(in_chans: int | None) -> dict:
+    """Arguments of a model with that many channels."""
+    if in_chans is None:
+        return {}
+    if in_chans in (1, 3):  # ImageNet's, for grey the mean of its colours
+        stats = {name: getattr(MAEConfig, name) for name in ("pixel_mean", "pixel_std")}
+        stats = {name: x if in_chans == 3 else (round(sum(x) / 3, 3),) for name, x in stats.items()}
+    else:
+        stats = {"pixel_mean": (0.5,) * in_chans, "pixel_std": (0.5,) * in_chans}
+    return {"in_chans": in_chans, **stats}
 
 
 @dataclass(frozen=True)
@@ -102,29 +146,29 @@ class ReconstructConfig:
     mask_ratio: float = 0.75
     """Share of hidden patches."""
     most: int = 18
-    """Take only this many images."""
+    """Take only this many images, spread over all files."""
     seed: int = 0
     """Of the masks."""
     device: str = "auto"
     """auto, cpu, cuda, mps."""
+    reading: Annotated[ReadingOptions, tyro.conf.arg(name="")] = field(default_factory=ReadingOptions)
 
 
 def reconstruct(config: ReconstructConfig) -> None:
+    config.reading.reading()  # refuses its options before a file is opened
     overrides = {} if config.norm_pix_loss is None else {"norm_pix_loss": config.norm_pix_loss}
-    model = load_checkpoint(config.checkpoint, config.model, ema=config.ema, **overrides).to(
-        choose_device(config.device)
-    )
+    model = load_checkpoint(config.checkpoint, config.model, ema=config.ema, **overrides)
+    model = model.to(choose_device(config.device))
+    reading = config.reading.reading(model.config.in_chans)
     files = [f for path in config.images for f in (find_images(path) if path.is_dir() else [path])]
-    pictures = list(_readable(files, model, most=config.most))
-    if not pictures:
-        raise DataError(f"none of the {len(files)} files can be read")
-    images = torch.stack([picture for picture, _ in pictures]).to(model.cls_token.device)
+    pictures = [picture for picture, _ in read_pictures(files, model.config.image_size, reading, config.most)]
+    images = torch.stack(pictures).to(model.cls_token.device)
     generator = torch.Generator().manual_seed(config.seed)
     noise = torch.rand(len(images), model.config.num_patches, generator=generator).to(images.device)
     result = model.reconstruct(images, config.mask_ratio, noise=noise)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     save_reconstructions(result, config.out)
-    print(f"Wrote {len(images)} reconstructions to {config.out}")
+    print(f"Wrote {len(images)} reconstructions to {printable(config.out)}")
     if result.uses_true_statistics:
         print("The model was trained on normalised pixels: hidden patches take mean and contrast from the original.")
 
@@ -149,9 +193,11 @@ class LinprobeConfig:
     """Of the untrained encoder."""
     device: str = "auto"
     """auto, cpu, cuda, mps."""
+    reading: Annotated[ReadingOptions, tyro.conf.arg(name="")] = field(default_factory=ReadingOptions)
 
 
 def linprobe(config: LinprobeConfig) -> None:
+    config.reading.reading()  # refuses its options before a file is opened
     device = choose_device(config.device)
     trained = load_checkpoint(config.checkpoint, config.model, ema=config.ema).to(device)
     torch.manual_seed(config.seed)
@@ -160,49 +206,32 @@ def linprobe(config: LinprobeConfig) -> None:
     *test, test_classes = find_labelled_images(config.test)
     if classes != test_classes:
         only = sorted(set(classes) ^ set(test_classes))
-        raise DataError(f"{config.data} and {config.test} do not hold the same classes; only in one: {', '.join(only)}")
+        raise DataError(
+            f"{printable(config.data)} and {printable(config.test)} do not hold the same classes; only in one: "
+            f"{', '.join(map(printable, only))}"
+        )
     print(f"Linear probe: {len(fit[0])} images to fit, {len(test[0])} to test, {len(classes)} classes")
     for name, model in {"untrained encoder": untrained, "pre-trained encoder": trained}.items():
-        features = [_features(model, files, labels, config.batch_size) for files, labels in (fit, test)]
+        features = [_features(model, files, labels, config) for files, labels in (fit, test)]
         print(f"  {name:<24}{linear_probe(*features[0], *features[1]):>8.1%}")
 
 
-def _features(model: MaskedAutoencoder, files: list[Path], labels: list[int], batch_size: int):
+def _features(model: MaskedAutoencoder, files: list[Path], labels: list[int], config: LinprobeConfig):
     kept: list[int] = []
 
     def batches() -> Iterator[Tensor]:
+        reading = config.reading.reading(model.config.in_chans)
         waiting = []
-        for picture, index in _readable(files, model):
+        for picture, index in read_pictures(files, model.config.image_size, reading):
             waiting.append(picture)
             kept.append(labels[index])
-            if len(waiting) == batch_size:
+            if len(waiting) == config.batch_size:
                 yield torch.stack(waiting)
                 waiting.clear()
         if waiting:
             yield torch.stack(waiting)
-        if not kept:
-            raise DataError(f"none of the {len(files)} files can be read")
 
     return extract_features(model, batches()), kept
-
-
-def _readable(files: list[Path], model: MaskedAutoencoder, most: int | None = None) -> Iterator[tuple[Tensor, int]]:
-    """``[C, H, W]`` uint8 and the position in files of those that can be read; the others are named and counted."""
-    problems = taken = seen = 0
-    for index, file in enumerate(files):
-        if taken == most:
-            break
-        seen += 1
-        try:
-            image = read_image(file, model.config.in_chans)
-        except DataError as error:
-            problems += 1
-            print(f"Warning: passed over: {error}", file=sys.stderr)
-            continue
-        taken += 1
-        yield to_tensor(resize_and_crop(image, model.config.image_size)), index
-    if problems:
-        print(f"Warning: {problems} of {seen} files cannot be read", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -309,12 +338,12 @@ def main(arguments: list[str] | None = None) -> None:
             warnings.showwarning = _show
             commands[type(config)](config)
     except (CheckpointError, DataError, NoDecoderError, TrainingStopped, ValueError) as error:
-        sys.exit(f"mae: {error}")
+        sys.exit("\n".join(map(printable, f"mae: {error}".splitlines())))
 
 
 def _show(message: Warning, category: type[Warning], filename: str, line: int, *_) -> None:
-    place = "" if issubclass(category, CheckpointWarning) else f" ({filename}:{line})"
-    print(f"Warning: {message}{place}", file=sys.stderr)
+    place = "" if issubclass(category, CheckpointWarning | DataWarning) else f" ({filename}:{line})"
+    tqdm.write(f"Warning: {message}{place}", file=sys.stderr)  # above the progress bar, where there is one
 
 
 if __name__ == "__main__":

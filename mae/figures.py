@@ -10,7 +10,10 @@ _WAYS = ("masked", "reconstruction", "original")
 
 
 def save_reconstructions(pictures: Reconstruction, file: str | Path, per_row: int = 3) -> None:
-    """Triplets masked | reconstruction | original, per_row of them side by side, as in figure 2 of the paper."""
+    """Triplets masked | reconstruction | original, per_row of them side by side, as in figure 2 of the paper.
+
+    Channels that are neither grey nor colours are drawn as their mean.
+    """
     count = len(pictures.original)
     per_row = min(per_row, count)
     rows = -(-count // per_row)
@@ -26,13 +29,16 @@ def save_reconstructions(pictures: Reconstruction, file: str | Path, per_row: in
         for j, way in enumerate(_WAYS):
             axis = axes[i // per_row, i % per_row * 4 + j]
             picture = getattr(pictures, way)[i].permute(1, 2, 0).cpu().numpy()  # [H, W, C]
-            axis.imshow(picture.squeeze(2) if picture.shape[2] == 1 else picture, cmap="gray", vmin=0, vmax=1)
+            axis.imshow(picture if picture.shape[2] == 3 else picture.mean(2), cmap="gray", vmin=0, vmax=1)
             if i < per_row:
                 axis.set_title(way, fontsize=8)
+    notes = []
+    if (channels := pictures.original.shape[1]) not in (1, 3):
+        notes.append(f"mean of {channels} channels")
     if pictures.uses_true_statistics:
-        figure.supxlabel(
-            "hidden patches take their mean and contrast from the original (normalised-pixel targets)", fontsize=8
-        )
+        notes.append("hidden patches take their mean and contrast from the original (normalised-pixel targets)")
+    if notes:
+        figure.supxlabel("; ".join(notes), fontsize=8)
     figure.savefig(file, dpi=150)
 
 

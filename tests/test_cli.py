@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 from pictures import good_folder, readable_oddities, unreadable_files
 from PIL import Image
@@ -101,7 +103,7 @@ def test_linprobe_refuses_classes_of_broken_files_in_one_sentence(run, tmp_path)
         main(
             ["linprobe", "--checkpoint", str(run[0]), "--data", str(tmp_path / "fit"), "--test", str(tmp_path / "fit")]
         )
-    assert stop.value.code == "mae: none of the 8 files can be read"
+    assert stop.value.code.startswith("mae: none of the 8 files can be read; first: cannot read ")
 
 
 def test_linprobe(run, tmp_path, capsys):
@@ -118,6 +120,49 @@ def test_linprobe(run, tmp_path, capsys):
     assert "pre-trained encoder       100.0%" in output.out
     assert "untrained encoder" in output.out
     assert "Warning: 1 of 13 files cannot be read" in output.err
+
+
+def test_thirteen_bands_from_training_to_pictures(tmp_path, capsys):
+    for part in ("one", "two"):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        for i in range(2):
+            bands = np.random.default_rng(i).integers(0, 3000, (13, 40, 40), np.uint16)
+            tifffile.imwrite(tmp_path / "data" / part / f"{i}.tif", bands, photometric="minisblack")
+    data, run, options = str(tmp_path / "data"), tmp_path / "run", ["--value-range", "0", "3000"]
+    small = ["--decoder-depth", "1", "--decoder-width", "64"]
+    main(["pretrain", "--data", data, "--out", str(run), *SMALL, "--steps", "2", "--in-chans", "13", *small, *options])
+    model = load_checkpoint(run)
+    assert model.config.in_chans == 13
+    assert model.config.pixel_mean == model.config.pixel_std == (0.5,) * 13
+    assert Image.open(run / "reconstructions.png").convert("L").getextrema()[0] < 128
+    main(["linprobe", "--checkpoint", str(run), "--data", data, "--test", data, "--device", "cpu", *options])
+    assert "pre-trained encoder" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", "--data", data, "--out", str(tmp_path / "other"), *SMALL, "--steps", "2"])
+    assert stop.value.code.startswith("mae: none of the 4 files can be read; first: cannot read ")
+    assert stop.value.code.endswith("it has 13 channels, and the model takes 3")
+
+
+def test_what_a_folder_holds_is_said_in_a_few_lines(tmp_path, capfd):
+    data = good_folder(tmp_path / "data", 3)
+    good_folder(tmp_path / "linked", 1)
+    (data / "more").symlink_to(tmp_path / "linked")
+    for i in range(40):
+        (data / f"broken{i}\x1b[2J.jpg").write_bytes(b"no picture")
+    np.save(data / "decibels.npy", np.linspace(-25, 0, 900).reshape(30, 30))
+    Image.new("1", (200, 200)).save(data / "large.png")
+    (data / "notes.txt").touch()
+    options = ["--decoder-depth", "1", "--steps", "12", "--max-pixels", "30000"]
+    main(["pretrain", "--data", str(data), "--out", str(tmp_path / "run"), *SMALL, *options])
+    output = "".join(capfd.readouterr())
+    assert "\x1b[2J" not in output
+    assert "PIL" not in output
+    assert f"Pre-training mae_vit_tiny_patch16 on 46 images from {data}\n" in output
+    lines = sorted(line.split("Warning: ", 1)[1] for line in output.splitlines() if "Warning: " in line)
+    assert len(lines) == 3
+    assert lines[0] == f"{data}: left out 1 .txt file"
+    assert lines[1].startswith(f"1 picture so far scaled each by its own range of values, such as {data}/decibels.npy")
+    assert lines[2].startswith("passed over 41 files that cannot be read; latest: cannot read ")
 
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path):
@@ -162,7 +207,7 @@ def test_fashion_mnist_is_what_it_says():
     ("command", "sentence"),
     [
         ("pretrain --data {d}/none", "there is no folder {d}/none"),
-        ("pretrain --data {d}/empty", "found no image below {d}/empty; looked for .bmp, .gif, .jpeg, .jpg"),
+        ("pretrain --data {d}/empty", "found no image below {d}/empty; looked for .jpg, .png, .webp"),
         ("pretrain --data {d}/bad", "none of the 4 files can be read; first: cannot read {d}/bad/"),
         (
             "pretrain --data {d}/good --image-size 33",
@@ -172,6 +217,12 @@ def test_fashion_mnist_is_what_it_says():
             "pretrain --data {d}/good --mask-ratio 1",
             "random_masking: mask_ratio must lie strictly between 0 and 1, got 1.0",
         ),
+        ("pretrain --data {d}/none --in-chans 0", "channels must be at least 1, got 0"),
+        (
+            "reconstruct --checkpoint {d}/none --images {d}/good --value-range 9 2",
+            "value_range must be two finite numbers in ascending order, got 9 and 2",
+        ),
+        ("linprobe --checkpoint {d}/none --data {d} --test {d} --max-pixels 0", "max_pixels must be at least 1, got 0"),
         ("pretrain --data {d}/good --device abacus", "device 'abacus' cannot be used here: Expected one of"),
         ("reconstruct --checkpoint {d}/none --images {d}/good", "there is no checkpoint at {d}/none"),
         ("reconstruct --checkpoint {run} --images {d}/bad", "none of the 4 files can be read"),

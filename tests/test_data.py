@@ -15,16 +15,22 @@ from mae.data import (
     Batches,
     Crops,
     DataError,
+    DataWarning,
+    Picture,
+    Reading,
     TrainingImages,
-    _collate,
     find_images,
     find_labelled_images,
     on_device,
+    printable,
     random_box,
     read_image,
+    read_pictures,
     resize_and_crop,
     to_tensor,
 )
+from mae.data.loader import _collate
+from mae.data.readers import suffixes
 from mae_kernels import random_crop_boxes, random_resized_crop, reference
 
 
@@ -32,7 +38,7 @@ def test_finds_images_below_a_folder(tmp_path):
     good_folder(tmp_path / "b", 3)
     good_folder(tmp_path / "a" / "deep", 2)
     (tmp_path / "a" / ".hidden.png").touch()
-    (tmp_path / "notes.txt").write_text("no picture")
+    good_folder(tmp_path / "a" / ".thumbs", 2)
     names = [str(f.relative_to(tmp_path)) for f in find_images(tmp_path)]
     assert names == [
         "a/deep/photo_00.jpg",
@@ -43,12 +49,61 @@ def test_finds_images_below_a_folder(tmp_path):
     ]
 
 
+def test_links_are_followed_and_no_folder_is_read_twice(tmp_path):
+    good_folder(tmp_path / "elsewhere", 2)
+    good_folder(tmp_path / "data" / "b", 1)
+    (tmp_path / "data" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "b" / "back").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "one.png").symlink_to(tmp_path / "elsewhere" / "photo_01.png")
+    names = [str(f.relative_to(tmp_path / "data")) for f in find_images(tmp_path / "data")]
+    assert names == ["a/photo_00.jpg", "a/photo_01.png", "b/photo_00.jpg", "one.png"]
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    good_folder(tmp_path, 1)
+    for name in ("a.txt", "b.TXT", "c.mp4", "README", "d.fits"):
+        (tmp_path / name).touch()
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "circle.jpg").symlink_to(tmp_path / "circle.jpg")
+    os.mkfifo(tmp_path / "x.jpg")
+    with pytest.warns(DataWarning) as warned:
+        assert [f.name for f in find_images(tmp_path)] == ["photo_00.jpg"]
+    (message,) = (str(w.message) for w in warned)
+    assert message == (
+        f"{tmp_path}: left out 2 .txt files, 1 .fits file, 1 .mp4 file, 2 broken links, 1 file without a suffix and 1 "
+        "special file (a FIFO, socket or device)"
+    )
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "a.mp4").touch()
+    with pytest.raises(DataError, match=r"other suffixes; left out 1 \.mp4 file$"):
+        find_images(tmp_path / "films")
+
+
+def test_suffixes_are_those_that_can_be_read():
+    assert {".jpg", ".jfif", ".avif", ".jp2", ".tif", ".tiff", ".npy", ".webp", ".png"} <= suffixes()
+    assert not {".mpg", ".h5", ".grib", ".fits", ".wmf", ".txt", ""} & suffixes()
+
+
+def test_names_are_printed_in_visible_characters():
+    assert printable("Straße 7.jpg") == "Straße 7.jpg"
+    assert printable("\x1b[2J\n\u202egpj.exe") == "\\x1b[2J\\n\\u202egpj.exe"
+    assert printable(os.fsdecode(b"caf\xe9.jpg")) == "caf\\xe9.jpg"
+
+
+def test_messages_hold_no_raw_names(tmp_path):
+    folder = tmp_path / "\x1b[31m\n"
+    for action in (lambda: find_images(folder), lambda: read_image(folder / "x\n.jpg", Reading())):
+        with pytest.raises(DataError) as error:
+            action()
+        assert str(error.value).isprintable()
+
+
 def test_folders_without_images_are_refused(tmp_path):
     with pytest.raises(DataError) as error:
         find_images(tmp_path)
-    assert str(error.value) == (
-        f"found no image below {tmp_path}; looked for .bmp, .gif, .jpeg, .jpg, .png, .ppm, .tif, .tiff, .webp"
-    )
+    assert str(error.value).startswith(f"found no image below {tmp_path}; looked for .jpg, .png, .webp, ")
+    assert str(error.value).endswith(" other suffixes")
     with pytest.raises(DataError) as error:
         find_images(tmp_path / "missing")
     assert str(error.value) == f"there is no folder {tmp_path / 'missing'}"
@@ -69,13 +124,23 @@ def test_labels_are_sub_folders(tmp_path):
     ]
 
 
+def test_classes_without_images_are_named(tmp_path):
+    for name in ("ant", "bee", "cat"):
+        good_folder(tmp_path / name, int(name == "ant"))
+    good_folder(tmp_path / ".ipynb_checkpoints", 1)
+    (tmp_path / "cat" / "x.txt").touch()
+    with pytest.raises(DataError) as error:
+        find_labelled_images(tmp_path)
+    assert str(error.value).startswith(f"no image in these sub-folders of {tmp_path}: bee, cat; looked for ")
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_oddities_show_the_photograph(tmp_path, channels):
     photo = np.asarray(photographs(1)[0].convert("L" if channels == 1 else "RGB"), dtype=float)
     for name, file in readable_oddities(tmp_path).items():
-        image = read_image(file, channels)
-        assert image.mode == ("L" if channels == 1 else "RGB")
-        pixels = np.asarray(image, dtype=float)
+        pixels = to_tensor(read_image(file, Reading(channels))).double().numpy()
+        assert len(pixels) == channels
+        pixels = pixels[0] if channels == 1 else pixels.transpose(1, 2, 0)
         if name == "one.png":
             assert abs(pixels - photo.mean((0, 1))).max() < 20
         elif name == "palette.png":
@@ -93,29 +158,29 @@ def test_a_photograph_held_sideways_is_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn by 90 degrees to the right
     photo.save(tmp_path / "phone.png", exif=exif)
-    assert read_image(tmp_path / "phone.png", 3).size == (photo.height, photo.width)
+    assert read_image(tmp_path / "phone.png", Reading()).images[0].size == (photo.height, photo.width)
 
 
 def test_unreadable_files_name_themselves(tmp_path):
     for name, file in unreadable_files(tmp_path).items():
         with pytest.raises(DataError) as error:
-            read_image(file, 3)
+            read_image(file, Reading())
         assert str(error.value).startswith(f"cannot read {file}: "), name
 
 
 def test_tensors_hold_the_pixels():
     photo = photographs(1)[0]
-    tensor = to_tensor(photo)
+    tensor = to_tensor(Picture((photo,)))
     assert tensor.dtype == torch.uint8
     assert tensor.is_contiguous()
     assert tuple(tensor[:, 5, 7].tolist()) == photo.getpixel((7, 5))
-    assert to_tensor(photo.convert("L")).shape == (1, 120, 160)
+    assert to_tensor(Picture((photo.convert("L"),))).shape == (1, 120, 160)
 
 
 def test_the_central_crop():
     photo = photographs(1)[0]
     centre = photo.resize((60, 60), Image.Resampling.BICUBIC, box=(20, 0, 140, 120))
-    assert resize_and_crop(photo, (60, 60)).tobytes() == centre.tobytes()
+    assert resize_and_crop(Picture((photo,)), (60, 60)).images[0].tobytes() == centre.tobytes()
 
 
 @pytest.mark.parametrize("size", [(120, 160), (160, 120), (1, 1), (8, 400), (400, 9), (3000, 2000)])
@@ -131,28 +196,52 @@ def test_boxes_of_single_images_are_those_of_the_batched_op(size):
 def test_pictures_are_cut_to_their_boxes(tmp_path):
     photo = photographs(1)[0]
     photo.save(tmp_path / "photo.png")
-    images = TrainingImages([tmp_path / "photo.png"], (32, 48), 3)
+    images = TrainingImages([tmp_path / "photo.png"], (100, 100), Reading())
     flipped = 0
     for seed in range(40):
         torch.manual_seed(seed)
         top, left, height, width = random_box(120, 160)
         torch.manual_seed(seed)
-        pixels, flip, problems = images[0]
-        assert torch.equal(pixels, to_tensor(photo)[:, top : top + height, left : left + width])
+        pixels, flip, problems, *_ = images[0]
+        assert torch.equal(pixels, to_tensor(Picture((photo,)))[:, top : top + height, left : left + width])
         assert problems == []
         flipped += flip
     assert 10 < flipped < 30
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_large_pictures_are_shrunk_before_they_travel(tmp_path, suffix):
+    """As boxes of a picture that is shrunk to begin with, by a factor at which its file is decoded as a whole."""
+    scene = photographs(2)[1].resize((1600, 1200), Image.Resampling.BICUBIC)
+    scene.save(tmp_path / f"x.{suffix}", **({"quality": 95} if suffix == "jpg" else {}))
+    images = TrainingImages([tmp_path / f"x.{suffix}"], (64, 64), Reading())
+    whole = to_tensor(read_image(tmp_path / f"x.{suffix}", Reading()))
+    off = []
+    for seed in range(10):
+        torch.manual_seed(seed)
+        box = random_box(1200, 1600)
+        torch.manual_seed(seed)
+        sample = images[0]
+        height, width = sample.pixels.shape[1:]
+        assert 1.5 * 64 <= min(height, width) < 3.1 * 64
+        assert max(height, width) < 4.2 * 64
+        ours, theirs = (
+            random_resized_crop([x], torch.tensor([b]), torch.tensor([False]), (64, 64))
+            for x, b in ((sample.pixels, (0, 0, height, width)), (whole, box))
+        )
+        off.append((ours.int() - theirs.int()).abs().float().mean())
+    assert max(off) < 3
+
+
 @pytest.mark.parametrize("resize", [False, True], ids=["on the device", "in the workers"])
 def test_batches_are_resized_and_flipped(tmp_path, resize):
-    images = TrainingImages(find_images(good_folder(tmp_path, 5)), (24, 32), 3)
+    images = TrainingImages(find_images(good_folder(tmp_path, 5)), (24, 32), Reading())
     samples = [images[i] for i in range(5)]
-    batch, problems = _collate((24, 32), samples, resize=resize)
+    batch, problems, _ = _collate((24, 32), samples, resize=resize)
     assert isinstance(batch, torch.Tensor if resize else Crops)
     assert len(batch) == 5
     assert problems == []
-    pixels, flips, _ = zip(*samples, strict=True)
+    pixels, flips, *_ = zip(*samples, strict=True)
     assert len({x.shape for x in pixels}) == 5
     assert len(set(flips)) == 2
     boxes, flips = torch.tensor([[0, 0, *x.shape[1:]] for x in pixels]), torch.tensor(flips)
@@ -166,7 +255,7 @@ def test_batches_are_resized_and_flipped(tmp_path, resize):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
 def test_batches_travel_in_pinned_memory(tmp_path):
     files = find_images(good_folder(tmp_path, 5))
-    (batch,) = Batches(TrainingImages(files, (24, 32), 3), steps=1, batch_size=5, workers=1, seed=0)
+    (batch,) = Batches(TrainingImages(files, (24, 32), Reading()), steps=1, batch_size=5, workers=1, seed=0)
     assert all(x.is_pinned() for x in (*batch.images, batch.flips))
     off = batch.to("cuda", non_blocking=True).cpu().int() - batch.to("cpu").int()
     assert off.abs().max() <= 1
@@ -177,7 +266,7 @@ def test_batches_pass_over_broken_files_and_count_them(tmp_path, workers):
     good_folder(tmp_path, 5)
     bad = unreadable_files(tmp_path)
     readable_oddities(tmp_path)
-    images = TrainingImages(find_images(tmp_path), (16, 16), 3)
+    images = TrainingImages(find_images(tmp_path), (16, 16), Reading())
     batches = Batches(images, steps=8, batch_size=7, workers=workers, seed=0)
     shapes = [batch.to("cpu").shape for batch in batches]
     assert shapes == [(7, 3, 16, 16)] * 8
@@ -185,18 +274,79 @@ def test_batches_pass_over_broken_files_and_count_them(tmp_path, workers):
     assert all(any(str(file) in problem for problem in batches.unreadable) for file in bad.values())
 
 
+def test_other_channels_are_refused_at_once(tmp_path):
+    for i in range(150):
+        np.save(tmp_path / f"{i}.npy", np.zeros((13, 4, 4), np.uint8))
+    batches = Batches(
+        TrainingImages(find_images(tmp_path), (16, 16), Reading()), steps=1, batch_size=64, workers=0, seed=0
+    )
+    with pytest.raises(DataError) as error:
+        list(batches)
+    assert str(error.value).startswith("none of 100 files, spread over all 150, can be read; first: cannot read ")
+    assert str(error.value).endswith("it has 13 or 4 channels, and the model takes 3")
+
+
+def test_thirteen_bands_become_batches(tmp_path):
+    for i in range(4):
+        np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).integers(0, 256, (13, 40, 40), np.uint8))
+    images = TrainingImages(find_images(tmp_path), (16, 16), Reading(13))
+    (batch,) = Batches(images, steps=1, batch_size=4, workers=1, seed=0)
+    assert batch.to("cpu").shape == (4, 13, 16, 16)
+
+
+def test_pictures_in_ranges_of_their_own_are_counted(tmp_path):
+    good_folder(tmp_path, 2)
+    for i in range(3):
+        np.save(tmp_path / f"{i}.npy", np.linspace(-25, i, 400).reshape(20, 20))
+    batches = Batches(
+        TrainingImages(find_images(tmp_path), (16, 16), Reading()), steps=5, batch_size=2, workers=0, seed=0
+    )
+    said = "scaled each by its own range of values, such as {}; --value-range LOW HIGH gives all the same scale"
+    with pytest.warns(DataWarning) as warned:
+        list(batches)
+    (message,) = (str(w.message) for w in warned)
+    assert message.startswith(("1 picture so far scaled", "2 pictures so far scaled"))
+    with pytest.warns(DataWarning) as warned:
+        batches.notes.warn()
+    assert [str(w.message) for w in warned] == [f"3 pictures {said.format(tmp_path / '0.npy')}"]
+
+
+def test_pictures_are_taken_from_everywhere(tmp_path):
+    for name in "abcd":
+        good_folder(tmp_path / name, 5)
+    unreadable_files(tmp_path / "c")
+    for file in (tmp_path / "b").iterdir():
+        file.write_bytes(b"")
+    files = find_images(tmp_path)
+
+    def taken(most: int) -> str:
+        with pytest.warns(DataWarning):
+            return "".join(files[i].parent.name for _, i in read_pictures(files, (8, 8), Reading(), most))
+
+    assert taken(4) == "acda"  # nothing in b can be read
+    assert sorted(taken(100)) == sorted("aaaaacccccddddd")
+    assert [i for _, i in read_pictures(files[:5], (8, 8), Reading(), 2)] == [0, 2]
+
+
+def test_replacements_for_broken_files_are_spread(tmp_path):
+    for i in range(100):
+        (tmp_path / f"{i:03}.png").touch() if i < 50 else Image.new("L", (4, 4), i).save(tmp_path / f"{i:03}.png")
+    images = TrainingImages(find_images(tmp_path), (4, 4), Reading())
+    assert len({images[i].index for i in range(50)}) > 25
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_folder_of_nothing_but_broken_files_is_refused(tmp_path, workers):
     unreadable_files(tmp_path)
     batches = Batches(
-        TrainingImages(find_images(tmp_path), (16, 16), 3), steps=1, batch_size=2, workers=workers, seed=0
+        TrainingImages(find_images(tmp_path), (16, 16), Reading()), steps=1, batch_size=2, workers=workers, seed=0
     )
     with pytest.raises(DataError, match=r"^none of the 4 files can be read; first: cannot read "):
         list(batches)
 
 
 def test_control_c_does_not_end_the_workers(tmp_path):
-    images = TrainingImages(find_images(good_folder(tmp_path, 3)), (16, 16), 3)
+    images = TrainingImages(find_images(good_folder(tmp_path, 3)), (16, 16), Reading())
     batches = iter(Batches(images, steps=30, batch_size=2, workers=1, seed=0))
     next(batches)
     for worker in multiprocessing.active_children():
@@ -208,7 +358,7 @@ def test_the_seed_fixes_the_batches(tmp_path):
     files = find_images(good_folder(tmp_path))
 
     def run(seed: int, workers: int = 1) -> torch.Tensor:
-        images = TrainingImages(files, (16, 16), 3)
+        images = TrainingImages(files, (16, 16), Reading())
         batches = Batches(images, steps=4, batch_size=5, workers=workers, seed=seed)
         return torch.stack([batch.to("cpu") for batch in batches])
 
@@ -225,7 +375,7 @@ def test_an_epoch_shows_every_image_once(tmp_path):
             seen.append(index)
             return super().__getitem__(index)
 
-    list(Batches(Recorder(files, (8, 8), 3), steps=4, batch_size=3, workers=0, seed=0))
+    list(Batches(Recorder(files, (8, 8), Reading()), steps=4, batch_size=3, workers=0, seed=0))
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
 
 
@@ -278,4 +428,4 @@ def test_on_a_gpu_batches_are_copied_on_a_stream_of_their_own(monkeypatch):
 def test_the_central_crop_of_an_oblong_size():
     photo = photographs(1)[0]  # 120 x 160
     centre = photo.resize((80, 40), Image.Resampling.BICUBIC, box=(0, 20, 160, 100))
-    assert resize_and_crop(photo, (40, 80)).tobytes() == centre.tobytes()
+    assert resize_and_crop(Picture((photo,)), (40, 80)).images[0].tobytes() == centre.tobytes()

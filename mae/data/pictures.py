@@ -1,0 +1,126 @@
+"""Files as pictures of 8 bits, with as many channels as the model takes."""
+
+import stat
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from mae.data.errors import DataError, printable
+from mae.data.levels import PLAIN, to_8_bits
+from mae.data.readers import READERS, Reading, Values, planes_of
+
+
+class Picture(NamedTuple):
+    """Pixels of 8 bits: one grey or colour image, or a grey one for each channel, all of one size."""
+
+    images: tuple[Image.Image, ...]
+    note: str = PLAIN  # how values of more than 8 bits became these, see mae.data.levels
+
+    @property
+    def height(self) -> int:
+        return self.images[0].height
+
+    @property
+    def width(self) -> int:
+        return self.images[0].width
+
+    def cut(self, box: tuple[int, int, int, int], factor: int) -> "Picture":
+        """The box (left, top, right, bottom), of which factor times factor pixels become one, their mean."""
+        return self.each(lambda image: image.reduce(factor, box) if factor > 1 else image.crop(box))
+
+    def each(self, f: Callable[[Image.Image], Image.Image]) -> "Picture":
+        with _quiet_pillow():
+            return Picture(tuple(map(f, self.images)), self.note)
+
+
+def read_image(file: str | Path, reading: Reading, shrink: Callable[[int, int], int] | None = None) -> Picture:
+    """The picture of a file with ``reading.channels`` channels, upright, transparency on white.
+
+    Grey is repeated for a model of three channels, colour becomes grey for a model of one. Of an animation it is the
+    first frame; pages of a TIFF are channels. shrink, given height and width, says by how much both may be divided:
+    for a JPEG that takes less time than decoding all of it.
+
+    Raises:
+        DataError: the file cannot be decoded, has other channels than the model, too many pixels, or values that no
+            range turns into 8 bits.
+    """
+    file = Path(file)
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):  # opening a FIFO would wait for somebody who writes into it
+            raise DataError("it is no regular file")
+        with open(file, "rb") as opened:
+            head = opened.read(8)
+        reader = next((r for r in READERS if head.startswith(r.magic)), READERS[-1])
+        with _quiet_pillow():
+            return _picture(reader.read(file, reading, shrink or (lambda height, width: 1)), reading)
+    except Exception as error:  # decoders raise anything from OSError to struct.error on damaged files
+        raise DataError(f"cannot read {printable(file)}: {_reason(error)}") from error
+
+
+def to_tensor(picture: Picture) -> Tensor:
+    """``[C, H, W]`` uint8."""
+    planes = [planes_of(image) for image in picture.images]
+    return torch.from_numpy(np.concatenate(planes) if len(planes) > 1 else np.array(planes[0], order="C"))
+
+
+def resize_and_crop(picture: Picture, size: tuple[int, int]) -> Picture:
+    """The central part of the picture in the shape of size ``(H, W)``, resized to it."""
+    return picture.each(lambda image: ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def _picture(stored: Image.Image | Values, reading: Reading) -> Picture:
+    """What a reader found as a picture with the channels of the model."""
+    if isinstance(stored, Image.Image):
+        image = _plain(stored, reading)
+        if reading.value_range is None:
+            return Picture((image,) if reading.channels in (1, 3) else image.split())
+        stored = Values(planes_of(image))
+    reading.check_channels(len(stored.values))
+    pixels, note = to_8_bits(stored.values, reading.value_range)
+    if stored.alpha is not None:
+        pixels = (255 - (255.0 - pixels) * (stored.alpha / 255)).round().astype(np.uint8)
+    bands = tuple(map(Image.fromarray, pixels))
+    if len(bands) == reading.channels:
+        return Picture(bands, note)
+    return Picture(bands * 3 if reading.channels == 3 else (Image.merge("RGB", bands).convert("L"),), note)
+
+
+def _plain(image: Image.Image, reading: Reading) -> Image.Image:
+    """An image of 8 bits and any mode as one with the bands of the model."""
+    if reading.channels in (1, 3):
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        mode = "L" if reading.channels == 1 else "RGB"
+        return image if image.mode == mode else image.convert(mode)
+    if image.mode in ("1", "P", "PA"):
+        image = image.convert("L" if image.mode == "1" else "RGBA" if image.has_transparency_data else "RGB")
+    reading.check_channels(len(image.getbands()))
+    return image
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Neither Pillow's warnings nor its limit of pixels, in place of which stands that of :class:`Reading`."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not in a format that Pillow reads"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return printable(str(error) if isinstance(error, DataError) else (str(error) or type(error).__name__).strip())

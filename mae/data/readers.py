@@ -1,0 +1,320 @@
+"""Files as arrays, with every value that they hold: what Pillow would cut away is read otherwise, or refused."""
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import EpsImagePlugin, Image, ImageFile, ImageOps, UnidentifiedImageError, features
+
+from mae.data.errors import DataError, counted
+
+try:
+    import tifffile
+except ImportError:
+    tifffile = None
+
+# Without a handler Python prints what these say about damaged files.
+for _library in ("PIL", "tifffile"):
+    logging.getLogger(_library).addHandler(logging.NullHandler())
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files become pictures.
+
+    Raises:
+        ValueError: no channels, no pixels, or a range whose ends are not two finite numbers in ascending order.
+    """
+
+    channels: int = 3
+    value_range: tuple[float, float] | None = None
+    """Values that become black and white; None decides for each picture, see :func:`mae.data.levels.to_8_bits`."""
+    max_pixels: int = 178_956_970
+    """Height times width from which on a picture is refused; the default is Pillow's own."""
+
+    def __post_init__(self):
+        for name in ("channels", "max_pixels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.value_range is not None:
+            low, high = self.value_range
+            if not -np.inf < low < high < np.inf:
+                raise ValueError(f"value_range must be two finite numbers in ascending order, got {low:g} and {high:g}")
+
+    def check_size(self, height: int, width: int) -> None:
+        if height * width == 0:
+            raise DataError(f"it has no pixels: {height} x {width}")
+        if height * width > self.max_pixels:
+            size = f"{height * width:,} pixels ({width:,} x {height:,})"
+            raise DataError(f"it has {size}, more than the {self.max_pixels:,} of --max-pixels")
+
+    def check_channels(self, channels: int) -> None:
+        if channels != self.channels and not {channels, self.channels} <= {1, 3}:
+            raise DataError(f"it has {counted(channels, 'channel')}, and the model takes {self.channels}")
+
+
+class Values(NamedTuple):
+    """What a reader found in a file whose pixels are not plain 8 bits."""
+
+    values: np.ndarray  # [C, H, W] of any dtype; nodata is masked (numpy.ma)
+    alpha: np.ndarray | None = None  # [H, W] uint8, 0 is transparent
+
+
+class Reader(NamedTuple):
+    """Reads one kind of files; another kind is another entry of READERS.
+
+    ``read(file, reading, shrink)`` gives the pixels as they are stored: an image of 8 bits or :class:`Values`. It asks
+    ``reading`` about size and channels before it decodes, where it can, and may raise anything.
+    """
+
+    read: Callable[[Path, Reading, Callable[[int, int], int]], Image.Image | Values]
+    magic: tuple[bytes, ...]  # with one of which such files begin
+    suffixes: Callable[[], set[str]]
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """libtiff prints what it finds wrong with a file, and Pillow has no way to ask it not to."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def planes_of(image: Image.Image) -> np.ndarray:
+    """``[C, H, W]``."""
+    pixels = np.asarray(image)
+    return pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
+
+
+def _read_with_pillow(file: Path, reading: Reading, shrink: Callable[[int, int], int]) -> Image.Image | Values:
+    with Image.open(file) as image:
+        if image.format in _NOT_WHOLE:
+            raise DataError(f"Pillow {_NOT_WHOLE[image.format]} of {image.format}")
+        reading.check_size(image.height, image.width)
+        factor = shrink(image.height, image.width)
+        if factor > 1:
+            image.draft(None, (-(-image.width // factor), -(-image.height // factor)))
+        tile = image.tile[0] if getattr(image, "tile", None) else None  # loading takes it away
+        tags = image.tag_v2 if image.format == "TIFF" else {}
+        with _without_stderr() if tile is not None and tile[0] == "libtiff" else nullcontext():
+            image.load()
+        key = image.info.get("transparency")
+        if image.mode.startswith(("I", "F")):
+            values = np.asarray(image)[None]
+            if image.mode == "I" and image.format in ("PNG", "PPM"):
+                values = values.astype(np.uint16)
+            elif image.mode == "I" and image.format == "TIFF" and tags.get(_SAMPLE_FORMAT, (1,))[0] == 1:
+                values = values.view(np.uint32)
+            values = _without_nodata(values, tags.get(_GDAL_NODATA))
+            if tags.get(_PHOTOMETRIC) == 0 and image.mode.startswith("I;16"):  # white is 0; Pillow turns 8 bits around
+                values = 65535 - values
+            stored = _keyed(values, key)
+        elif tile is not None and ";16" in _raw_mode(tile):
+            values, alpha = _deep_colours(file, image), None
+            if image.mode == "RGBA" and reading.channels in (1, 3):
+                values, alpha = values[:-1], (values[-1] >> 8).astype(np.uint8)
+            stored = _keyed(values, key, alpha)
+        elif image.format == "PPM" and image.mode == "RGB" and tile[0].startswith("ppm") and tile[3][-1] > 255:
+            if tile[0] != "ppm":
+                raise DataError("it holds colours of 16 bits as text")
+            values = np.fromfile(file, ">u2", 3 * image.width * image.height, offset=tile[2])
+            values = values.reshape(image.height, image.width, 3).transpose(2, 0, 1)
+            stored = Values((values * (65535 / tile[3][-1])).round().astype(np.uint16))
+        else:
+            ImageOps.exif_transpose(image, in_place=True)  # turns few pictures, and would copy all the others
+            return image
+        return _upright(stored, image)
+
+
+def _raw_mode(tile: tuple) -> str:
+    """How the file lays out a pixel, in Pillow's words."""
+    raw = tile[3][0] if isinstance(tile[3], tuple) and tile[3] else tile[3]
+    return raw if isinstance(raw, str) else ""
+
+
+def _deep_colours(file: Path, high: Image.Image) -> np.ndarray:
+    """Bands ``[C, H, W]`` uint16 of a file of which Pillow gives the upper 8 bits.
+
+    It is read again as if the bytes of each value stood the other way around.
+    """
+
+    def other_half(raw: str) -> str:
+        order = {"N": "L" if sys.byteorder == "little" else "B"}.get(raw[-1], raw[-1])
+        return raw[:-1] + ("B" if order == "L" else "L")
+
+    with Image.open(file) as image:
+        raw = _raw_mode(image.tile[0])
+        change = {"LA;16B": lambda _: "RGBA"}.get(raw, other_half)
+        image.tile = [
+            ImageFile._Tile(*t[:3], (change(t[3][0]), *t[3][1:]) if isinstance(t[3], tuple) else change(t[3]))
+            for t in image.tile
+        ]
+        with _without_stderr():
+            image.load()
+        low = planes_of(image)
+    if raw == "LA;16B":  # four bytes a pixel, as they stand in the file
+        return low[::2].astype(np.uint16) << 8 | low[1::2]
+    return planes_of(high).astype(np.uint16) << 8 | low
+
+
+def _keyed(values: np.ndarray, key: object, alpha: np.ndarray | None = None) -> Values:
+    """With the pixels transparent that have the one value that the file names."""
+    if isinstance(key, int | tuple):
+        transparent = (values == np.reshape(key, (-1, 1, 1))).all(axis=0)
+        alpha = np.where(transparent, 0, 255).astype(np.uint8)
+    return Values(values, alpha)
+
+
+def _upright(stored: Values, image: Image.Image) -> Values:
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    return Values(*(x if x is None or turn is None else turn(x) for x in stored))
+
+
+# What the EXIF orientation asks for, of [..., H, W].
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: lambda x: x[..., ::-1],
+    3: lambda x: x[..., ::-1, ::-1],
+    4: lambda x: x[..., ::-1, :],
+    5: lambda x: x.swapaxes(-1, -2),
+    6: lambda x: x[..., ::-1, :].swapaxes(-1, -2),
+    7: lambda x: x[..., ::-1, ::-1].swapaxes(-1, -2),
+    8: lambda x: x[..., ::-1].swapaxes(-1, -2),
+}
+
+
+def _read_tiff(file: Path, reading: Reading, shrink: Callable[[int, int], int]) -> Image.Image | Values:
+    """Pillow where it gives all that the file holds, tifffile elsewhere."""
+    beyond = _beyond_pillow(file)
+    if not beyond:
+        return _read_with_pillow(file, reading, shrink)
+    if tifffile is None:
+        raise DataError(f"it {beyond}, which needs the package tifffile: pip install 'mae_kernels[multiband]'")
+    with tifffile.TiffFile(file) as tiff:
+        series, *others = tiff.series
+        # Overviews and masks repeat the picture; anything else would be cut away.
+        if other := next((s for s in others if not s.keyframe.subfiletype & 5), None):
+            raise DataError(f"its pages have different sizes: {series.shape} and {other.shape}")
+        axes = [series.axes.find(axis) for axis in "YX"]
+        if min(axes) < 0:
+            raise DataError(f"tifffile finds no rows and columns in its axes {series.axes!r}")
+        height, width = (series.shape[axis] for axis in axes)
+        reading.check_size(height, width)
+        channels = math.prod(series.shape) // (height * width)
+        has_alpha = series.keyframe.extrasamples in ((1,), (2,)) and reading.channels in (1, 3)
+        reading.check_channels(channels - has_alpha)
+        values = np.moveaxis(series.asarray(), axes, (-2, -1)).reshape(-1, height, width)
+        nodata = series.keyframe.tags.get(_GDAL_NODATA)
+        colours = _without_nodata(values[: channels - has_alpha], nodata and nodata.value)
+        if not has_alpha:
+            return Values(colours)
+        opaque = np.iinfo(values.dtype).max if values.dtype.kind in "ui" else 1
+        return Values(colours, (values[-1] / opaque * 255).clip(0, 255).round().astype(np.uint8))
+
+
+# Tags of TIFFs.
+_SUBFILE, _BITS, _PHOTOMETRIC, _SAMPLES, _PLANAR, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 254, 258, 262, 277, 284, 338, 339
+_GDAL_NODATA = 42113
+_COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # samples of each photometric interpretation
+
+
+def _beyond_pillow(file: Path) -> str:
+    """What Pillow would leave out of a TIFF, or cannot read; empty where it gives everything."""
+    try:
+        with Image.open(file) as image:
+            tags, mode = dict(image.tag_v2), image.mode
+            for page in range(1, image.n_frames):
+                image.seek(page)
+                if not image.tag_v2.get(_SUBFILE, 0) & 5:  # neither an overview nor a mask
+                    return "has more than one page"
+    except UnidentifiedImageError:
+        return "has pixels that Pillow does not know"
+    samples, formats = tags.get(_SAMPLES, 1), tags.get(_SAMPLE_FORMAT, (1,))
+    alphas = sum(extra in (1, 2) for extra in tags.get(_EXTRA_SAMPLES, ()))
+    if alphas > 1 or samples != _COLOURS.get(tags.get(_PHOTOMETRIC), 1) + alphas:
+        return f"has {samples} values a pixel that are not all colours"
+    if not mode.startswith(("I", "F")) and any(f not in (1, 4) for f in formats):
+        return "has signed values"
+    if tags.get(_PLANAR) == 2 and max(tags.get(_BITS, (1,))) > 8:
+        return "has planes of more than 8 bits"
+    return ""
+
+
+def _without_nodata(values: np.ndarray, nodata: str | None) -> np.ndarray:
+    """Masked where they are what the file, as GDAL writes it, says is no value."""
+    try:
+        return values if nodata is None else np.ma.masked_equal(values, float(nodata))
+    except ValueError:
+        return values
+
+
+def _read_npy(file: Path, reading: Reading, shrink: Callable[[int, int], int]) -> Values:
+    """``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``: the model's channels say which."""
+    values = np.load(file, mmap_mode="r", allow_pickle=False)
+    if values.ndim == 2:
+        values = values[None]
+    elif values.ndim == 3:
+        counts = [reading.channels] + [c for c in (1, 3) if c != reading.channels and reading.channels in (1, 3)]
+        axes = next(filter(None, ([a for a in (0, 2) if values.shape[a] == count] for count in counts)), [])
+        if len(axes) > 1:
+            raise DataError(f"its shape is {values.shape}: its first axis could be the channels, and its last one too")
+        if not axes:
+            raise DataError(
+                f"its shape is {values.shape}: it has {values.shape[0]} or {values.shape[2]} channels, and the model "
+                f"takes {reading.channels}"
+            )
+        values = np.moveaxis(values, axes[0], 0)
+    else:
+        raise DataError(f"its shape is {values.shape}: it has {counted(values.ndim, 'axis', 'axes')}, not 2 or 3")
+    reading.check_size(*values.shape[1:])
+    reading.check_channels(len(values))
+    return Values(values)
+
+
+def _pillow_suffixes() -> set[str]:
+    """Of the formats that this Pillow can decode, and not only name."""
+    Image.init()
+    missing = {name for name, library in _LIBRARIES.items() if not features.check(library)} | set(_NOT_WHOLE)
+    if not EpsImagePlugin.has_ghostscript():
+        missing.add("EPS")
+    readers = {name: reader[0] for name, reader in Image.OPEN.items() if name not in missing}
+    readable = {
+        name
+        for name, reader in readers.items()
+        if not (isinstance(reader, type) and issubclass(reader, ImageFile.StubImageFile))
+    }
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in readable}
+
+
+_NOT_WHOLE = {"MPEG": "knows no more than the size", "FITS": "reads one plane, and not the scale,"}
+_LIBRARIES = {"AVIF": "avif", "JPEG": "jpg", "JPEG2000": "jpg_2000", "WEBP": "webp"}
+
+READERS = (
+    Reader(_read_npy, (b"\x93NUMPY",), lambda: {".npy"}),
+    Reader(_read_tiff, (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), lambda: {".tif", ".tiff"}),
+    Reader(_read_with_pillow, (b"",), _pillow_suffixes),  # the last one: it takes every file
+)
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Of the files that are looked for, in small letters."""
+    return frozenset().union(*(reader.suffixes() for reader in READERS))

@@ -1,0 +1,118 @@
+"""Folders of images, whatever else is in them."""
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from mae.data.errors import DataError, DataWarning, counted, printable
+from mae.data.readers import suffixes
+
+_MOST_KINDS = 8  # named in a line; further ones are summed up
+_IMAGE, _FOLDER, _NO_SUFFIX, _BROKEN_LINK, _SPECIAL, _LOCKED = "image", "folder", "none", "link", "special", "locked"
+_WORDS = {  # of what has no suffix to be called by: one, and more than one
+    _NO_SUFFIX: ("file without a suffix", "files without a suffix"),
+    _BROKEN_LINK: ("broken link", "broken links"),
+    _SPECIAL: ("special file (a FIFO, socket or device)", "special files (FIFOs, sockets or devices)"),
+    _LOCKED: ("folder that cannot be opened", "folders that cannot be opened"),
+}
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """Every image file below folder, in order of their paths; symbolic links are followed, each folder read once.
+
+    Hidden files and folders are left out. So is what has no suffix of an image, is no regular file, or cannot be
+    opened: a :class:`DataWarning` counts it.
+
+    Raises:
+        DataError: there is no folder, or no image in it.
+    """
+    folder, left_out = Path(folder), Counter()
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {printable(folder)}")
+    files = list(_walk(folder, left_out))
+    if not files:
+        raise DataError(f"found no image below {printable(folder)}; {_looked_for(left_out)}")
+    _warn(folder, left_out)
+    return files
+
+
+def find_labelled_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
+    """Files, labels and class names of a folder with one sub-folder per class, which are not hidden.
+
+    Raises:
+        DataError: there are fewer than two classes, or some of them hold no image.
+    """
+    folder, left_out = Path(folder), Counter()
+    classes = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name[0] != ".") if folder.is_dir() else []
+    if len(classes) < 2:
+        raise DataError(f"{printable(folder)} must hold one sub-folder of images per class, found {len(classes)}")
+    found = [list(_walk(folder / name, left_out)) for name in classes]
+    empty = [name for name, files in zip(classes, found, strict=True) if not files]
+    if empty:
+        names = ", ".join(map(printable, empty))
+        raise DataError(f"no image in these sub-folders of {printable(folder)}: {names}; {_looked_for(left_out)}")
+    _warn(folder, left_out)
+    labels = [label for label, files in enumerate(found) for _ in files]
+    return [file for files in found for file in files], labels, classes
+
+
+def _walk(folder: Path, left_out: Counter) -> Iterator[Path]:
+    known, seen = suffixes(), set()
+
+    def entries(path: str) -> Iterator[Path]:
+        try:
+            place = os.stat(path)
+            with os.scandir(path) as listing:
+                inside = sorted((e for e in listing if e.name[0] != "."), key=lambda entry: entry.name)
+        except OSError:
+            left_out[_LOCKED] += 1
+            return
+        if (place.st_dev, place.st_ino) in seen:  # a link back up would never end
+            return
+        seen.add((place.st_dev, place.st_ino))
+        for entry in inside:
+            kind = _kind(entry, known)
+            if kind == _FOLDER:
+                yield from entries(entry.path)
+            elif kind == _IMAGE:
+                yield Path(entry.path)
+            else:
+                left_out[kind] += 1
+
+    return entries(str(folder))
+
+
+def _kind(entry: os.DirEntry, known: frozenset[str]) -> str:
+    """An image, a folder, or else the suffix or kind by which it is counted."""
+    try:
+        if entry.is_file():
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if suffix in known:
+                return _IMAGE
+            return printable(suffix)[:20] if suffix else _NO_SUFFIX
+        if entry.is_dir():
+            return _FOLDER
+    except OSError:  # links that lead in a circle
+        pass
+    return _BROKEN_LINK if entry.is_symlink() and not os.path.exists(entry.path) else _SPECIAL
+
+
+def _looked_for(left_out: Counter) -> str:
+    examples = [s for s in (".jpg", ".png", ".webp", ".avif", ".jp2", ".tif", ".npy") if s in suffixes()]
+    looked = f"looked for {', '.join(examples)} and {len(suffixes()) - len(examples)} other suffixes"
+    return f"{looked}; {_listed(left_out)}" if left_out else looked
+
+
+def _listed(left_out: Counter) -> str:
+    kinds = sorted(left_out.items(), key=lambda kind: (kind[0] in _WORDS, -kind[1], kind[0]))
+    parts = [counted(count, *_WORDS.get(kind, (f"{kind} file",))) for kind, count in kinds[:_MOST_KINDS]]
+    if rest := kinds[_MOST_KINDS:]:
+        parts.append(f"{sum(count for _, count in rest)} of {counted(len(rest), 'other kind')}")
+    return "left out " + " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def _warn(folder: Path, left_out: Counter) -> None:
+    if left_out:
+        warnings.warn(f"{printable(folder)}: {_listed(left_out)}", DataWarning, stacklevel=3)
