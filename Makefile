@@ -8,7 +8,7 @@ CALL ?= 1
 .PHONY: demo test test-all compile bench faults gpu lint clean
 
 demo: $(VENV)/demo.installed
-	$(VENV)/bin/python -m mae demo
+	$(VENV)/bin/python -m mae demo --overwrite
 
 test test-all: $(VENV)/test.installed $(VENV)/peers.installed
 	$(VENV)/bin/python -m pytest --numprocesses 2 $(if $(filter test,$@),-m "not slow")

@@ -1,5 +1,10 @@
 """A thin masked autoencoder on the ops of mae_kernels: pre-train, reconstruct, probe."""
 
+# ruff: noqa: E402 (the packages that the modules below import are asked for first)
+from mae.requirements import require
+
+require("safetensors", "numpy")
+
 from mae.checkpoint import CheckpointError, CheckpointWarning, load_checkpoint, save_checkpoint
 from mae.convert import convert_checkpoint
 from mae.model import (

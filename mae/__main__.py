@@ -1,7 +1,15 @@
 """``python -m mae``: pre-train, reconstruct, probe, convert, profile, demo."""
 
+# ruff: noqa: E402 (the packages that the modules below import are asked for first)
+from mae.requirements import require
+
+require("matplotlib", "PIL", "sklearn", "tqdm", "tyro")
+
+import json
+import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -26,14 +34,21 @@ from mae.data import (
     read_pictures,
 )
 from mae.demo import DemoConfig, run_demo
-from mae.figures import save_loss, save_reconstructions
+from mae.fields import check, is_number, is_whole
+from mae.figures import picture_file, save_loss, save_reconstructions
 from mae.model import MODELS, MAEConfig, MaskedAutoencoder, NoDecoderError
 from mae.probe import extract_features, linear_probe
 from mae.profile import Phase, profile_step, training_flops
+from mae.run import RunError, open_run, refuse_run
+from mae.saving import write_json
 from mae.step import adamw
 from mae.train import TrainConfig, TrainingStopped, choose_device, train, uses_bfloat16
+from mae_kernels import random_masking
 
 ModelName = Literal[tuple(MODELS)]
+_COUNT = (lambda x: is_whole(x, 1, 10**9), f"a whole number of 1 to {10**9}")
+_SHARE = (lambda x: is_number(x, 0) and x < 1, "a number between 0 and 1")
+_SEED = (lambda x: is_whole(x, 0, 2**63 - 1), f"a whole number of 0 to {2**63 - 1}")
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,8 @@ class PretrainConfig:
     """Architecture."""
     out: Path = Path("runs/pretrain")
     """Run folder: model.safetensors, config.json, metrics.jsonl, loss.png, reconstructions.png."""
+    overwrite: bool = False
+    """Replace the run that the folder holds."""
     image_size: int = 224
     """Height and width in pixels, a multiple of the patch."""
     in_chans: int | None = None
@@ -80,9 +97,10 @@ class PretrainConfig:
 
 
 def pretrain(config: PretrainConfig) -> None:
-    config.reading.reading(
-        Reading.channels if config.in_chans is None else config.in_chans
-    )  # refuses its options before a file is opened
+    check(vars(config), {"workers": (lambda x: is_whole(x, 0, 10**9), "a whole number from 0 on")})
+    config.reading.reading(config.in_chans)
+    refuse_run(config.out, config.overwrite)
+    choose_device(config.train.device)
     files = find_images(config.data)
     torch.manual_seed(config.train.seed)
     decoder = {"decoder_depth": config.decoder_depth, "decoder_embed_dim": config.decoder_width}
@@ -92,27 +110,40 @@ def pretrain(config: PretrainConfig) -> None:
         **{name: value for name, value in decoder.items() if value is not None},
         **_channels(config.in_chans),
     )
+    with torch.random.fork_rng([]):  # refuses a ratio that hides nothing of so few patches, or all
+        random_masking(1, model.config.num_patches, config.train.mask_ratio)
+    with open_run(config.out, config.overwrite):
+        _pretrain(config, files, model)
+
+
+def _pretrain(config: PretrainConfig, files: list[Path], model: MaskedAutoencoder) -> None:
     print(f"Pre-training {config.model} on {len(files)} images from {printable(config.data)}")
     batches = Batches(
         TrainingImages(files, model.config.image_size, config.reading.reading(model.config.in_chans)),
         steps=config.train.steps,
         batch_size=config.train.batch_size,
-        workers=config.workers,
+        workers=_workers(config.workers),
         seed=config.train.seed,
     )
     try:
-        history = train(model, batches, config.train, config.out)
+        history = train(model, batches, config.train, config.out, overwrite=True)  # its folder is held
     finally:
         batches.notes.warn()
     save_loss(history, config.out / "loss.png")
     picture = config.out / "reconstructions.png"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # training has said them
-        reconstruct(
-            ReconstructConfig(config.out, (config.data,), picture, device=config.train.device, reading=config.reading)
-        )
+        shared = {"device": config.train.device, "reading": config.reading, "mask_ratio": config.train.mask_ratio}
+        reconstruct(ReconstructConfig(config.out, (config.data,), picture, **shared))
     print(f"The model is in {printable(config.out)}. Try it on images that it has not seen:")
     print(f"  python -m mae reconstruct --checkpoint {printable(config.out)} --images FOLDER")
+
+
+def _workers(asked: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if asked > cores:
+        print(f"Warning: {asked} workers were asked for; {cores} are started, one a core", file=sys.stderr)
+    return min(asked, cores)
 
 
 def _channels(in_chans: int | None) -> dict:
@@ -136,7 +167,7 @@ class ReconstructConfig:
     images: tuple[Path, ...]
     """Image files, or folders of them."""
     out: Path = Path("reconstructions.png")
-    """Picture to write."""
+    """Picture to write, a .png unless its name ends otherwise."""
     model: ModelName | None = None
     """Architecture, for a checkpoint file that does not tell it by a config.json, its settings or its shapes."""
     norm_pix_loss: bool | None = None
@@ -155,7 +186,9 @@ class ReconstructConfig:
 
 
 def reconstruct(config: ReconstructConfig) -> None:
-    config.reading.reading()  # refuses its options before a file is opened
+    check(vars(config), {"mask_ratio": _SHARE, "most": _COUNT, "seed": _SEED})
+    config.reading.reading()
+    out = picture_file(config.out)
     overrides = {} if config.norm_pix_loss is None else {"norm_pix_loss": config.norm_pix_loss}
     model = load_checkpoint(config.checkpoint, config.model, ema=config.ema, **overrides)
     model = model.to(choose_device(config.device))
@@ -166,9 +199,9 @@ def reconstruct(config: ReconstructConfig) -> None:
     generator = torch.Generator().manual_seed(config.seed)
     noise = torch.rand(len(images), model.config.num_patches, generator=generator).to(images.device)
     result = model.reconstruct(images, config.mask_ratio, noise=noise)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    save_reconstructions(result, config.out)
-    print(f"Wrote {len(images)} reconstructions to {printable(config.out)}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_reconstructions(result, out)
+    print(f"Wrote {len(images)} reconstructions to {printable(out)}")
     if result.uses_true_statistics:
         print("The model was trained on normalised pixels: hidden patches take mean and contrast from the original.")
 
@@ -189,6 +222,8 @@ class LinprobeConfig:
     """Take the averaged weights, of a file that holds them beside the plain ones."""
     batch_size: int = 64
     """Images per forward pass."""
+    out: Path | None = None
+    """Folder for results.json, to which the result is added; by default the run folder, if there is one."""
     seed: int = 0
     """Of the untrained encoder."""
     device: str = "auto"
@@ -197,7 +232,8 @@ class LinprobeConfig:
 
 
 def linprobe(config: LinprobeConfig) -> None:
-    config.reading.reading()  # refuses its options before a file is opened
+    check(vars(config), {"batch_size": _COUNT, "seed": _SEED})
+    config.reading.reading()
     device = choose_device(config.device)
     trained = load_checkpoint(config.checkpoint, config.model, ema=config.ema).to(device)
     torch.manual_seed(config.seed)
@@ -211,9 +247,29 @@ def linprobe(config: LinprobeConfig) -> None:
             f"{', '.join(map(printable, only))}"
         )
     print(f"Linear probe: {len(fit[0])} images to fit, {len(test[0])} to test, {len(classes)} classes")
+    top1 = {"chance (largest class)": max(Counter(test[1]).values()) / len(test[1])}
+    print(f"  {'chance (largest class)':<24}{top1['chance (largest class)']:>8.1%}")
     for name, model in {"untrained encoder": untrained, "pre-trained encoder": trained}.items():
         features = [_features(model, files, labels, config) for files, labels in (fit, test)]
-        print(f"  {name:<24}{linear_probe(*features[0], *features[1]):>8.1%}")
+        top1[name] = linear_probe(*features[0], *features[1])
+        print(f"  {name:<24}{top1[name]:>8.1%}")
+    folder = config.out or (config.checkpoint if config.checkpoint.is_dir() else None)
+    if folder is not None:
+        counts = {"images": len(fit[0]), "test_images": len(test[0]), "classes": len(classes)}
+        where = {name: str(getattr(config, name)) for name in ("checkpoint", "data", "test")}
+        _add_result(folder, {"command": "linprobe", **where, **counts, "top1": top1})
+
+
+def _add_result(folder: Path, result: dict) -> None:
+    file = folder / "results.json"
+    try:
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    except ValueError:
+        before = None
+    if not isinstance(before, list):
+        raise ValueError(f"{file} is no list of results; give another --out")
+    write_json(folder, {"results.json": [*before, result]})
+    print(f"Added to {printable(file)}")
 
 
 def _features(model: MaskedAutoencoder, files: list[Path], labels: list[int], config: LinprobeConfig):
@@ -281,6 +337,7 @@ class ProfileConfig:
 
 
 def profile(config: ProfileConfig) -> None:
+    check(vars(config), {"batch_size": _COUNT, "rounds": _COUNT})
     device = choose_device(config.device)
     bfloat16 = uses_bfloat16(config.precision, device)
     model = MODELS[config.model]().to(device)
@@ -312,33 +369,40 @@ def profile(config: ProfileConfig) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = tyro.cli(
-        Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
-        | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
-        | Annotated[LinprobeConfig, tyro.conf.subcommand("linprobe")]
-        | Annotated[ConvertConfig, tyro.conf.subcommand("convert")]
-        | Annotated[ProfileConfig, tyro.conf.subcommand("profile")]
-        | Annotated[DemoConfig, tyro.conf.subcommand("demo")],
-        args=arguments,
-        prog="python -m mae",
-        description="Pre-train masked autoencoders, look at reconstructions, probe features, convert checkpoints, "
-        "profile a training step.",
-        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
-    )
-    commands = {
-        PretrainConfig: pretrain,
-        ReconstructConfig: reconstruct,
-        LinprobeConfig: linprobe,
-        ConvertConfig: convert,
-        ProfileConfig: profile,
-        DemoConfig: run_demo,
-    }
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show
-            commands[type(config)](config)
-    except (CheckpointError, DataError, NoDecoderError, TrainingStopped, ValueError) as error:
+            config = tyro.cli(
+                Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
+                | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
+                | Annotated[LinprobeConfig, tyro.conf.subcommand("linprobe")]
+                | Annotated[ConvertConfig, tyro.conf.subcommand("convert")]
+                | Annotated[ProfileConfig, tyro.conf.subcommand("profile")]
+                | Annotated[DemoConfig, tyro.conf.subcommand("demo")],
+                args=arguments,
+                prog="python -m mae",
+                description="Pre-train masked autoencoders, look at reconstructions, probe features, convert "
+                "checkpoints, profile a training step.",
+                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+            )
+            _COMMANDS[type(config)](config)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"mae: {printable(place)}{error.strerror or printable(error)}")
+    except KeyboardInterrupt:
+        sys.exit("mae: stopped")
+    except (CheckpointError, DataError, NoDecoderError, RunError, TrainingStopped, ValueError) as error:
         sys.exit("\n".join(map(printable, f"mae: {error}".splitlines())))
+
+
+_COMMANDS = {
+    PretrainConfig: pretrain,
+    ReconstructConfig: reconstruct,
+    LinprobeConfig: linprobe,
+    ConvertConfig: convert,
+    ProfileConfig: profile,
+    DemoConfig: run_demo,
+}
 
 
 def _show(message: Warning, category: type[Warning], filename: str, line: int, *_) -> None:

@@ -15,6 +15,7 @@ from mae.checkpoint import load_checkpoint
 from mae.figures import save_loss, save_reconstructions
 from mae.model import mae_vit_demo_patch7
 from mae.probe import extract_features, linear_probe
+from mae.run import refuse_run
 from mae.train import TrainConfig, train
 
 _CLASSES, _SIDE, _PER_ROW = 10, 28, 50
@@ -26,6 +27,8 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Folder for pictures, metrics and the checkpoint."""
+    overwrite: bool = False
+    """Replace the run that the folder holds."""
     steps: int = 4000
     """Optimizer steps; the default takes about two minutes on two cores."""
     seed: int = 0
@@ -43,9 +46,10 @@ def fashion_mnist(part: str) -> tuple[Tensor, np.ndarray]:
 
 def run_demo(config: DemoConfig) -> dict[str, float]:
     """Print what happens and return the probe's accuracies by kind of feature."""
-    # Pixel targets give honest pictures: normalised ones would borrow contrast from the answer.
     recipe = TrainConfig(steps=config.steps, batch_size=128, base_lr=4e-3, seed=config.seed, device="cpu")
+    refuse_run(config.out, config.overwrite)
     torch.manual_seed(config.seed)
+    # Pixel targets give honest pictures: normalised ones would borrow contrast from the answer.
     model = mae_vit_demo_patch7(norm_pix_loss=False)
     images, labels = fashion_mnist("train_5000")
     test_images, test_labels = fashion_mnist("test_2000")
@@ -55,7 +59,7 @@ def run_demo(config: DemoConfig) -> dict[str, float]:
         "pictures, without their labels: 12 of 16 patches are hidden, and the model predicts their pixels."
     )
     untrained = extract_features(model, images.split(500)), extract_features(model, test_images.split(500))
-    history = train(model, _batches(images, recipe), recipe, config.out)
+    history = train(model, _batches(images, recipe), recipe, config.out, config.overwrite)
     save_loss(history, config.out / "loss.png")
 
     model = load_checkpoint(config.out)

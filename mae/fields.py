@@ -1,4 +1,4 @@
-"""The fields of MAEConfig: what each may be, checked before anything is built from them."""
+"""What fields of a configuration may be, checked before anything is built from them; those of MAEConfig."""
 
 import math
 from collections.abc import Callable

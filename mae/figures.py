@@ -2,11 +2,27 @@
 
 from pathlib import Path
 
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
 from mae.model import Reconstruction
 
 _WAYS = ("masked", "reconstruction", "original")
+
+
+def picture_file(file: Path) -> Path:
+    """Where a picture of that name will lie: a ``.png`` where the name has no suffix.
+
+    Raises:
+        ValueError: a folder, or a format that cannot be written.
+    """
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder, not a picture to write")
+    file = file if file.suffix else file.with_name(f"{file.name}.png")
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if file.suffix[1:].lower() not in known:
+        raise ValueError(f"{file} is of no format that can be written; choose one of .{', .'.join(known)}")
+    return file
 
 
 def save_reconstructions(pictures: Reconstruction, file: str | Path, per_row: int = 3) -> None:

@@ -31,16 +31,29 @@ def write_folder(folder: Path, state: dict[str, Tensor], descriptions: dict[str,
     Raises:
         CheckpointError: as of :func:`write_files`.
     """
-    writers = {
-        name: lambda path, values=values: path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        for name, values in descriptions.items()
-    }
+    writers = _json_writers(descriptions)
     if folder.is_dir():
         for path in folder.iterdir():
             if _TEMPORARY.fullmatch(path.name) and path.is_file() and _idle(path) > _MINUTE:
                 with contextlib.suppress(OSError):
                     path.unlink()
     write_files(folder, writers | {"model.safetensors": lambda path: write_safetensors(path, state)})
+
+
+def write_json(folder: Path, descriptions: dict[str, Any]) -> None:
+    """JSON files by their names.
+
+    Raises:
+        CheckpointError: as of :func:`write_files`.
+    """
+    write_files(folder, _json_writers(descriptions))
+
+
+def _json_writers(descriptions: dict[str, Any]) -> dict[str, Callable[[Path], object]]:
+    return {
+        name: lambda path, values=values: path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        for name, values in descriptions.items()
+    }
 
 
 def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:

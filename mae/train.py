@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mae.checkpoint import save_checkpoint
+from mae.checkpoint import CheckpointError, save_checkpoint
 from mae.data import DataError, on_device
+from mae.fields import check, is_number, is_whole
 from mae.model import MaskedAutoencoder
+from mae.run import open_run
 from mae.step import Execution, TrainingStep, adamw
 from mae_kernels.backend import is_recent_gpu
 
@@ -59,19 +61,43 @@ class TrainConfig:
     save_every: int = 1000
     """Steps between checkpoints; the last step and Ctrl-C always write one."""
 
+    def __post_init__(self):
+        check(vars(self), _RULES)
+        if self.batch_size % self.micro_batches:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batches {self.micro_batches}")
+
+
+_COUNT = (lambda x: is_whole(x, 1, 10**9), f"a whole number of 1 to {10**9}")
+_RULES = {
+    **dict.fromkeys(("steps", "batch_size", "micro_batches", "log_every", "save_every"), _COUNT),
+    "mask_ratio": (lambda x: is_number(x, 0) and x < 1, "a number between 0 and 1"),
+    "base_lr": (lambda x: is_number(x, 0), "a number above 0"),
+    "warmup": (lambda x: is_number(x) and 0 <= x <= 1, "a number from 0 to 1"),
+    "weight_decay": (lambda x: is_number(x) and x >= 0, "a number from 0 on"),
+    "clip_grad": (lambda x: x is None or is_number(x, 0), "a number above 0"),
+    "seed": (lambda x: is_whole(x, 0, 2**63 - 1), f"a whole number of 0 to {2**63 - 1}"),
+}
+
 
 class TrainingStopped(Exception):
     """Training ended before its last step; the message says why and where the checkpoint is."""
 
 
 def choose_device(name: str) -> torch.device:
+    """The device of that name, for ``"auto"`` the accelerator if there is one.
+
+    Raises:
+        ValueError: there is no such device; the message names those that there are.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # PyTorch raises either, by how it was built
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    here = ["cpu"]
+    if accelerator is not None:
+        here += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if name not in here:
+        raise ValueError(f"device {name!r} cannot be used here; there is {', '.join(here)}")
+    return torch.empty(0, device=name).device
 
 
 def uses_bfloat16(precision: str, device: torch.device) -> bool:
@@ -84,7 +110,9 @@ def choose_execution(execution: Execution | Literal["auto"], device: torch.devic
     return "compile" if is_recent_gpu(device) else "eager"
 
 
-def train(model: MaskedAutoencoder, batches: Iterable[Tensor], config: TrainConfig, run: Path) -> list[dict]:
+def train(
+    model: MaskedAutoencoder, batches: Iterable[Tensor], config: TrainConfig, run: Path, overwrite: bool = False
+) -> list[dict]:
     """Pre-train model in place and write ``metrics.jsonl`` and the checkpoint into the folder run.
 
     Args:
@@ -92,11 +120,14 @@ def train(model: MaskedAutoencoder, batches: Iterable[Tensor], config: TrainConf
         batches: ``config.steps`` batches, each with a length and a method ``to(device)`` that gives images
             ``[N, C, H, W]``, uint8 or normalised floating, as tensors have. Problems that appear in the attribute
             ``unreadable`` of the batches, if they have one, are reported and counted.
+        run: a folder without a run, unless overwrite is True. Nothing is written before the first steps are done.
 
     Returns:
         The entries of ``metrics.jsonl``: step, loss (mean since the entry before), lr, images_per_second, seconds.
 
     Raises:
+        RunError: as of :func:`mae.run.open_run`.
+        CheckpointError: something could not be written; the last checkpoint is whole.
         TrainingStopped: by Ctrl-C or because the data failed, with a checkpoint written; or by a non-finite loss,
             with the last good checkpoint left as it was.
     """
@@ -118,7 +149,7 @@ def train(model: MaskedAutoencoder, batches: Iterable[Tensor], config: TrainConf
         clip_grad=config.clip_grad,
     )
     step, problem = 0, ""
-    with _Metrics(run, config.steps) as metrics, _interrupt() as interrupted:
+    with open_run(run, overwrite), _Metrics(run, config.steps) as metrics, _interrupt() as interrupted:
 
         def save() -> None:
             # Looks at the loss first: weights behind a non-finite one would replace good ones.
@@ -160,10 +191,8 @@ class _Metrics:
     """The progress bar, ``metrics.jsonl``, and the watch over the loss."""
 
     def __init__(self, run: Path, steps: int):
-        run.mkdir(parents=True, exist_ok=True)
         self.history: list[dict] = []
         self._run = run
-        self._file = open(run / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
         self._live = sys.stderr.isatty()  # in a log file the bar gets a line now and then
         self._bar = tqdm(
             total=steps,
@@ -180,7 +209,6 @@ class _Metrics:
 
     def __exit__(self, *exc_info) -> None:
         self._bar.close()
-        self._file.close()
 
     def add(self, loss: Tensor, images: int) -> None:
         self._losses.append(loss)
@@ -195,7 +223,7 @@ class _Metrics:
         rate = self._images / (now - self._last)
         entry = {"step": step, "loss": loss, "lr": lr, "images_per_second": rate, "seconds": now - self._start}
         self.history.append(entry)
-        print(json.dumps(entry), file=self._file, flush=True)
+        self._write(entry)
         self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=self._live)
         if len(unreadable) > self._reported:
             self._reported = len(unreadable)
@@ -207,6 +235,19 @@ class _Metrics:
                 f"is in {self._run}. Try a lower learning rate or precision float32"
             )
         self._losses, self._images, self._last = [], 0, now
+
+    def _write(self, entry: dict) -> None:
+        path = self._run / "metrics.jsonl"
+        # What fails before the first entry leaves an older run as it was.
+        mode = "a" if len(self.history) > 1 else "w"
+        try:
+            with open(path, mode, encoding="utf-8") as file:
+                print(json.dumps(entry), file=file)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} could not be written: {error.strerror or error}. A checkpoint from before, if there is one, "
+                "is whole"
+            ) from error
 
 
 @contextmanager

@@ -252,7 +252,16 @@ APPLY = [
         ("calls that the ops do not cover", "if result is NotImplemented else", "if result is None else")),
 ]  # fmt: skip
 
-FAULTS = [*KERNELS, *EAGER_OPS, *MODEL, *TRAINING, *DATA, *CHECKPOINTS, *APPLY]
+RUNS = [
+    *room("mae/run.py", "test_run_folder.py -k 'unasked or one_process or several'",
+        ("a run that is overwritten unasked", "if found and not overwrite:", "if False:"),
+        ("two processes in one folder", "        lock.acquire()\n", ""),
+        ("a run of several processes", 'os.environ.get("WORLD_SIZE") or 1', "1")),
+    *room("mae/train.py", "test_cli.py -k clear_sentence",
+        ("options that nobody checks", "check(vars(self), _RULES)", "pass")),
+]  # fmt: skip
+
+FAULTS = [*KERNELS, *EAGER_OPS, *MODEL, *TRAINING, *DATA, *CHECKPOINTS, *APPLY, *RUNS]
 
 
 def planted(fault: Fault) -> str:

@@ -117,7 +117,14 @@ def test_linprobe(run, tmp_path, capsys):
     arguments = ["--checkpoint", str(folder), "--data", str(tmp_path / "fit"), "--test", str(tmp_path / "test")]
     main(["linprobe", *arguments, "--device", "cpu", "--batch-size", "5"])  # which divides neither 12 nor 13
     output = capsys.readouterr()
+    assert "chance (largest class)     50.0%" in output.out
     assert "pre-trained encoder       100.0%" in output.out
+    (result,) = json.loads((folder / "results.json").read_text())
+    assert result["top1"] | {"untrained encoder": 0} == {
+        "chance (largest class)": 0.5, "untrained encoder": 0, "pre-trained encoder": 1.0,
+    }  # fmt: skip
+    assert (result["command"], result["classes"], result["test_images"]) == ("linprobe", 2, 12)
+    (folder / "results.json").unlink()
     assert "untrained encoder" in output.out
     assert "Warning: 1 of 13 files cannot be read" in output.err
 
@@ -213,17 +220,41 @@ def test_fashion_mnist_is_what_it_says():
             "pretrain --data {d}/good --image-size 33",
             "MAEConfig: image height 33 is not a multiple of the patch height 16",
         ),
-        (
-            "pretrain --data {d}/good --mask-ratio 1",
-            "random_masking: mask_ratio must lie strictly between 0 and 1, got 1.0",
+        ("pretrain --data {d}/good --mask-ratio 1", "mask_ratio must be a number between 0 and 1, got 1.0"),
+        ("pretrain --data {d}/good --mask-ratio nan", "mask_ratio must be a number between 0 and 1, got nan"),
+        ("pretrain --data {d}/good --mask-ratio .9", "random_masking: mask_ratio 0.9 of 4 patches leaves none visible"),
+        ("pretrain --data {d}/good --clip-grad -1", "clip_grad must be a number above 0, got -1.0"),
+        ("pretrain --data {d}/good --weight-decay -1", "weight_decay must be a number from 0 on, got -1.0"),
+        ("pretrain --data {d}/good --warmup 2", "warmup must be a number from 0 to 1, got 2.0"),
+        ("pretrain --data {d}/good --base-lr inf", "base_lr must be a number above 0, got inf"),
+        ("pretrain --data {d}/good --seed -1", f"seed must be a whole number of 0 to {2**63 - 1}, got -1"),
+        ("pretrain --data {d}/good --seed 1" + 30 * "0", f"seed must be a whole number of 0 to {2**63 - 1}, got 1000"),
+        ("pretrain --data {d}/good --workers -1", "workers must be a whole number from 0 on, got -1"),
+        ("pretrain --data {d}/good --micro-batches 3", "batch_size 4 is not a multiple of micro_batches 3"),
+        ("pretrain --data {d}/good --residual bfloat16", "residual bfloat16 needs precision bfloat16"),
+        ("pretrain --data {d}/good --decoder-width 30", "MAEConfig: decoder_embed_dim 30 must be a multiple of 4 and"),
+        *(
+            (
+                f"pretrain --data {{d}}/good --{name} 0",
+                f"{name.replace('-', '_')} must be a whole number of 1 to 1000000",
+            )
+            for name in ("steps", "batch-size", "micro-batches", "log-every", "save-every")
         ),
+        ("profile --batch-size 0", "batch_size must be a whole number of 1 to 1000000"),
+        ("profile --rounds 0", "rounds must be a whole number of 1 to 1000000"),
+        ("demo --steps 0", "steps must be a whole number of 1 to 1000000"),
+        ("reconstruct --checkpoint {run} --images {d}/good --most 0", "most must be a whole number of 1 to 1000000"),
+        ("reconstruct --checkpoint {run} --images {d}/good --out {d}", "{d} is a folder, not a picture to write"),
+        ("reconstruct --checkpoint {run} --images {d}/good --out a.xyz", "a.xyz is of no format that can be written;"),
+        ("linprobe --checkpoint {run} --data {d} --test {d} --batch-size 0", "batch_size must be a whole number of 1"),
+        ("pretrain --data {d}/good --out {run}/config.json/x", "{run}/config.json/x cannot be a folder: {run}/config"),
         ("pretrain --data {d}/none --in-chans 0", "channels must be at least 1, got 0"),
         (
             "reconstruct --checkpoint {d}/none --images {d}/good --value-range 9 2",
             "value_range must be two finite numbers in ascending order, got 9 and 2",
         ),
         ("linprobe --checkpoint {d}/none --data {d} --test {d} --max-pixels 0", "max_pixels must be at least 1, got 0"),
-        ("pretrain --data {d}/good --device abacus", "device 'abacus' cannot be used here: Expected one of"),
+        ("pretrain --data {d}/good --device abacus", "device 'abacus' cannot be used here; there is cpu"),
         ("reconstruct --checkpoint {d}/none --images {d}/good", "there is no checkpoint at {d}/none"),
         ("reconstruct --checkpoint {run} --images {d}/bad", "none of the 4 files can be read"),
         (
@@ -252,6 +283,7 @@ def test_it_stops_with_one_clear_sentence(run, tmp_path, command, sentence):
     message = stop.value.code
     assert message.startswith("mae: " + sentence.format(**places))
     assert "\n" not in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_explains_every_option(capsys):
