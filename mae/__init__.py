@@ -3,7 +3,7 @@
 # ruff: noqa: E402 (the packages that the modules below import are asked for first)
 from mae.requirements import require
 
-require("safetensors", "numpy")
+require("safetensors")
 
 from mae.checkpoint import CheckpointError, CheckpointWarning, load_checkpoint, save_checkpoint
 from mae.convert import convert_checkpoint

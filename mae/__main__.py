@@ -34,7 +34,7 @@ from mae.data import (
     read_pictures,
 )
 from mae.demo import DemoConfig, run_demo
-from mae.fields import check, is_number, is_whole
+from mae.fields import COUNT, RATIO, SEED, check, is_whole
 from mae.figures import picture_file, save_loss, save_reconstructions
 from mae.model import MODELS, MAEConfig, MaskedAutoencoder, NoDecoderError
 from mae.probe import extract_features, linear_probe
@@ -46,9 +46,6 @@ from mae.train import TrainConfig, TrainingStopped, choose_device, train, uses_b
 from mae_kernels import random_masking
 
 ModelName = Literal[tuple(MODELS)]
-_COUNT = (lambda x: is_whole(x, 1, 10**9), f"a whole number of 1 to {10**9}")
-_SHARE = (lambda x: is_number(x, 0) and x < 1, "a number between 0 and 1")
-_SEED = (lambda x: is_whole(x, 0, 2**63 - 1), f"a whole number of 0 to {2**63 - 1}")
 
 
 @dataclass(frozen=True)
@@ -186,7 +183,7 @@ class ReconstructConfig:
 
 
 def reconstruct(config: ReconstructConfig) -> None:
-    check(vars(config), {"mask_ratio": _SHARE, "most": _COUNT, "seed": _SEED})
+    check(vars(config), {"mask_ratio": RATIO, "most": COUNT, "seed": SEED})
     config.reading.reading()
     out = picture_file(config.out)
     overrides = {} if config.norm_pix_loss is None else {"norm_pix_loss": config.norm_pix_loss}
@@ -232,7 +229,7 @@ class LinprobeConfig:
 
 
 def linprobe(config: LinprobeConfig) -> None:
-    check(vars(config), {"batch_size": _COUNT, "seed": _SEED})
+    check(vars(config), {"batch_size": COUNT, "seed": SEED})
     config.reading.reading()
     device = choose_device(config.device)
     trained = load_checkpoint(config.checkpoint, config.model, ema=config.ema).to(device)
@@ -337,7 +334,7 @@ class ProfileConfig:
 
 
 def profile(config: ProfileConfig) -> None:
-    check(vars(config), {"batch_size": _COUNT, "rounds": _COUNT})
+    check(vars(config), {"batch_size": COUNT, "rounds": COUNT})
     device = choose_device(config.device)
     bfloat16 = uses_bfloat16(config.precision, device)
     model = MODELS[config.model]().to(device)

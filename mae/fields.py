@@ -24,6 +24,9 @@ SIZE = (
     f"a whole number of 1 to {_LARGEST}, or a list of two",
 )
 SHARE = (lambda x: is_number(x) and 0 <= x < 1, "a number from 0 to below 1")
+RATIO = (lambda x: is_number(x, 0) and x < 1, "a number between 0 and 1")
+COUNT = (lambda x: is_whole(x, 1, 10**9), f"a whole number of 1 to {10**9}")
+SEED = (lambda x: is_whole(x, 0, 2**63 - 1), f"a whole number of 0 to {2**63 - 1}")
 WIDTH = (is_whole, f"a whole number of 1 to {_LARGEST}")
 BLOCKS = (lambda x: is_whole(x, 0, _MOST_BLOCKS), f"a whole number of 0 to {_MOST_BLOCKS}")
 RULES = {
@@ -49,6 +52,11 @@ def check_fields(values: dict) -> None:
 
 
 def check(values: dict, rules: dict) -> None:
+    """Hold values against rules of the same names, each a test and what it expects, in words.
+
+    Raises:
+        ValueError: the field, what was expected and what came.
+    """
     for name, (fits, expected) in rules.items():
         if name in values and not fits(values[name]):
             raise ValueError(f"{name} must be {expected}, got {repr(values[name])[:60]}")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mae.checkpoint import CheckpointError, save_checkpoint
 from mae.data import DataError, on_device
-from mae.fields import check, is_number, is_whole
+from mae.fields import COUNT, RATIO, SEED, check, is_number
 from mae.model import MaskedAutoencoder
 from mae.run import open_run
 from mae.step import Execution, TrainingStep, adamw
@@ -67,15 +67,14 @@ class TrainConfig:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batches {self.micro_batches}")
 
 
-_COUNT = (lambda x: is_whole(x, 1, 10**9), f"a whole number of 1 to {10**9}")
 _RULES = {
-    **dict.fromkeys(("steps", "batch_size", "micro_batches", "log_every", "save_every"), _COUNT),
-    "mask_ratio": (lambda x: is_number(x, 0) and x < 1, "a number between 0 and 1"),
+    **dict.fromkeys(("steps", "batch_size", "micro_batches", "log_every", "save_every"), COUNT),
+    "mask_ratio": RATIO,
     "base_lr": (lambda x: is_number(x, 0), "a number above 0"),
     "warmup": (lambda x: is_number(x) and 0 <= x <= 1, "a number from 0 to 1"),
     "weight_decay": (lambda x: is_number(x) and x >= 0, "a number from 0 on"),
     "clip_grad": (lambda x: x is None or is_number(x, 0), "a number above 0"),
-    "seed": (lambda x: is_whole(x, 0, 2**63 - 1), f"a whole number of 0 to {2**63 - 1}"),
+    "seed": SEED,
 }
 
 

@@ -15,12 +15,11 @@ from mae_kernels.scatter_mask_tokens import scatter_mask_tokens
 
 __version__ = "0.1.0"
 
-decompositions.register()
-
 __all__ = [
     "Masking",
     "PackedImages",
     "apply",
+    "decompositions",
     "gather_tokens",
     "linear_masked_mse",
     "masked_mse",

@@ -1,12 +1,13 @@
-"""The ops in PyTorch's own, for programs that leave PyTorch: ``torch.onnx.export`` finds them in PyTorch's table.
+"""The ops in PyTorch's own, for programs that leave PyTorch.
 
-Other exporters take what ``program.run_decompositions(torch._decomp.decomposition_table)`` returns. As in reference.py
-nothing is fused, and every result is that of the op.
+``torch.onnx.export`` traces these in the ops' place; other exporters take an exported program that was decomposed by
+:func:`table`. As in reference.py nothing is fused, and every result is that of the op.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch._decomp import register_decomposition
 
 from mae_kernels import reference
 from mae_kernels.precision import accumulation_dtype
@@ -81,8 +82,11 @@ def _pixels(images, mean, std, dtype):
     return reference.normalize(images if images.dtype == torch.uint8 else images.to(work), mean, std, work).to(dtype)
 
 
-def register() -> None:
-    """Put each into PyTorch's table, once the ops are defined."""
-    for decomposition in (masking, gather_tokens, patch_embed, scatter_mask_tokens, masked_mse, linear_masked_mse):
-        op = getattr(torch.ops.mae_kernels, decomposition.__name__).default
-        register_decomposition(op)(decomposition)
+BY_NAME = {
+    f.__name__: f for f in (masking, gather_tokens, patch_embed, scatter_mask_tokens, masked_mse, linear_masked_mse)
+}
+
+
+def table() -> dict[torch._ops.OpOverload, Callable]:
+    """For ``program.run_decompositions({**torch.export.default_decompositions(), **table()})``."""
+    return {getattr(torch.ops.mae_kernels, name).default: f for name, f in BY_NAME.items()}

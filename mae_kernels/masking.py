@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mae_kernels import checks
-from mae_kernels.registration import define
+from mae_kernels.registration import decomposed, define, in_onnx_export
 
 
 class Masking(NamedTuple):
@@ -83,7 +83,7 @@ def random_masking(
         checks.floating(op, "noise", noise)
         if generator is not None or device is not None:
             raise ValueError(f"{op}: noise fixes the mask and its device; leave out generator and device")
-    return Masking(*_masking(noise, visible))
+    return Masking(*_run(noise, visible))
 
 
 def masking_from_mask(mask: Tensor) -> Masking:
@@ -124,7 +124,11 @@ def masking_from_mask(mask: Tensor) -> Masking:
     if not 0 < visible < mask.shape[1]:
         side = "visible" if visible == 0 else "masked"
         raise ValueError(f"{op}: mask leaves none of the {mask.shape[1]} patches {side}")
-    return Masking(*_masking(mask, visible))
+    return Masking(*_run(mask, visible))
+
+
+def _run(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return decomposed(_masking, noise, num_keep) if in_onnx_export() else _masking(noise, num_keep)
 
 
 def _masking_eager(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -51,7 +51,7 @@ def differentiable(op: torch._ops.OpOverload, function: type[torch.autograd.Func
     # torch.compile counts the parameters to know whether forward takes a context.
     names = (argument.name for argument in op._schema.arguments)
     forward.__signature__ = Signature(Parameter(name, Parameter.POSITIONAL_ONLY) for name in names)
-    function.forward = staticmethod(forward)
+    function.op, function.forward = op, staticmethod(forward)
     function.generate_vmap_rule = True
     torch.library.register_autograd(op, function.backward, setup_context=function.setup_context, lib=_LIBRARY)
 
@@ -63,9 +63,20 @@ def call(function: type[torch.autograd.Function], *args):
     and the op that the Function calls would ask once more whether to record a gradient.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
+        return decomposed(function.op, *args) if in_onnx_export() else function.apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return super(torch.autograd.Function, function).apply(*args)
+
+
+def in_onnx_export() -> bool:
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def decomposed(op: torch._ops.OpOverload, *args):
+    """The op's result by PyTorch's own ops, which other runtimes know."""
+    from mae_kernels import decompositions
+
+    return decompositions.BY_NAME[op._opname](*args)
 
 
 def once(op: torch._ops.OpOverload, *args) -> Tensor | tuple[Tensor, ...]:

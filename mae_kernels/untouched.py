@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as of_all
+from torch.utils.module_tracker import ModuleTracker
 
 # torch.func hands plain tensors in, torch.export the next two. DTensors, quantised tensors and other subclasses have
 # products of their own.
@@ -15,12 +16,20 @@ def quiet(module: nn.Module) -> bool:
     """Whether a call of the module does what its class says and no more: no hook, no forward and tensors of its own."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    if "forward" in module.__dict__ or of_all._global_forward_hooks or of_all._global_forward_pre_hooks:
+    if "forward" in module.__dict__:
+        return False
+    if (of_all._global_forward_hooks or of_all._global_forward_pre_hooks) and _every_call_is_watched():
         return False
     for parameter in module._parameters.values():
         if parameter is not None and type(parameter) not in _ORDINARY:
             return False
     return True
+
+
+def _every_call_is_watched() -> bool:
+    """Whether a hook of all modules does more than PyTorch's FlopCounterMode, which keeps a list of who is running."""
+    hooks = (*of_all._global_forward_hooks.values(), *of_all._global_forward_pre_hooks.values())
+    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def untouched(*layers: nn.Module) -> bool:

@@ -17,7 +17,7 @@ LEFT = ("backward", "random_resized_crop")  # gradients, and what is done to ima
 def test_decompositions_compute_what_the_ops_do(name):
     op, args = CALLS[name]
     expected, ours = op(*args), getattr(decompositions, name.split()[0])(*args)
-    assert torch._decomp.decomposition_table[op.default] is getattr(decompositions, name.split()[0])
+    assert decompositions.table()[op.default] is decompositions.BY_NAME[name.split()[0]]
     half = any(isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) for x in args)
     half |= any(x in (torch.bfloat16, torch.float16) for x in args if isinstance(x, torch.dtype))
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if half else {"rtol": 1e-5, "atol": 1e-5}
@@ -62,6 +62,16 @@ def applied() -> nn.Module:
 def images(n: int, dtype: torch.dtype) -> Tensor:
     pixels = torch.randint(256, (n, 3, SIZE, SIZE), dtype=torch.uint8)
     return pixels if dtype == torch.uint8 else pixels / 128 - 1
+
+
+def test_an_exported_program_decomposes():
+    model, pixels = Features(ours()).eval(), images(2, torch.uint8)
+    program = torch.export.export(model, (pixels,))
+    assert "mae_kernels" in str(program.graph)
+    table = {**torch.export.default_decompositions(), **decompositions.table()}
+    program = program.run_decompositions(table)
+    assert "mae_kernels" not in str(program.graph)
+    torch.testing.assert_close(program.module()(pixels), model(pixels), rtol=1e-4, atol=1e-5)
 
 
 # A model, the dtype of its images, and whether it takes noise beside them.
