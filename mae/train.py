@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mae.checkpoint import CheckpointError, save_checkpoint
-from mae.data import DataError, on_device
+from mae.data import DataError, counted, on_device
 from mae.fields import COUNT, RATIO, SEED, check, is_number
 from mae.model import MaskedAutoencoder
 from mae.run import open_run
@@ -186,6 +186,9 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> torch.op
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+_MOST_NAMED = 3  # files that cannot be read, in a line
+
+
 class _Metrics:
     """The progress bar, ``metrics.jsonl``, and the watch over the loss."""
 
@@ -225,9 +228,11 @@ class _Metrics:
         self._write(entry)
         self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=self._live)
         if len(unreadable) > self._reported:
+            new = list(unreadable)[self._reported :]
             self._reported = len(unreadable)
-            files = "1 file that" if self._reported == 1 else f"{self._reported} files that"
-            self._bar.write(f"Warning: passed over {files} cannot be read; latest: {list(unreadable)[-1]}")
+            more = [f"and {len(new) - _MOST_NAMED} more"] if len(new) > _MOST_NAMED else []
+            words = "; ".join([*new[:_MOST_NAMED], *more])
+            self._bar.write(f"Warning: passed over {counted(self._reported, 'file')} that cannot be read: {words}")
         if not math.isfinite(loss):
             raise TrainingStopped(
                 f"stopped: the loss became {loss} near step {step}. A checkpoint from before it, if there is one, "

@@ -60,7 +60,7 @@ def test_pretrain_counts_broken_files(tmp_path, capsys):
     bad = unreadable_files(tmp_path / "data")
     main(["pretrain", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *SMALL, "--steps", "10"])
     output = capsys.readouterr()
-    assert f"Warning: passed over {len(bad)} files that cannot be read; latest: cannot read " in output.out + output.err
+    assert f"Warning: passed over {len(bad)} files that cannot be read: cannot read " in output.out + output.err
     assert load_checkpoint(tmp_path / "run")
 
 
@@ -169,7 +169,7 @@ def test_what_a_folder_holds_is_said_in_a_few_lines(tmp_path, capfd):
     assert len(lines) == 3
     assert lines[0] == f"{data}: left out 1 .txt file"
     assert lines[1].startswith(f"1 picture so far scaled each by its own range of values, such as {data}/decibels.npy")
-    assert lines[2].startswith("passed over 41 files that cannot be read; latest: cannot read ")
+    assert lines[2].startswith("passed over 41 files that cannot be read: cannot read ")
 
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path):

@@ -1,6 +1,6 @@
 """Images from folders, as uint8 tensors: whatever people have in them, broken files included."""
 
-from mae.data.errors import DataError, DataWarning, printable
+from mae.data.errors import DataError, DataWarning, counted, printable
 from mae.data.loader import Batches, Crops, TrainingImages, on_device, random_box, read_pictures
 from mae.data.pictures import Picture, read_image, resize_and_crop, to_tensor
 from mae.data.readers import Reading
@@ -14,6 +14,7 @@ __all__ = [
     "Picture",
     "Reading",
     "TrainingImages",
+    "counted",
     "find_images",
     "find_labelled_images",
     "on_device",
