@@ -7,11 +7,13 @@ from torch import Tensor
 
 from mae.attention import attention
 from mae_kernels import gather_tokens
-from mae_kernels.untouched import is_own, untouched
+from mae_kernels.untouched import untouched
 
 
 class Attention(nn.Module):
     """Attention of every token to all; :class:`Block` computes the same in fewer passes where nobody would notice."""
+
+    takes_ids = True  # as of Block
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -49,10 +51,12 @@ class Mlp(nn.Module):
 
     def output(self, hidden: Tensor) -> Tensor:  # [N, T, H] -> [N, T, D]
         fc2 = self.fc2
-        return gelu_linear(hidden, fc2.weight, fc2.bias) if untouched(fc2) else fc2(F.gelu(hidden))
+        return gelu_linear(hidden, fc2.weight, fc2.bias) if untouched(fc2, nn.Linear) else fc2(F.gelu(hidden))
 
 
 class Block(nn.Module):
+    takes_ids = True  # what stands in its place, and is not wrapped around it, may not; then all tokens are computed
+
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -64,19 +68,26 @@ class Block(nn.Module):
         """All tokens, or those at ids ``[N, S]`` alone; either way they attend to all."""
         attn, norm = self.attn, self.norm1
         rows = x if ids is None else gather_tokens(x, ids)  # [N, S, D]
-        if is_own(attn, Attention) and untouched(norm, qkv := attn.qkv):
+        if untouched(attn, Attention) and untouched(norm, nn.LayerNorm) and untouched(qkv := attn.qkv, nn.Linear):
             weight, bias, queries = qkv.weight, qkv.bias, None
             if ids is not None:
                 (weight_q, weight), (bias_q, bias) = (_queries_and_rest(p) for p in (weight, bias))
                 queries = norm_linear(rows, norm, weight_q, bias_q)
             attended = attn.attend(norm_linear(x, norm, weight, bias), queries)
         else:
-            attended = attn(norm(x), ids)
+            attended = of_some(attn, norm(x), ids)
         x = rows + attended
         mlp, norm = self.mlp, self.norm2
-        if is_own(mlp, Mlp) and untouched(norm, fc1 := mlp.fc1):
+        if untouched(mlp, Mlp) and untouched(norm, nn.LayerNorm) and untouched(fc1 := mlp.fc1, nn.Linear):
             return x + mlp.output(norm_linear(x, norm, fc1.weight, fc1.bias))
         return x + mlp(norm(x))
+
+
+def of_some(module: nn.Module, x: Tensor, ids: Tensor | None) -> Tensor:  # [N, T, D] -> [N, S, D]
+    """The module's result for the tokens at ids ``[N, S]``, or for all; they attend to all either way."""
+    if ids is None:
+        return module(x)
+    return module(x, ids) if getattr(module, "takes_ids", False) else gather_tokens(module(x), ids)
 
 
 def _queries_and_rest(p: Tensor | None) -> tuple[Tensor | None, Tensor | None]:  # [3 D, ...] -> [D, ...], [2 D, ...]

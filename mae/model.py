@@ -3,7 +3,7 @@
 State-dict keys are those of the published code, so its checkpoints load with ``strict=True``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from mae.block import Block
+from mae.block import Block, of_some
 from mae.fields import check_fields
 from mae_kernels import (
     Masking,
@@ -25,7 +25,7 @@ from mae_kernels import (
     unpatchify,
 )
 from mae_kernels.nn import assemble_tokens, floating_pixels, rewritten
-from mae_kernels.untouched import is_own, projects_patches, untouched
+from mae_kernels.untouched import projects_patches, untouched
 
 
 @dataclass(frozen=True)
@@ -151,19 +151,24 @@ class MaskedAutoencoder(nn.Module):
         self.initialize_weights()
 
     def _apply(self, fn, recurse=True):
+        before = self.pixel_mean, self.pixel_std
         super()._apply(fn, recurse)
-        config = self.config
-        self.pixel_mean, self.pixel_std = rewritten(self.pixel_mean, config.pixel_mean, config.pixel_std)
+        self._write_statistics(self.pixel_mean, before)
         return self
+
+    def _write_statistics(self, like: Tensor, before: Sequence[Tensor] = (None, None)) -> None:
+        config = self.config
+        self.pixel_mean, self.pixel_std = rewritten(like, before, (config.pixel_mean, config.pixel_std))
 
     def initialize_weights(self) -> None:
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-            elif name == "patch_embed.proj":
+            elif name == "patch_embed.proj" and isinstance(module, nn.Conv2d):
                 module.reset_parameters()
                 nn.init.xavier_uniform_(module.weight.data.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
@@ -214,7 +219,7 @@ class MaskedAutoencoder(nn.Module):
             )
         embed, position = self.patch_embed, self.pos_embed[:, 1:]
         prefix = self.cls_token + self.pos_embed[:, :1]
-        if is_own(embed, PatchEmbed) and projects_patches(embed.proj):
+        if untouched(embed, PatchEmbed) and projects_patches(embed.proj):
             weight, bias, stats = embed.proj.weight, embed.proj.bias, self._stats(images)
             return patch_embed(
                 images, weight, bias, position, ids_keep, prefix=prefix, out_dtype=self.residual_dtype, **stats
@@ -247,14 +252,14 @@ class MaskedAutoencoder(nn.Module):
         ids = None if ids_mask is None else ids_mask + 1  # behind the class token
         last = len(self.decoder_blocks) - 1
         for i, block in enumerate(self.decoder_blocks):
-            x = block(x, ids if i == last else None)
+            x = of_some(block, x, ids if i == last else None)
         return gather_tokens(x, ids) if last < 0 and ids is not None else x
 
     def loss(self, hidden: Tensor, images: Tensor, ids_mask: Tensor) -> Tensor:
         """Norm, head and squared error of the hidden patches ``[N, M, D']``: scalar float32."""
         head, target = self.decoder_pred, self._target(images)
         hidden = self.decoder_norm(hidden)
-        if untouched(head):
+        if untouched(head, nn.Linear):
             return linear_masked_mse(hidden, head.weight, head.bias, images, ids_mask, **target)
         return masked_mse(head(hidden), images, ids_mask=ids_mask, **target)
 
@@ -313,7 +318,11 @@ class MaskedAutoencoder(nn.Module):
         return {"patch_size": config.patch_size, "norm_pix": config.norm_pix_loss, **self._stats(images)}
 
     def _stats(self, images: Tensor) -> dict[str, Tensor]:
-        return {"mean": self.pixel_mean, "std": self.pixel_std} if images.dtype == torch.uint8 else {}
+        if images.dtype != torch.uint8:
+            return {}
+        if self.pixel_mean.is_meta and not images.is_meta:  # load_state_dict(assign=True) gave memory to the rest alone
+            self._write_statistics(torch.empty(0, device=images.device))
+        return {"mean": self.pixel_mean, "std": self.pixel_std}
 
 
 def sincos_pos_embed(dim: int, grid_size: tuple[int, int]) -> Tensor:

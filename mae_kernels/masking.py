@@ -77,7 +77,9 @@ def random_masking(
         side = "visible" if visible == 0 else "masked"
         raise ValueError(f"{op}: mask_ratio {mask_ratio} of {num_patches} patches leaves none {side}")
     if noise is None:
-        noise = torch.rand(batch_size, num_patches, generator=generator, device=device, dtype=torch.float32)
+        # ONNX knows no generator, not even None.
+        options = {} if generator is None else {"generator": generator}
+        noise = torch.rand(batch_size, num_patches, device=device, dtype=torch.float32, **options)
     else:
         checks.tensor(op, "noise", noise, (batch_size, num_patches))
         checks.floating(op, "noise", noise)

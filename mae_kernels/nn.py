@@ -47,10 +47,20 @@ def floating_pixels(images: Tensor, mean: Tensor | None = None, std: Tensor | No
     return x if mean is None else (x - mean[:, None, None]) / std[:, None, None]
 
 
-def rewritten(like: Tensor, *statistics: Sequence[float]) -> list[Tensor]:
-    """Means and standard deviations anew, where ``like`` is now: half() rounds such buffers, to_empty() loses them."""
+def rewritten(like: Tensor, before: Sequence[Tensor], statistics: Sequence[Sequence[float]]) -> list[Tensor]:
+    """Means and standard deviations anew, where ``like`` is now: half() rounds such buffers, to_empty() loses them.
+
+    Of those ``before`` the values count that somebody has set in place of ``statistics``.
+    """
     options = {"dtype": accumulation_dtype(like.dtype), "device": like.device}
-    return [torch.tensor(values, **options) for values in statistics]
+    pairs = zip(before, statistics, strict=True)
+    return [torch.tensor(_own_values(old, values) or values, **options) for old, values in pairs]
+
+
+def _own_values(old: Tensor, values: Sequence[float]) -> list[float] | None:
+    if type(old) is not Tensor or old.is_meta or torch.equal(old.cpu(), torch.tensor(values, dtype=old.dtype)):
+        return None
+    return old.tolist()
 
 
 def assemble_tokens(
@@ -105,9 +115,10 @@ class _ReadsPixels(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
 
     def _apply(self, fn, recurse=True):
+        before = self.pixel_mean, self.pixel_std
         super()._apply(fn, recurse)
         if self._pixel_stats is not None:
-            self.pixel_mean, self.pixel_std = rewritten(self.pixel_mean, *self._pixel_stats)
+            self.pixel_mean, self.pixel_std = rewritten(self.pixel_mean, before, self._pixel_stats)
         return self
 
     def _normalization(self, images: Tensor) -> dict[str, Tensor]:

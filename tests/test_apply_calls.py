@@ -97,6 +97,106 @@ def test_parts_that_were_exchanged_since_are_used(build, how):
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def largest_first(tokens, mask_ratio=0.75, noise=None):
+    """A masking of one's own, by what is in the patches."""
+    order = tokens.norm(dim=2).argsort(1, descending=True)
+    kept = order[:, : int(order.shape[1] * 0.25)]
+    mask = torch.ones(order.shape).scatter(1, kept, 0.0)
+    return tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2])), mask, order.argsort(1)
+
+
+class Patched:
+    """Methods that are exchanged after apply, on an instance or, as some libraries do, on the class."""
+
+    @staticmethod
+    def masking(function):
+        return lambda self, *args, **options: largest_first(*args)
+
+    @staticmethod
+    def negated(function):
+        return lambda self, *args, **options: -function(self, *args, **options)
+
+
+@pytest.mark.parametrize("where", ["instance", "class"])
+@pytest.mark.parametrize(
+    ("path", "name", "change"),
+    [("", "patchify", "negated"), ("", "forward_loss", "negated"), ("vit.embeddings", "random_masking", "masking")],
+)
+@pytest.mark.parametrize("build", [published, hugging_face], ids=["published", "Hugging Face"])
+def test_methods_that_were_exchanged_since_are_used(build, path, name, change, where, monkeypatch):
+    plain = copy.deepcopy(model := build())
+    owners = [network.get_submodule(path if build is hugging_face else "") for network in (model, plain)]
+    if not hasattr(owners[0], name):
+        pytest.skip("later versions of transformers have no such method")
+    apply(model)
+    cls = type(owners[1])
+    new = getattr(Patched, change)(getattr(cls, name))
+    if where == "class":
+        monkeypatch.setattr(cls, name, new)
+    else:
+        for owner in owners:
+            setattr(owner, name, new.__get__(owner))
+    batch = images()
+    ours, expected = train(model, batch), train(plain, batch)
+    for key, value in expected.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_masks_that_the_op_does_not_take():
+    """Weights, integers, float64, and a mask that is learned: as the original, or as it raises."""
+    plain = copy.deepcopy(model := published())
+    apply(model)
+    pred, pixels = torch.randn(2, 36, 192), images(2)
+    masks = [
+        torch.linspace(0.1, 1, 36),
+        torch.arange(36) % 2,
+        (torch.arange(36) % 2).double(),
+        torch.arange(36) % 3 == 0,
+    ]
+    for mask in (mask.repeat(2, 1) for mask in masks):
+        torch.testing.assert_close(model.forward_loss(pixels, pred, mask), plain.forward_loss(pixels, pred, mask))
+    learned = torch.rand(2, 36).round().requires_grad_()
+    gradients = [torch.autograd.grad(m.forward_loss(pixels, pred, learned), learned)[0] for m in (model, plain)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_arguments_that_the_ops_do_not_take():
+    plain = copy.deepcopy(model := published())
+    apply(model)
+    batch = images(2)
+    for ratio in (torch.tensor(0.75), 1.0):
+        results = []
+        for network in (model, plain):
+            torch.manual_seed(1)
+            results.append(network(batch, ratio))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5, equal_nan=True)
+    for wrong in (batch.half(), batch.double(), batch[:, :1]):
+        with pytest.raises(RuntimeError) as ours:
+            model(wrong)
+        with pytest.raises(RuntimeError) as theirs:
+            plain(wrong)
+        assert str(ours.value) == str(theirs.value)
+
+
+def test_classes_that_copy_in_their_own_way():
+    class Reduced(families.MaskedAutoencoderViT):
+        def __reduce__(self):
+            return _new_reduced, (type(self),), self.__dict__
+
+    model = published(cls=Reduced)
+    apply(model)
+    twin, batch = copy.deepcopy(model), images(2)
+    assert type(twin) is type(model)
+    torch.manual_seed(1)
+    expected = model(batch)[0]
+    torch.manual_seed(1)
+    assert twin(batch)[0] == expected
+
+
+def _new_reduced(cls):
+    return cls.__new__(cls)
+
+
 @pytest.mark.parametrize("build", [published, hugging_face], ids=["published", "Hugging Face"])
 def test_pixels_that_are_no_floating_numbers_meet_the_original(build):
     model = build()

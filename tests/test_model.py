@@ -73,6 +73,13 @@ def test_pixel_statistics_survive_memory_without_values():
     for network in (model, model.half()):
         assert torch.equal(network.pixel_mean, good.pixel_mean)
         assert torch.equal(network.pixel_std, good.pixel_std)
+    model.pixel_mean.fill_(0.25)  # by hand, in place of the configuration's
+    assert model.half().to("cpu").pixel_mean.tolist() == [0.25] * 3
+    with torch.device("meta"):
+        model = MaskedAutoencoder(TINY)
+    model.load_state_dict(good.state_dict(), assign=True)
+    images = torch.randint(256, (1, TINY.in_chans, *TINY.image_size), dtype=torch.uint8)
+    assert torch.equal(model.forward_features(images), good.forward_features(images))
 
 
 def test_initial_values(model):

@@ -72,6 +72,25 @@ def test_hooks_of_every_module(model):
     assert passed_over == {"blocks", "decoder_blocks"}  # lists, which are never called
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["pre", "after"])
+def test_gradients_changed_by_hooks_of_every_module(model, full):
+    called = copy.deepcopy(model)
+    for module in called.modules():
+        module.register_forward_hook(lambda *_: None)
+
+    def double(module, grads, *_):
+        return tuple(None if g is None else 2 * g for g in grads) if isinstance(module, nn.LayerNorm) else None
+
+    register = nn.modules.module.register_module_full_backward_hook
+    if not full:
+        register = nn.modules.module.register_module_full_backward_pre_hook
+    handle = register(double)
+    try:
+        assert_close(train(model), train(called), rtol=1e-4, atol=1e-5)
+    finally:
+        handle.remove()
+
+
 @pytest.mark.parametrize("name", [*LAYERS, "blocks.0.norm1"])
 def test_the_same_under_autocast(model, name):
     expected = train(model, autocast=True)
@@ -157,6 +176,43 @@ def test_a_subclass_with_a_forward_of_its_own(model, name):
         same.weight *= 2
         same.bias *= 2
     assert_close(train(model)[0], train(by_hand)[0], rtol=1e-5, atol=1e-6)
+
+
+class Scaled(nn.Conv2d):
+    """As Whisper's convolution."""
+
+    def _conv_forward(self, x, weight, bias):
+        return 2 * super()._conv_forward(x, weight, bias)
+
+
+@pytest.mark.parametrize("where", ["class", "instance"])
+def test_what_a_convolution_calls_is_its_own(model, where):
+    images, _ = batch()
+    by_hand, proj = copy.deepcopy(model), model.patch_embed.proj
+    if where == "class":
+        proj.__class__ = Scaled
+    else:
+        proj._conv_forward = lambda *args, run=proj._conv_forward: 2 * run(*args)
+    with torch.no_grad():
+        by_hand.patch_embed.proj.weight *= 2
+        by_hand.patch_embed.proj.bias *= 2
+        assert_close(model.forward_features(images), by_hand.forward_features(images), rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_and_parts_that_take_one_argument(model):
+    """In the last block of the decoder too, of which some tokens are enough."""
+    images, noise = batch()
+    expected = model(images, noise=noise).loss
+    last = model.decoder_blocks[1]
+    last.attn = nn.Sequential(last.attn, nn.Identity())
+    assert_close(model(images, noise=noise).loss, expected)
+    model.decoder_blocks[1] = nn.Sequential(last)
+    model.blocks[0] = nn.Sequential(model.blocks[0])
+    assert_close(model(images, noise=noise).loss, expected)
+    last.norm1 = nn.Linear(16, 16)
+    model.decoder_blocks[1] = nn.Identity()
+    model.blocks[1].norm2 = nn.Linear(32, 32)
+    assert model(images, noise=noise).loss.isfinite()
 
 
 def test_layers_exchanged_for_others(model):

@@ -115,7 +115,10 @@ def _replace(name: str, module: nn.Module, replacements: list[Replacement]) -> l
         why_not = new.obstacle(module)
         if not why_not:
             tried = {**functions, new.method: new.guarded(module)}
-            why_not = _difference(module, new, fused_class(original, tried))
+            try:
+                why_not = _difference(module, new, fused_class(original, tried))
+            except TypeError as error:  # of an __init_subclass__ that asks for more
+                why_not = f"no class can be derived from {original.__name__}: {error}"
         if not why_not:
             functions = tried
         changes.append(Change(name, new.method, new.ops, why_not))

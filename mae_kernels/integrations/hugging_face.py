@@ -7,7 +7,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mae_kernels.integrations.pieces import example_images, given, hides_some, keep_some, patch_numbers
+from mae_kernels import reference
+from mae_kernels.integrations.pieces import (
+    embeds,
+    example_images,
+    given,
+    hides_some,
+    keep_some,
+    orders,
+    patch_numbers,
+    restores,
+    scores,
+)
 from mae_kernels.integrations.replacement import Replacement
 from mae_kernels.masked_mse import masked_mse
 from mae_kernels.patch_embed import patch_embed
@@ -53,7 +64,7 @@ class _Shape(NamedTuple):
 
 
 def _options(config) -> str:
-    if hides_some(_Shape.of(config).num_patches, config.mask_ratio):
+    if _is_hiding(config):
         return ""
     return f"a mask ratio of {config.mask_ratio} hides none of the patches, or all"
 
@@ -71,7 +82,7 @@ def _of_embeddings(module: nn.Module) -> list[Replacement]:
         Replacement(
             "forward", _embed, ("patch_embed",), lambda: (shape.images(module.cls_token),),
             projection="patch_embeddings.projection", passed_over=("patch_embeddings",),
-            tensors=("cls_token", "position_embeddings"), options=options,
+            tensors=("cls_token", "position_embeddings"), methods=("random_masking",), options=options,
         ),
     ]  # fmt: skip
 
@@ -102,7 +113,7 @@ def _of_model(module: nn.Module) -> list[Replacement]:
         method, function, example = "forward_loss", _forward_loss, loss_example
     else:
         method, function, example = "forward", _forward, lambda: (shape.images(module.vit.embeddings.cls_token),)
-    options = {"ignored": ("patchify",), "options": _options(module.config)}
+    options = {"methods": ("patchify",), "options": _options(module.config)}
     return [Replacement(method, function, ("masked_mse",), example, **options)]
 
 
@@ -111,28 +122,28 @@ def _random_masking(self, *args, **kwargs):  # [N, L, D] -> [N, K, D], [N, L] wi
     if call is None or not hides_some(call[0].shape[1], self.config.mask_ratio):
         return NotImplemented
     x, noise = call
+    if not orders(noise, *x.shape[:2]):
+        return NotImplemented
     return keep_some(x, self.config.mask_ratio, noise)
 
 
 def _embed(self, *args, **kwargs):  # [N, C, H, W] -> [N, 1 + K, D], [N, L], [N, L]
     call = given(args, kwargs, "pixel_values", noise=None, interpolate_pos_encoding=False)
     embed = self.patch_embeddings
-    shape = _Shape.of(self.config)
-    if call is None or call[2] or not _has_pixels(self.config, call[0]) or call[0].shape[2:] != shape.image:
+    if call is None or call[2]:
         return NotImplemented
-    images, noise, _ = call
+    (images, noise, _), shape = call, _Shape.of(self.config)
+    covered = embeds(images, embed.projection.weight) and images.shape[2:] == shape.image
+    if not covered or not hides_some(shape.num_patches, self.config.mask_ratio):
+        return NotImplemented
+    if not orders(noise, images.shape[0], shape.num_patches):
+        return NotImplemented
     numbers = patch_numbers(images.shape[0], shape.num_patches, images.device)
     kept, mask, ids_restore = self.random_masking(numbers, noise)
     table, proj = self.position_embeddings, embed.projection
     prefix = self.cls_token + table[:, :1]
     tokens = patch_embed(images, proj.weight, proj.bias, table[:, 1:], kept[:, :, 0].long(), prefix=prefix)
     return tokens, mask, ids_restore
-
-
-def _has_pixels(config, images: Tensor) -> bool:
-    """Whether the images are what the original takes too, with some patches to hide and some to see."""
-    covered = images.is_floating_point() and images.shape[1] == config.num_channels
-    return covered and hides_some(_Shape.of(config).num_patches, config.mask_ratio)
 
 
 def _decode(self, *args, **kwargs):  # [N, 1 + K, D], [N, L] -> [N, L, E]
@@ -142,6 +153,8 @@ def _decode(self, *args, **kwargs):  # [N, 1 + K, D], [N, L] -> [N, L, E]
     if call is None or call[2] or checkpoints:
         return NotImplemented
     hidden, ids_restore, _ = call
+    if not restores(hidden, ids_restore):
+        return NotImplemented
     hidden = self.decoder_embed(hidden)
     hidden = scatter_mask_tokens(hidden, self.mask_token, ids_restore, self.decoder_pos_embed)  # [N, 1 + L, D']
     for layer in self.decoder_layers:
@@ -153,21 +166,23 @@ def _decode(self, *args, **kwargs):  # [N, 1 + K, D], [N, L] -> [N, L, E]
 
 def _forward_loss(self, *args, **kwargs):  # [N, C, H, W], [N, L, E], [N, L] -> scalar
     call = given(args, kwargs, "pixel_values", "pred", "mask", interpolate_pos_encoding=False)
-    if call is None or call[3] or call[0].requires_grad or not _has_pixels(self.config, call[0]):
+    if call is None or call[3] or not _is_hiding(self.config) or not scores(*call[:3]):
         return NotImplemented
-    return _loss(self.config, *call[:3])
+    return _loss(masked_mse, self.config, *call[:3])
 
 
 def _forward(self, pixel_values=None, noise=None, interpolate_pos_encoding=None, *args, **kwargs):
     as_tuple = not kwargs.get("return_dict", self.config.return_dict)
     if args or pixel_values is None or pixel_values.requires_grad or interpolate_pos_encoding or as_tuple:
         return NotImplemented
-    if not _has_pixels(self.config, pixel_values):
+    if not pixel_values.is_floating_point() or not _is_hiding(self.config):
         return NotImplemented
     outputs = self.vit(pixel_values, noise=noise, **kwargs)
     decoded = self.decoder(outputs.last_hidden_state, outputs.ids_restore)
+    inputs = pixel_values, decoded.logits, outputs.mask
+    loss = masked_mse if scores(*inputs) else reference.masked_mse
     return sys.modules[_MODULE].ViTMAEForPreTrainingOutput(
-        loss=_loss(self.config, pixel_values, decoded.logits, outputs.mask),
+        loss=_loss(loss, self.config, *inputs),
         logits=decoded.logits,
         mask=outputs.mask,
         ids_restore=outputs.ids_restore,
@@ -176,5 +191,9 @@ def _forward(self, pixel_values=None, noise=None, interpolate_pos_encoding=None,
     )
 
 
-def _loss(config, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-    return masked_mse(pred, images, patch_size=config.patch_size, mask=mask, norm_pix=config.norm_pix_loss)
+def _is_hiding(config) -> bool:
+    return hides_some(_Shape.of(config).num_patches, config.mask_ratio)
+
+
+def _loss(loss, config, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+    return loss(pred, images, patch_size=config.patch_size, mask=mask, norm_pix=config.norm_pix_loss)

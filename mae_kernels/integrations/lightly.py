@@ -24,10 +24,9 @@ def replacements(module: nn.Module) -> list[Replacement]:
         idx_keep = torch.cat([shuffled.new_zeros(2, 1), 1 + shuffled[:, : embed.num_patches // 4]], dim=1)
         return images, None, idx_keep
 
-    parts = {
-        "projection": f"vit.{PARTS['projection']}",
-        **{name: tuple(f"vit.{path}" for path in PARTS[name]) for name in ("passed_over", "tensors")},
-    }
+    parts = {name: tuple(f"vit.{path}" for path in PARTS[name]) for name in ("passed_over", "tensors", "methods")}
+    parts["methods"] += ("images_to_tokens", "prepend_prefix_tokens", "add_pos_embed")
+    parts["projection"] = f"vit.{PARTS['projection']}"
     return [Replacement("preprocess", _preprocess, ("patch_embed",), example, **parts, options=why_not(module.vit))]
 
 

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from mae_kernels.gather_tokens import gather_tokens
 from mae_kernels.masking import random_masking
+from mae_kernels.precision import accumulation_dtype
+from mae_kernels.registration import in_onnx_export
 
 
 def given(args: tuple, kwargs: dict, *names: str, **defaults) -> tuple | None:
@@ -17,8 +19,42 @@ def given(args: tuple, kwargs: dict, *names: str, **defaults) -> tuple | None:
 
 
 def hides_some(num_patches: int, mask_ratio: float) -> bool:
-    """Whether some patches are hidden and some are not; without either the original code knows what to do."""
-    return 0 < int(num_patches * (1 - mask_ratio)) < num_patches
+    """Whether some patches are hidden and some are not; else the original code knows what to do, or to say."""
+    return isinstance(mask_ratio, (int, float)) and 0 < int(num_patches * (1 - mask_ratio)) < num_patches
+
+
+def embeds(images: Tensor, weight: Tensor) -> bool:
+    """Whether the convolution of that weight takes the images too: floating, in its dtype, with its channels."""
+    same = images.dtype == weight.dtype or torch.is_autocast_enabled(images.device.type)
+    return images.is_floating_point() and same and images.ndim == 4 and images.shape[1] == weight.shape[1]
+
+
+def orders(noise: Tensor | None, n: int, num_patches: int) -> bool:
+    """Whether there is no noise, or a number for each patch."""
+    return noise is None or (noise.is_floating_point() and noise.shape == (n, num_patches))
+
+
+def restores(tokens: Tensor, ids_restore: Tensor) -> bool:
+    """Whether ``[N, 1 + K, D]`` and ``[N, L]`` are visible patches and an order of all, some of them hidden."""
+    return ids_restore.dtype == torch.int64 and 0 < tokens.shape[1] - 1 < ids_restore.shape[1]
+
+
+def scores(images: Tensor, pred: Tensor, mask: Tensor) -> bool:
+    """Whether the loss of images, predictions and mask is that of the op: nothing but pred has a gradient, the mask is
+    0 or 1, and the original sums in the same dtype."""
+    if images.requires_grad or mask.requires_grad or not images.is_floating_point():
+        return False
+    widest = torch.promote_types(torch.promote_types(pred.dtype, images.dtype), mask.dtype)
+    if widest != accumulation_dtype(pred.dtype) or not (mask.is_floating_point() or mask.dtype == torch.bool):
+        return False
+    if in_onnx_export():
+        return True
+    is_binary = ((mask == 0) | (mask == 1)).all()
+    if mask.is_cuda or torch.compiler.is_compiling():
+        # No host reads a GPU here: another mask ends as an error there, not as a wrong loss.
+        torch._assert_async(is_binary, "apply: a mask must be 0 or 1")
+        return True
+    return bool(is_binary)
 
 
 def patch_numbers(batch_size: int, num_patches: int, device: torch.device) -> Tensor:

@@ -5,7 +5,16 @@ from math import isqrt, prod
 import torch
 from torch import Tensor, nn
 
-from mae_kernels.integrations.pieces import example_images, given, hides_some, keep_some, patch_numbers
+from mae_kernels.integrations.pieces import (
+    embeds,
+    example_images,
+    given,
+    hides_some,
+    keep_some,
+    patch_numbers,
+    restores,
+    scores,
+)
 from mae_kernels.integrations.replacement import Replacement
 from mae_kernels.masked_mse import masked_mse
 from mae_kernels.patch_embed import patch_embed
@@ -57,14 +66,14 @@ def replacements(module: nn.Module) -> list[Replacement]:
         Replacement("random_masking", _random_masking, masking_ops, masking_example, tensors=("pos_embed",)),
         Replacement(
             "forward_encoder", _forward_encoder, ("patch_embed",), encoder_example, projection=proj,
-            passed_over=("patch_embed",), tensors=("cls_token", "pos_embed"),
+            passed_over=("patch_embed",), tensors=("cls_token", "pos_embed"), methods=("random_masking",),
         ),
         Replacement(
             "forward_decoder", _forward_decoder, ("scatter_mask_tokens",), decoder_example,
             tensors=("mask_token", "decoder_pos_embed"),
         ),
         Replacement(
-            "forward_loss", _forward_loss, ("masked_mse",), loss_example, projection=proj, ignored=("patchify",)
+            "forward_loss", _forward_loss, ("masked_mse",), loss_example, projection=proj, methods=("patchify",)
         ),
     ]  # fmt: skip
 
@@ -88,10 +97,10 @@ def _random_masking(self, *args, **kwargs):  # [N, L, D] -> [N, K, D], [N, L] wi
 
 def _forward_encoder(self, *args, **kwargs):  # [N, C, H, W] -> [N, 1 + K, D], [N, L], [N, L]
     call = given(args, kwargs, "x", "mask_ratio")
-    if call is None or not call[0].is_floating_point() or call[0].shape[2:] != image_size(self):
+    if call is None or call[0].shape[2:] != image_size(self):
         return NotImplemented
     (x, mask_ratio), embed, num_patches = call, self.patch_embed, self.pos_embed.shape[1] - 1
-    if not hides_some(num_patches, mask_ratio):
+    if not embeds(x, embed.proj.weight) or not hides_some(num_patches, mask_ratio):
         return NotImplemented
     kept, mask, ids_restore = self.random_masking(patch_numbers(x.shape[0], num_patches, x.device), mask_ratio)
     prefix = self.cls_token + self.pos_embed[:, :1, :]
@@ -107,6 +116,8 @@ def _forward_decoder(self, *args, **kwargs):  # [N, 1 + K, D], [N, L] -> [N, L, 
     if call is None:
         return NotImplemented
     x, ids_restore = call
+    if not restores(x, ids_restore):
+        return NotImplemented
     x = self.decoder_embed(x)
     x = scatter_mask_tokens(x, self.mask_token, ids_restore, self.decoder_pos_embed)  # [N, 1 + L, D']
     for block in self.decoder_blocks:
@@ -116,7 +127,7 @@ def _forward_decoder(self, *args, **kwargs):  # [N, 1 + K, D], [N, L] -> [N, L, 
 
 def _forward_loss(self, *args, **kwargs):  # [N, C, H, W], [N, L, E], [N, L] -> scalar
     call = given(args, kwargs, "imgs", "pred", "mask")
-    if call is None or call[0].requires_grad or not call[0].is_floating_point():
+    if call is None or not scores(*call):
         return NotImplemented
     images, pred, mask = call
     patch_size = self.patch_embed.proj.kernel_size

@@ -26,7 +26,7 @@ class Replacement:
     projection: str = ""  # path of the convolution whose parameters it uses without calling it
     passed_over: tuple[str, ...] = ()  # paths of further modules that it does not call
     tensors: tuple[str, ...] = ()  # paths of the tensors that it uses
-    ignored: tuple[str, ...] = ()  # methods of the module that it does not call
+    methods: tuple[str, ...] = ()  # paths of the methods that it does not call, or calls with something else
     options: str = ""  # why the module's options keep it from doing the same, if they do
 
     def obstacle(self, module: nn.Module) -> str:
@@ -38,30 +38,39 @@ class Replacement:
             return f"it has no {missing[0]}"
         conv = reach(module, self.projection) if self.projection else None
         if self.projection and getattr(type(conv), "forward", None) is not nn.Conv2d.forward:
-            return f"{self.projection} is {_named(conv)}, not a convolution of patches"
+            what = "missing" if conv is None else f"a {type(conv).__name__}"
+            return f"{self.projection} is {what}, not a convolution of patches"
         return self.options
 
     def guarded(self, module: nn.Module) -> "Guarded":
         """The function, and what has to be as it is now for it to be called."""
         paths = (*self.passed_over, self.projection) if self.projection else self.passed_over
-        parts = tuple((path, type(reach(module, path)).forward) for path in paths)
-        return Guarded(self.function, parts, self.projection, self.tensors, self.ignored)
+        methods = (("", self.method), *((path, "forward") for path in paths))
+        methods += tuple(path.rpartition(".")[::2] for path in self.methods)
+        stands_for = tuple((path, type(reach(module, path)), name) for path, name in methods)
+        return Guarded(self.function, stands_for, paths, self.projection, self.tensors)
 
 
 class Guarded(NamedTuple):
     """A function in a method's place, called while nobody would notice; the original method at all other times."""
 
     function: Callable
-    parts: tuple[tuple[str, Callable], ...]  # paths of modules that it does not call, each with its forward
+    stands_for: tuple[tuple[str, type, str], ...]  # paths of modules, their classes, and methods that it does not call
+    parts: tuple[str, ...]  # paths of modules that it does not call at all
     projection: str
     tensors: tuple[str, ...]
-    ignored: tuple[str, ...]
 
-    def fits(self, module: nn.Module) -> bool:
-        """Whether no part was exchanged, hooked or emptied since."""
-        for path, forward in self.parts:
-            part = reach(module, path)
-            if part is None or type(part).forward is not forward or not quiet(part):
+    def replaced(self) -> tuple[Callable, ...]:
+        """The functions that it stands for, as the classes define them now."""
+        return tuple(getattr(cls, name, None) for _, cls, name in self.stands_for)
+
+    def fits(self, module: nn.Module, replaced: tuple[Callable, ...]) -> bool:
+        """Whether no part and no method was exchanged, hooked or emptied since those were replaced."""
+        for (path, _, name), function in zip(self.stands_for, replaced, strict=True):
+            if _defined(reach(module, path), name) is not function:
+                return False
+        for path in self.parts:
+            if not quiet(reach(module, path)):
                 return False
         if self.projection and not projects_patches(reach(module, self.projection)):
             return False
@@ -69,23 +78,28 @@ class Guarded(NamedTuple):
             tensor = reach(module, path)
             if not isinstance(tensor, Tensor) or not tensor.numel():
                 return False
-        return not any(name in vars(module) for name in self.ignored)
+        return True
 
 
 def reach(module: nn.Module, path: str) -> Any:
-    """The attribute of an attribute, None where one is missing."""
-    for name in path.split("."):
+    """The attribute of an attribute, None where one is missing; the module itself for no path."""
+    for name in path.split(".") if path else ():
         module = getattr(module, name, None)
     return module
 
 
-def _named(part: Any) -> str:
-    return "missing" if part is None else f"a {type(part).__name__}"
+def _defined(owner: nn.Module | None, name: str) -> Callable | None:
+    """The function that its class defines under this name, seen through ours; None where the instance has its own."""
+    if owner is None or name in vars(owner):
+        return None
+    function = getattr(type(owner), name, None)
+    original = getattr(function, "mae_kernels_original", None)
+    return function if original is None else getattr(original, name)
 
 
 def fused_class(cls: type, functions: dict[str, Guarded]) -> type:
     """A subclass of cls under the same name, with these methods. Instances copy and pickle as those of cls do."""
-    return _fused_class(cls, tuple(functions.items()))
+    return _fused_class(cls, *((name, guarded, guarded.replaced()) for name, guarded in functions.items()))
 
 
 def original_class(module: nn.Module) -> type | None:
@@ -94,27 +108,30 @@ def original_class(module: nn.Module) -> type | None:
 
 
 @cache
-def _fused_class(cls: type, functions: tuple[tuple[str, Guarded], ...]) -> type:
+def _fused_class(cls: type, *functions: tuple[str, Guarded, tuple[Callable, ...]]) -> type:
     def reduce(self, protocol):
         # The class cannot be found by its name: pickle would take the original, which has the same.
-        reduced = super(fused, self).__reduce_ex__(protocol)
-        return (_blank, (cls, functions), *reduced[2:])
+        make, arguments, *state = super(fused, self).__reduce_ex__(protocol)
+        plain = tuple(cls if x is fused else x for x in arguments)
+        return (_made, (cls, {name: guarded for name, guarded, _ in functions}, make, plain), *state)
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    methods = {method: _method(getattr(cls, method), function) for method, function in functions}
+    methods = {name: _method(cls, name, guarded, replaced) for name, guarded, replaced in functions}
     fused = type(cls.__name__, (cls,), {**names, **methods, "__reduce_ex__": reduce, "mae_kernels_original": cls})
     return fused
 
 
-def _blank(cls: type, functions: tuple[tuple[str, Guarded], ...]):
-    fused = _fused_class(cls, functions)
-    return fused.__new__(fused)
+def _made(cls: type, functions: dict[str, Guarded], make: Callable, arguments: tuple) -> nn.Module:
+    module = make(*arguments)
+    module.__class__ = fused_class(cls, functions)
+    return module
 
 
-def _method(original: Callable, guarded: Guarded) -> Callable:
-    @functools.wraps(original)  # with its signature, by which trainers choose the columns of a data set
+def _method(cls: type, name: str, guarded: Guarded, replaced: tuple[Callable, ...]) -> Callable:
+    @functools.wraps(getattr(cls, name))  # with its signature, by which trainers choose the columns of a data set
     def run(self, *args, **kwargs):
-        result = guarded.function(self, *args, **kwargs) if guarded.fits(self) else NotImplemented
-        return original(self, *args, **kwargs) if result is NotImplemented else result
+        result = guarded.function(self, *args, **kwargs) if guarded.fits(self, replaced) else NotImplemented
+        return getattr(cls, name)(self, *args, **kwargs) if result is NotImplemented else result
 
+    run.mae_kernels_original = cls
     return run

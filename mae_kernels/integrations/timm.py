@@ -5,7 +5,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from mae_kernels.integrations.pieces import example_images, given, hides_some
+from mae_kernels.integrations.pieces import embeds, example_images, given, hides_some
 from mae_kernels.integrations.replacement import Replacement
 from mae_kernels.masking import random_masking
 from mae_kernels.patch_embed import patch_embed
@@ -44,7 +44,7 @@ def _forward_features(self, *args, **kwargs):  # [N, C, H, W] -> [N, R + K, D]
 # What embed_visible uses of a VisionTransformer without calling it.
 PARTS = {
     "projection": "patch_embed.proj", "passed_over": ("patch_embed", "patch_embed.norm", "pos_drop"),
-    "tensors": ("pos_embed",),
+    "tensors": ("pos_embed",), "methods": ("_pos_embed",),
 }  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def why_not(vit: nn.Module) -> str:
 
 def covers(vit: nn.Module, images: Tensor) -> bool:
     """Whether :func:`embed_visible` does for these images what vit does: fixed size, no dropout of its own."""
-    fits = images.is_floating_point() and tuple(images.shape[2:]) == vit.patch_embed.img_size
+    fits = embeds(images, vit.patch_embed.proj.weight) and tuple(images.shape[2:]) == vit.patch_embed.img_size
     return fits and not why_not(vit) and not (vit.training and vit.pos_drop.p)
 
 
