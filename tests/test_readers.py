@@ -342,6 +342,16 @@ def test_no_channel_of_a_tiff_is_cut(tmp_path):
     assert_close(pixels(tmp_path / "grey.tif"), 1 - (1 - RAMP) * RAMP, levels=2)
     tifffile.imwrite(tmp_path / "pages.tif", np.zeros((2, 16, 32, 3), np.uint8), photometric="rgb")
     assert refusal(tmp_path / "pages.tif") == "it has 6 channels, and the model takes 3"
+    with tifffile.TiffWriter(tmp_path / "one by one.tif") as tiff:
+        for band in (COLOURS * 65535).astype(np.uint16):
+            tiff.write(band)
+    assert_close(pixels(tmp_path / "one by one.tif"), COLOURS)
+    with tifffile.TiffWriter(tmp_path / "dtypes.tif") as tiff:
+        for dtype in (np.uint16, np.uint16, np.uint8):
+            tiff.write(RAMP.astype(dtype))
+    assert refusal(tmp_path / "dtypes.tif") == (
+        "its pages are of different kinds: (16, 32) uint16 MINISBLACK NONE and (16, 32) uint8 MINISBLACK NONE"
+    )
     with tifffile.TiffWriter(tmp_path / "sizes.tif") as tiff:
         tiff.write(np.zeros((16, 32), np.uint8))
         tiff.write(np.zeros((8, 16), np.uint8))

@@ -223,8 +223,9 @@ def _read_tiff(file: Path, reading: Reading, shrink: Callable[[int, int], int]) 
     with tifffile.TiffFile(file) as tiff:
         series, *others = tiff.series
         # Overviews and masks repeat the picture; anything else would be cut away.
-        if other := next((s for s in others if not s.keyframe.subfiletype & 5), None):
-            raise DataError(f"its pages are of different kinds: {_kind(series)} and {_kind(other)}")
+        stack = [series, *(s for s in others if not s.keyframe.subfiletype & 5)]
+        if len(kinds := [*dict.fromkeys(map(_kind, stack))]) > 1:
+            raise DataError(f"its pages are of different kinds: {kinds[0]} and {kinds[1]}")
         axes = [series.axes.find(axis) for axis in "YX"]
         if min(axes) < 0:
             raise DataError(f"tifffile finds no rows and columns in its axes {series.axes!r}")
@@ -233,11 +234,11 @@ def _read_tiff(file: Path, reading: Reading, shrink: Callable[[int, int], int]) 
         page = series.keyframe
         if page.photometric not in (0, 1, 2) and not (page.photometric == 6 and page.compression in (6, 7)):
             raise DataError(f"its photometric interpretation {_name(page.photometric)} is not known here")
-        channels = math.prod(series.shape) // (height * width)
+        channels = len(stack) * math.prod(series.shape) // (height * width)
         has_alpha = page.extrasamples in ((1,), (2,)) and reading.channels in (1, 3)
         reading.check_channels(channels - has_alpha)
         try:
-            values = series.asarray()
+            values = np.stack([s.asarray() for s in stack])
         except ValueError as error:
             if "imagecodecs" not in str(error):
                 raise
@@ -245,7 +246,7 @@ def _read_tiff(file: Path, reading: Reading, shrink: Callable[[int, int], int]) 
                 f"it {beyond}, and {_name(page.compression)} needs the package imagecodecs: "
                 "pip install 'mae_kernels[multiband]'"
             ) from error
-        values = np.moveaxis(values, axes, (-2, -1)).reshape(-1, height, width)
+        values = np.moveaxis(values, [1 + axis for axis in axes], (-2, -1)).reshape(-1, height, width)
         if 1 < page.bitspersample < 8:
             values = values * np.uint8(255 // (2**page.bitspersample - 1))
         tags = {tag.code: tag.value for tag in page.tags}
