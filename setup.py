@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 
 model = ["matplotlib", "pillow", "safetensors", "scikit-learn", "tqdm", "tyro"]
-multiband = ["tifffile"]  # TIFFs beyond 8-bit grey and colour
+multiband = ["imagecodecs", "tifffile"]  # TIFFs beyond 8-bit grey and colour, compressed ones too
 bench = [*model, "pytest", "pytest-benchmark"]
 test = [
     *bench, *multiband, "accelerate", "hypothesis", "onnxruntime", "onnxscript", "peft", "pytest-xdist",

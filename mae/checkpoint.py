@@ -92,7 +92,7 @@ def read_checkpoint(path: str | Path, model: str | None = None, *, ema: bool = F
     path = Path(path)
     file = _find(path) if path.is_dir() else path
     if not file.is_file():
-        raise CheckpointError(f"there is no checkpoint at {file}")
+        raise CheckpointError(f"there is no checkpoint at {file}{_others(path)}")
     if model is not None and model not in MODELS:
         raise CheckpointError(f"there is no model called {model!r}; choose one of {', '.join(MODELS)}")
     described = file.parent / _CONFIG
@@ -126,9 +126,12 @@ def read_checkpoint(path: str | Path, model: str | None = None, *, ema: bool = F
         network = MaskedAutoencoder(config)
     expected = {k: x for k, x in network.state_dict().items() if not (encoder_only and is_decoder(k))}
     _check(file, weights, to_layout(expected, weights.layout))
+    published = from_layout(weights.state, weights.layout)
+    broken = [name for name, x in published.items() if not x.float().sum().isfinite()]
+    if broken:
+        more.append(f"there is NaN or infinity in {listed(broken, 3)}")
     if notes := [*weights.notes, *notes, *more, *pixels]:
         warnings.warn(f"{path}: {'; '.join(notes)}", CheckpointWarning, stacklevel=3)
-    published = from_layout(weights.state, weights.layout)
     return Checkpoint({name: published[name] for name in expected}, config, encoder_only, mask_ratio)
 
 
@@ -137,6 +140,13 @@ def _find(folder: Path) -> Path:
         raise CheckpointError(f"{folder} holds its weights in several files; save them as one")
     other = folder / "pytorch_model.bin"
     return other if other.is_file() and not (folder / _WEIGHTS).is_file() else folder / _WEIGHTS
+
+
+def _others(folder: Path) -> str:
+    """The checkpoints in a folder that holds none of the names that are looked for, in a clause."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    names = [x.name for x in files if x.suffix in (".pth", ".pt", ".ckpt", ".bin", ".safetensors")]
+    return f"; the folder holds {listed(names)}: name one of them" if names else ""
 
 
 def _read_json(file: Path) -> dict:
@@ -181,16 +191,22 @@ def _check_depths(config: MAEConfig, state: dict[str, Tensor], encoder_only: boo
 
 def _check(file: Path, weights: Weights, expected: dict[str, Tensor]) -> None:
     state = weights.state
-    problems = [f"{name} is missing" for name in expected if name not in state]
-    problems += [f"{name} is not part of this model" for name in state if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(x.shape)}, the model expects {tuple(expected[name].shape)}"
-        for name, x in state.items()
-        if name in expected and x.shape != expected[name].shape
-    ]
+    problems = _first([f"{name} is missing" for name in expected if name not in state])
+    problems += _first([f"{name} is not part of this model" for name in state if name not in expected])
+    problems += _first(
+        [
+            f"{name} has shape {tuple(x.shape)}, the model expects {tuple(expected[name].shape)}"
+            for name, x in state.items()
+            if name in expected and x.shape != expected[name].shape
+        ]
+    )
     strange = [name for name, x in state.items() if x.is_meta or not x.is_floating_point() or x.layout != torch.strided]
     if strange:  # in a quantised file all are
         problems.append(f"{listed(strange, 3)} hold no floating-point numbers")
     if problems:
         done = f" ({'; '.join(weights.notes)})" if weights.notes else ""
         raise CheckpointError("\n  ".join([f"{file} does not fit the model{done}:", *problems]))
+
+
+def _first(lines: list[str], most: int = 8) -> list[str]:
+    return lines[:most] + ([f"and {len(lines) - most} more like these"] if len(lines) > most else [])

@@ -33,7 +33,8 @@ def convert_checkpoint(
             ``"huggingface-5"`` (its own names, which 4.x does not know), or ``"timm"`` (the encoder alone).
         out: a folder for ``model.safetensors`` and what describes the model (``from_pretrained(out)``,
             ``timm.create_model("local-dir:out")``); or one file, ``.pth`` or ``.safetensors``, with the weights alone.
-            The published code knows only files; its ``.pth`` holds them under ``"model"``.
+            The published code knows only files; its ``.pth`` holds them under ``"model"``, and a ``norm_pix_loss``
+            of False under ``"args"``.
 
     Raises:
         CheckpointError: the source cannot be used, or the target cannot hold it or be written.
@@ -64,7 +65,10 @@ def convert_checkpoint(
             stacklevel=2,
         )
     state = to_layout(checkpoint.state, "published" if to == "mae" else to)
-    files = _write(out, state, descriptions, under_model=to == "published")
+    # No shape tells it, and True is what is taken for a file that does not say it.
+    untold = to == "published" and not (checkpoint.config.norm_pix_loss or checkpoint.encoder_only)
+    settings = {"args": {"norm_pix_loss": False}} if untold else {}
+    files = _write(out, state, descriptions, settings, under_model=to == "published")
     left_out = [name for name in checkpoint.state if to == "timm" and is_decoder(name)]
     return Conversion(files, left_out, checkpoint.encoder_only or bool(left_out))
 
@@ -83,13 +87,15 @@ def _descriptions(checkpoint: Checkpoint, to: str) -> dict[str, dict]:
     return {"config.json": theirs, "preprocessor_config.json": to_preprocessor_config(config)}
 
 
-def _write(out: Path, state: dict[str, Tensor], descriptions: dict[str, dict], under_model: bool) -> list[Path]:
+def _write(
+    out: Path, state: dict[str, Tensor], descriptions: dict[str, dict], settings: dict[str, dict], under_model: bool
+) -> list[Path]:
     if descriptions:
         write_folder(out, state, descriptions)
         return [*(out / name for name in descriptions), out / "model.safetensors"]
     if out.suffix == ".safetensors":
         write_files(out.parent, {out.name: lambda path: write_safetensors(path, state)})
     else:
-        content = {"model": state} if under_model else state
+        content = ({"model": state} if under_model else state) | settings
         write_files(out.parent, {out.name: lambda path: write_pickle(path, content)})
     return [out]

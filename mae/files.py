@@ -193,10 +193,13 @@ def _about_class(file: Path, name: str) -> str:
     if untrusted := sorted(x for x in unknown if not _is_foreign_class(x)):
         return f"it calls {listed(untrusted)}, which no weights need; have the weights alone saved by {_SAVES}"
     names = sorted(allowed_by_hand)
-    modules = ", ".join(sorted({"torch", *(x.rpartition(".")[0] for x in names)}))
+    modules = {"torch", *(x.rpartition(".")[0] for x in names)}
+    if any(x.startswith("numpy.") for x in names):  # no pickle names the classes of the dtypes that it needs
+        modules.add("numpy")
+        names.append("*{type(numpy.dtype(x)) for x in numpy.typecodes['All']}")
     return (
         f"it needs the class {listed(sorted(unknown))}, and a class is never taken from a file. Where you trust it and "
-        f"have that class, this line keeps the weights: import {modules}; "
+        f"have that class, this line keeps the weights: import {', '.join(sorted(modules))}; "
         f"torch.serialization.add_safe_globals([{', '.join(names)}]); "
         f"torch.save({{k: x for k, x in torch.load({str(file)!r}, map_location='cpu').items() "
         "if type(x).__name__ in ('dict', 'OrderedDict', 'Tensor', 'Parameter')}, 'weights.pth')"

@@ -5,6 +5,7 @@ import re
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,17 @@ from mae.layouts import CheckpointError, find_layout, find_models, published_nam
 _CONTAINERS = ("model", "state_dict", "model_state_dict", "model_state", "module", "net", "network", "student")
 # Modules that hold one other module and are no part of a model's own names.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module")
-_AVERAGE = re.compile(r"(?<![a-z])(ema|averaged?|avg|swa)(?![a-z])")
+# A teacher, a target and a momentum encoder are averages of the weights that are trained beside them.
+_AVERAGE = re.compile(r"(?<![a-z])(ema|averaged?|avg|swa|polyak|shadow|momentum|target|teacher)(?![a-z])")
+# Dictionaries and namespaces of settings; those of any other name may be about a probe, an optimizer or a teacher.
+_SETTINGS = ("args", "config", "cfg", "hyper_parameters", "hparams", "opt", "params", "model_args", "model_config")
+# Parts of names of weights that are not stored as they are used, what they are, and what puts them together.
+_TAKEN_APART = (
+    (r"(^|\.)(lora_\w+|base_layer|modules_to_save)(\.|$)", "adapters of PEFT", "model.merge_and_unload()"),
+    (r"(^|\.)parametrizations\.", "parametrized", "torch.nn.utils.parametrize.remove_parametrizations"),
+    (r"weight_[gv]$", "normalised", "torch.nn.utils.remove_weight_norm"),
+    (r"(weight|bias)_(orig|mask)$", "pruned or normalised", "torch.nn.utils.prune.remove or remove_spectral_norm"),
+)
 _HEADS = ("head", "heads", "head_dist", "fc_norm", "classifier", "fc", "pooler")
 
 
@@ -28,7 +39,7 @@ class Weights(NamedTuple):
 
     state: dict[str, Tensor]  # keys of one layout, nothing before them
     layout: str
-    arguments: dict[str, Any]  # the settings of its training, wherever the file holds them
+    arguments: dict[str, dict[str, Any]]  # the settings of its training, by where in the file they lie
     notes: list[str]  # what was done to get at them, each a clause
 
 
@@ -62,6 +73,11 @@ def read_weights(file: Path, ema: bool = False, exact: bool = False) -> Weights:
     if not models:
         models = [_unprefixed(file, content, dictionaries)]
     if ema and not any(model.averaged for model in models):
+        if nameless := next(_nameless_averages(dictionaries), None):
+            raise CheckpointError(
+                f"{file} holds its EMA weights under {nameless!r} as a list without names; copy them into the model, "
+                "and save its state_dict()"
+            )
         raise CheckpointError(f"{file} holds no EMA weights: its keys are {_leading(_top(content))}")
     chosen, *others = sorted(models, key=lambda model: (model.averaged != ema, *_likelihood(model)))
     state, notes = _cut_out(chosen, others)
@@ -74,15 +90,34 @@ def read_weights(file: Path, ema: bool = False, exact: bool = False) -> Weights:
     try:
         layout = find_layout(state)
     except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+        raise CheckpointError(f"{file}: {_taken_apart(state) or error}") from error
     if not exact:
         state, more = _without_head(state, layout)
         notes += more
+    if reason := _taken_apart(sorted(state.keys() - published_names(state, layout).keys())):
+        raise CheckpointError(f"{file}: {reason}")
     # The place where the published code keeps its weights is no news by itself.
     if chosen.place and (notes or chosen.name != "model"):
         notes.insert(0, f"the weights are those under {'.'.join(chosen.place)!r}")
-    arguments = {k: x for _, values in reversed(dictionaries) for k, x in values.items() if _is_plain(x)}
-    return Weights(state, layout, arguments, notes)
+    return Weights(state, layout, _settings(dictionaries, chosen.place), notes)
+
+
+def _taken_apart(names: Iterable[str]) -> str | None:
+    """What weights of such names need before they are saved, in a clause."""
+    for pattern, what, remedy in _TAKEN_APART:
+        if found := next((name for name in names if re.search(pattern, name)), None):
+            return f"its weights are {what}, such as {found}; save them after {remedy}"
+    return None
+
+
+def _settings(dictionaries: list, place: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Plain values around the weights, and those of dictionaries beside them whose names say that they are settings."""
+    result = {}
+    for where, values in dictionaries:
+        inner = where[sum(1 for _ in takewhile(lambda x: x[0] == x[1], zip(where, place, strict=False))) :]
+        if all(x in _SETTINGS for x in inner[:1]) and all(x in (*_SETTINGS, "model", "encoder") for x in inner[1:]):
+            result[".".join(where)] = {name: x for name, x in values.items() if _is_plain(x)}
+    return result
 
 
 def _dictionaries(content: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
@@ -130,6 +165,13 @@ def _unwrapped(table: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
 def _is_average(place: tuple[str, ...], prefix: str, counters: list[str]) -> bool:
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", ".".join([*place, prefix])).lower()
     return bool(_AVERAGE.search(words)) or any(prefix.startswith(counter) for counter in counters)
+
+
+def _nameless_averages(dictionaries: list) -> Iterator[str]:
+    for place, values in dictionaries:
+        for name, x in values.items():
+            if isinstance(x, (list, tuple)) and any(map(_is_array, x)) and _is_average((*place, name), "", []):
+                yield ".".join((*place, name))
 
 
 def _unprefixed(file: Path, content: Any, dictionaries: list) -> _Model:

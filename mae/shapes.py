@@ -26,8 +26,11 @@ _SETTINGS = {
 _HEADS = ("num_heads", "decoder_num_heads")
 
 
-def from_settings(values: dict) -> tuple[dict, list[str]]:
-    """What the settings of a training say of its model, as plain values, and a clause for each that is not understood.
+def from_settings(places: dict[str, dict]) -> tuple[dict, list[str]]:
+    """What the settings of a training say of its model, as plain values, and a clause for each that is not taken.
+
+    Args:
+        places: settings by where they lie. What two places contradict each other about is not taken.
 
     Returns:
         Any of ``"model"`` (a name of :data:`mae.model.MODELS`), ``"mask_ratio"``, and the fields
@@ -35,16 +38,22 @@ def from_settings(values: dict) -> tuple[dict, list[str]]:
     """
     result, notes = {}, []
     for ours, names in _SETTINGS.items():
-        for name in names:
-            if name not in values:
-                continue
-            value = values[name].item() if hasattr(values[name], "item") else values[name]  # scalars of NumPy
-            understood = _READ[ours](value)
-            if understood is None:
-                notes.append(f"its settings say {name} {repr(value)[:60]}, which is passed over")
-            else:
-                result[ours] = understood
-                break
+        found = {}
+        for place, values in places.items():
+            for name in names:
+                if name not in values:
+                    continue
+                value = values[name].item() if hasattr(values[name], "item") else values[name]  # scalars of NumPy
+                understood = _READ[ours](value)
+                if understood is None:
+                    notes.append(f"its settings say {name} {repr(value)[:60]}, which is passed over")
+                else:
+                    found.setdefault(understood, f"{name} {_text(understood)}" + (f" in {place}" if place else ""))
+                    break
+        if len(found) == 1:
+            result[ours] = next(iter(found))
+        elif found:
+            notes.append(f"its settings say {' and '.join(found.values())}, of which none is taken")
     return result, notes
 
 
@@ -90,7 +99,13 @@ def from_weights(
     notes, shapes = [], _shapes(state)
     fixed = ("embed_dim", "depth", "patch_size")
     base = model or settings.get("model")
-    said = {} if model else {name: settings[name] for name in _HEADS if name in settings}
+    said = {}
+    for name, width in zip(_HEADS, ("embed_dim", "decoder_embed_dim"), strict=True):
+        if name in settings and not model:
+            if shapes.get(width, 0) % settings[name]:
+                notes.append(f"its settings say {name} {settings[name]}, which does not divide {width} {shapes[width]}")
+            else:
+                said[name] = settings[name]
     if not model:
         missing = [name for name in ("embed_dim", "patch_size", "depth", "mlp_ratio") if name not in shapes]
         if missing:
@@ -107,6 +122,8 @@ def from_weights(
                 taken = " and ".join(f"{name} {_factory(base)[name]}" for name in heads)
                 notes.append(f"it does not say its heads, and {taken} are those of {base}")
     known = dict(_factory(base)) if base else {}
+    # No shape tells whether these are right.
+    notes += [f"its settings say {name} {x}" for name, x in said.items() if x != known.get(name, x)]
     result = known | ({} if model else {k: x for k, x in shapes.items() if k != "tokens"}) | said | overrides
     if "image_size" not in overrides:
         result["image_size"], more = _image_size(result, shapes.get("tokens"), settings)

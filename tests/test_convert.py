@@ -333,3 +333,13 @@ def test_command(run, tmp_path, capsys):
     arguments = ["--checkpoint", tmp_path / "plain.pth", "--model", MODEL, "--norm-pix-loss", "False"]
     convert(*arguments, "--to", "mae", "--out", tmp_path / "plain")
     assert not load_checkpoint(tmp_path / "plain").config.norm_pix_loss
+
+
+def test_a_published_file_says_what_no_shape_tells(tmp_path):
+    for normalised in (True, False):
+        model = mae_vit_demo_patch7(norm_pix_loss=normalised)
+        save_checkpoint(model, tmp_path / "run")
+        convert_checkpoint(tmp_path / "run", "published", tmp_path / "x.pth")
+        content = torch.load(tmp_path / "x.pth", weights_only=True)
+        assert content.get("args") == (None if normalised else {"norm_pix_loss": False})
+        assert load_checkpoint(tmp_path / "x.pth", MODEL).config.norm_pix_loss is normalised

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils import prune
 
 from mae import (
     CheckpointError,
@@ -145,6 +146,29 @@ def test_averages_that_are_not_there(tmp_path, options):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_averages_without_names(tmp_path):
+    path = saved(tmp_path, {"model": STATE, "ema": {"decay": 0.9, "shadow_params": [*OTHER.values()]}})
+    assert holds(load(path, MODEL)[0], STATE)
+    with pytest.raises(CheckpointError) as error:
+        load(path, MODEL, ema=True)
+    assert str(error.value) == (
+        f"{path} holds its EMA weights under 'ema.shadow_params' as a list without names; copy them into the model, "
+        "and save its state_dict()"
+    )
+
+
+@pytest.mark.parametrize(
+    ("trained", "average"),
+    [("encoder", "target_encoder"), ("base_encoder", "momentum_encoder"), ("student", "teacher"), ("model", "polyak")],
+)
+def test_averages_by_other_names(tmp_path, trained, average):
+    prefixed = under(f"{average}.", OTHER) | under(f"{trained}.")
+    for content in ({average: OTHER, trained: STATE}, {"state_dict": prefixed}):
+        path = saved(tmp_path, content)
+        assert holds(load(path, MODEL)[0], STATE)
+        assert holds(load(path, MODEL, ema=True)[0], OTHER)
+
+
 def test_a_norm_behind_pooling_is_said(tmp_path):
     state = {k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: x for k, x in ENCODER.items()}
     model, said = load(saved(tmp_path, {"model": {**state, "head.bias": torch.ones(2)}}), MODEL)
@@ -174,6 +198,32 @@ def test_settings_decide(tmp_path, kind):
     assert model.config.norm_pix_loss
     assert said == ""
     assert not load(path, MODEL)[0].config.norm_pix_loss
+
+
+@pytest.mark.parametrize(
+    ("content", "heads", "normalised", "said"),
+    [
+        ({"probe": {"num_heads": 12}}, (3, 16), True, TINY),
+        ({"hparams": {"probe": {"num_heads": 12}}, "optimizer": {"param_groups": [{"num_heads": 6}]}}, (3, 16), True,
+         TINY),
+        ({"config": {"decoder": {"num_heads": 4}, "encoder": {"num_heads": 6}}}, (6, 16), True, "num_heads 6"),
+        ({"hyper_parameters": {"model": {"norm_pix_loss": False}}}, (3, 16), False, TINY),
+        ({"teacher_cfg": {"norm_pix_loss": False}, "student_cfg": {"norm_pix_loss": True}}, (3, 16), True, ASSUMED),
+        ({"num_heads": 12, "norm_pix_loss": False}, (12, 16), False, "its settings say num_heads 12"),
+        ({"args": {"norm_pix_loss": False}, "cfg": {"norm_pix_loss": True}}, (3, 16), True,
+         "its settings say norm_pix_loss False in args and norm_pix_loss True in cfg, of which none is taken"),
+        ({"args": {"input_size": 32}, "cfg": {"img_size": [32, 32], "num_heads": 5}}, (3, 16), True,
+         "its settings say num_heads 5, which does not divide embed_dim 192"),
+    ],
+    ids=range(8),
+)  # fmt: skip
+def test_settings_are_those_of_this_model(tmp_path, content, heads, normalised, said):
+    state = wide().state_dict()
+    for path in (content, {"checkpoint": {**content, "model": state}}):
+        model, found = load(saved(tmp_path, {"model": state, **path} if path is content else path))
+        assert (model.config.num_heads, model.config.decoder_num_heads) == heads
+        assert model.config.norm_pix_loss is normalised
+        assert said.replace(" in ", " in checkpoint." if path is not content else " in ") in found
 
 
 def wide(**options) -> MaskedAutoencoder:
@@ -277,6 +327,59 @@ def test_a_class_is_named_with_the_line_that_saves_the_weights(tmp_path, project
         exec(line, {})
         torch.serialization.clear_safe_globals()
     assert holds(load(tmp_path / "weights.pth", MODEL)[0], STATE)
+
+
+def test_an_array_of_objects_is_named_with_the_line_that_saves_the_weights(tmp_path, monkeypatch):
+    path = saved(tmp_path, {"model": STATE, "curve": np.arange(3.0), "names": np.array([None, 1], dtype=object)})
+    with pytest.raises(CheckpointError, match=r"it needs the class numpy.dtypes.ObjectDType, ") as error:
+        load(path, MODEL)
+    monkeypatch.chdir(tmp_path)
+    with torch.serialization.safe_globals([]):
+        exec(str(error.value).split(" this line keeps the weights: ")[1], {})
+        torch.serialization.clear_safe_globals()
+    assert holds(load(tmp_path / "weights.pth", MODEL)[0], STATE)
+
+
+def test_weights_that_are_not_stored_as_they_are_used(tmp_path):
+    def state(change) -> dict[str, Tensor]:
+        model = mae_vit_demo_patch7()
+        return (change(model.blocks[0].attn.qkv), model.state_dict())[1]
+
+    lora = {k.replace("qkv.", "qkv.base_layer."): x for k, x in STATE.items()}
+    lora["blocks.0.attn.qkv.lora_A.default.weight"] = torch.ones(4, 96)
+    for content, sentence in (
+        (
+            under("base_model.model.", lora),
+            "its weights are adapters of PEFT, such as blocks.0.attn.qkv.base_layer.",
+        ),
+        ({"base_model.model.blocks.0.attn.qkv.lora_A.weight": torch.ones(4, 96)}, "its weights are adapters of PEFT, "),
+        (
+            state(torch.nn.utils.parametrizations.weight_norm),
+            "its weights are parametrized, such as blocks.0.attn.qkv.",
+        ),
+        (state(lambda x: prune.identity(x, "weight")), "its weights are pruned or normalised, such as "),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            load(saved(tmp_path, content), MODEL)
+        assert sentence in str(error.value)
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_weights_that_are_no_numbers(tmp_path):
+    broken = {k: x * np.nan if k in ("norm.weight", "norm.bias") else x for k, x in STATE.items()}
+    _, said = load(saved(tmp_path, {"model": broken, "args": SETTINGS}))
+    assert said == "there is NaN or infinity in norm.weight, norm.bias"
+
+
+def test_a_folder_of_other_files_names_them(tmp_path):
+    torch.save(STATE, tmp_path / "checkpoint-799.pth")
+    (tmp_path / "log.txt").touch()
+    with pytest.raises(CheckpointError) as error:
+        load(tmp_path)
+    assert str(error.value) == (
+        f"there is no checkpoint at {tmp_path / 'model.safetensors'}; the folder holds checkpoint-799.pth: "
+        "name one of them"
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 import pickle
 import struct
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,16 @@ def test_nodata_is_left_out_of_the_range(lowest):
     assert (ours[0, :10] == 0).all()
     assert ours[0, 10, 0] == 255
     assert_close(ours[0, 10:, 1:], RAMP[10:, 1:])
+
+
+def test_large_whole_numbers_that_are_close():
+    steps = (RAMP * 1000).astype(np.uint64)
+    for values in (
+        steps + np.uint64(2**63),
+        steps.astype(np.int64) + 2**62,
+        steps.astype(np.int64) + np.iinfo(np.int64).min,
+    ):
+        assert_close(to_8_bits(values[None])[0], RAMP)
 
 
 def test_nodata_of_16_bits():
@@ -185,11 +196,95 @@ def test_tiffs_of_every_dtype(tmp_path, dtype):
     assert_close(pixels(tmp_path / "x.tif"), RAMP)
 
 
-def test_tiffs_whose_white_is_zero(tmp_path):
-    for dtype in (np.uint8, np.uint16):
-        values = (RAMP * np.iinfo(dtype).max).astype(dtype)
-        tifffile.imwrite(tmp_path / "x.tif", values, photometric="miniswhite")
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.float32, np.float64])
+def test_tiffs_whose_white_is_zero(tmp_path, dtype):
+    low, high = (np.iinfo(dtype).min, np.iinfo(dtype).max) if np.issubdtype(dtype, np.integer) else (0, 1)
+    values = (low + RAMP * (float(high) - low)).clip(low, high).astype(dtype)
+    for pages in (values, np.stack([values] * 3)):
+        tifffile.imwrite(tmp_path / "x.tif", pages, photometric="miniswhite")
         assert_close(pixels(tmp_path / "x.tif"), 1 - RAMP)
+    opaque = np.full_like(values, high)
+    options = {"photometric": "miniswhite", "extrasamples": ["unassalpha"], "planarconfig": "contig"}
+    tifffile.imwrite(tmp_path / "x.tif", np.stack([values, opaque], -1), **options)
+    assert_close(pixels(tmp_path / "x.tif"), 1 - RAMP)
+
+
+def test_photometric_interpretations_that_are_not_known(tmp_path):
+    deep, colours = (RAMP * 65535).astype(np.uint16), np.stack([np.arange(65536, dtype=np.uint16)] * 3)
+    for name, values, options in (
+        ("PALETTE", deep, {"colormap": colours}),
+        ("PALETTE", (np.stack([RAMP] * 3) * 255).astype(np.uint8), {"colormap": colours[:, ::257]}),
+        ("CIELAB", np.stack([deep] * 3, -1), {}),
+        ("CFA", deep, {}),
+    ):
+        tifffile.imwrite(tmp_path / "x.tif", values, photometric=name, **options)
+        assert refusal(tmp_path / "x.tif") == f"its photometric interpretation {name} is not known here"
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "I;16", "RGBA"])
+@pytest.mark.parametrize("orientation", [6, 7])
+def test_raw_tiffs_on_their_side(tmp_path, mode, orientation):
+    image = Image.fromarray((RAMP * (65535 if mode == "I;16" else 255)).astype(np.uint16 if ";" in mode else np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (image if mode in ("L", "I;16") else image.convert(mode)).save(tmp_path / "x.tif", exif=exif)
+    expected = np.rot90(RAMP, -1) if orientation == 6 else RAMP[::-1, ::-1].T
+    assert_close(pixels(tmp_path / "x.tif"), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_tiffs_of_tifffile_on_their_side(tmp_path, dtype):
+    values = (COLOURS * (np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1)).astype(dtype)
+    tifffile.imwrite(tmp_path / "x.tif", values, photometric="minisblack", extratags=[(274, "H", 1, 6, True)])
+    assert_close(pixels(tmp_path / "x.tif"), np.rot90(COLOURS, -1, (1, 2)))
+    tifffile.imwrite(
+        tmp_path / "x.tif", np.moveaxis(values, 0, -1), photometric="rgb", extratags=[(274, "H", 1, 6, True)]
+    )
+    assert_close(pixels(tmp_path / "x.tif"), np.rot90(COLOURS, -1, (1, 2)))
+
+
+def test_nodata_that_the_values_cannot_be(tmp_path):
+    values = (RAMP * 65535).astype(np.uint16)
+    for nodata in ("-9999", "nan", "65536", "1e400", "none"):
+        tifffile.imwrite(tmp_path / "x.tif", values, extratags=[(42113, "s", 0, nodata, True)])
+        assert_close(pixels(tmp_path / "x.tif"), RAMP)
+
+
+def test_alpha_has_a_scale_of_its_own(tmp_path):
+    options = {"photometric": "rgb", "extrasamples": ["unassalpha"]}
+    for bits in (8, 12, 16):
+        for opaque in (1, 255, 4095, 65535, 0):  # 0 everywhere is no alpha
+            deep = np.stack([*COLOURS * (2**bits - 1), np.full_like(RAMP, opaque)], -1).astype(np.uint16)
+            tifffile.imwrite(tmp_path / "x.tif", deep, **options)
+            assert_close(pixels(tmp_path / "x.tif"), COLOURS)
+            png_of_16_bits(tmp_path / "x.png", np.moveaxis(deep, -1, 0), 6)
+            assert_close(pixels(tmp_path / "x.png"), COLOURS)
+
+
+def test_alpha_that_hides_a_picture(tmp_path):
+    for alpha, words in ((0, ""), (4, "laid on white by its alpha, it keeps 5 of its 192 levels")):
+        picture = (np.stack([RAMP, RAMP, RAMP, np.full_like(RAMP, alpha / 255)], -1) * 255).round().astype(np.uint8)
+        Image.fromarray(picture).save(tmp_path / "x.png")
+        if words:
+            assert refusal(tmp_path / "x.png") == words
+        else:
+            assert_close(pixels(tmp_path / "x.png"), RAMP)
+    picture[:, :16, 3] = 255  # half of it is there
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    assert_close(pixels(tmp_path / "x.png")[:, :, :16], RAMP[:, :16])
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "jpeg"])
+def test_pages_that_are_compressed(tmp_path, compression):
+    pages = [Image.fromarray((RAMP * 255).astype(np.uint8))] * 2
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:], compression=compression)
+    if find_spec("imagecodecs"):
+        assert_close(pixels(tmp_path / "x.tif", 2), RAMP, levels=16)
+    else:
+        name = compression.removeprefix("tiff_").upper()
+        assert refusal(tmp_path / "x.tif", 2) == (
+            f"it has more than one page, and {name} needs the package imagecodecs: pip install 'mae_kernels[multiband]'"
+        )
 
 
 def test_one_nan_leaves_a_picture(tmp_path):
@@ -247,10 +342,22 @@ def test_no_channel_of_a_tiff_is_cut(tmp_path):
     assert_close(pixels(tmp_path / "grey.tif"), 1 - (1 - RAMP) * RAMP, levels=2)
     tifffile.imwrite(tmp_path / "pages.tif", np.zeros((2, 16, 32, 3), np.uint8), photometric="rgb")
     assert refusal(tmp_path / "pages.tif") == "it has 6 channels, and the model takes 3"
+    with tifffile.TiffWriter(tmp_path / "one by one.tif") as tiff:
+        for band in (COLOURS * 65535).astype(np.uint16):
+            tiff.write(band)
+    assert_close(pixels(tmp_path / "one by one.tif"), COLOURS)
+    with tifffile.TiffWriter(tmp_path / "dtypes.tif") as tiff:
+        for dtype in (np.uint16, np.uint16, np.uint8):
+            tiff.write(RAMP.astype(dtype))
+    assert refusal(tmp_path / "dtypes.tif") == (
+        "its pages are of different kinds: (16, 32) uint16 MINISBLACK NONE and (16, 32) uint8 MINISBLACK NONE"
+    )
     with tifffile.TiffWriter(tmp_path / "sizes.tif") as tiff:
         tiff.write(np.zeros((16, 32), np.uint8))
         tiff.write(np.zeros((8, 16), np.uint8))
-    assert refusal(tmp_path / "sizes.tif") == "its pages have different sizes: (16, 32) and (8, 16)"
+    assert refusal(tmp_path / "sizes.tif") == (
+        "its pages are of different kinds: (16, 32) uint8 MINISBLACK NONE and (8, 16) uint8 MINISBLACK NONE"
+    )
 
 
 def test_overviews_of_a_tiff_are_no_channels(tmp_path):

@@ -29,6 +29,8 @@ def to_8_bits(values: np.ndarray, value_range: tuple[float, float] | None = None
         return np.asarray(values), PLAIN
     if values.dtype.kind not in "buif":
         raise ValueError(f"its values are of dtype {values.dtype}, not real numbers")
+    if value_range is None and values.dtype.kind in "iu" and values.dtype.itemsize == 8:
+        values = _near_zero(values)
     x, masked = np.ma.getdata(values), np.ma.getmask(values)
     with np.errstate(over="ignore"):
         x = x.astype(np.float64 if x.dtype.itemsize > 8 else np.result_type(x.dtype, np.float32))
@@ -49,6 +51,14 @@ def to_8_bits(values: np.ndarray, value_range: tuple[float, float] | None = None
     out = np.stack([_scaled(channel, own) for channel, own in zip(x, ranges, strict=True)])
     note = PLAIN if all(r == nominal or r[0] == r[1] for r in ranges) else OWN_RANGE
     return _without(out, finite), note
+
+
+def _near_zero(values: np.ndarray) -> np.ndarray:
+    """Less the lowest where that is so large that floats of 64 bits would not tell its neighbours apart."""
+    low = np.ma.min(values)
+    if low is np.ma.masked or -(2**53) < int(low) < 2**53:
+        return values
+    return values.astype(np.uint64) - low.astype(np.uint64)  # modulo 2**64, so exact
 
 
 def _nominal(dtype: np.dtype, low: float, high: float) -> tuple[float, float] | None:

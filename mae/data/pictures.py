@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mae.data.errors import DataError, printable
-from mae.data.levels import PLAIN, to_8_bits
+from mae.data.levels import ENOUGH, PLAIN, to_8_bits
 from mae.data.readers import READERS, Reading, Values, planes_of
 
 
@@ -84,9 +84,10 @@ def _picture(stored: Image.Image | Values, reading: Reading) -> Picture:
         stored = Values(planes_of(image))
     reading.check_channels(len(stored.values))
     pixels, note = to_8_bits(stored.values, reading.value_range)
-    if stored.alpha is not None:
-        pixels = (255 - (255.0 - pixels) * (stored.alpha / 255)).round().astype(np.uint8)
     bands = tuple(map(Image.fromarray, pixels))
+    if stored.alpha is not None:
+        colours = bands if len(bands) == 3 else bands * 3
+        bands = _on_white(Image.merge("RGBA", (*colours, Image.fromarray(stored.alpha)))).split()[: len(bands)]
     if len(bands) == reading.channels:
         return Picture(bands, note)
     return Picture(bands * 3 if reading.channels == 3 else (Image.merge("RGB", bands).convert("L"),), note)
@@ -96,14 +97,31 @@ def _plain(image: Image.Image, reading: Reading) -> Image.Image:
     """An image of 8 bits and any mode as one with the bands of the model."""
     if reading.channels in (1, 3):
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = _on_white(image.convert("RGBA"))
         mode = "L" if reading.channels == 1 else "RGB"
         return image if image.mode == mode else image.convert(mode)
     if image.mode in ("1", "P", "PA"):
         image = image.convert("L" if image.mode == "1" else "RGBA" if image.has_transparency_data else "RGB")
     reading.check_channels(len(image.getbands()))
     return image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Of the same mode, RGBA; an alpha that shows nothing at all is none."""
+    alpha = image.getchannel("A")
+    if alpha.getextrema() == (0, 0):
+        return image
+    laid = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if (levels := _levels(laid)) < ENOUGH:
+        shown = alpha.point(lambda x: 255 if x else 0)
+        if levels < (held := _levels(image, shown)):
+            raise DataError(f"laid on white by its alpha, it keeps {levels} of its {held} levels")
+    return laid
+
+
+def _levels(image: Image.Image, where: Image.Image | None = None) -> int:
+    """How many of 256 its colours take, of an RGBA image."""
+    return np.count_nonzero(np.reshape(image.histogram(where)[: 3 * 256], (3, 256)).any(axis=0))
 
 
 @contextmanager

@@ -4,12 +4,12 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import EpsImagePlugin, Image, ImageFile, ImageOps, UnidentifiedImageError, features
@@ -98,6 +98,13 @@ def _without_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """Given a path, Pillow maps a raw TIFF into memory, with rows of the wrong length where it is to be turned."""
+    with open(file, "rb") as stream, Image.open(stream) as image:
+        yield image
+
+
 def planes_of(image: Image.Image) -> np.ndarray:
     """``[C, H, W]``."""
     pixels = np.asarray(image)
@@ -105,7 +112,7 @@ def planes_of(image: Image.Image) -> np.ndarray:
 
 
 def _read_with_pillow(file: Path, reading: Reading, shrink: Callable[[int, int], int]) -> Image.Image | Values:
-    with Image.open(file) as image:
+    with _opened(file) as image:
         if image.format in _NOT_WHOLE:
             raise DataError(f"Pillow {_NOT_WHOLE[image.format]} of {image.format}")
         reading.check_size(image.height, image.width)
@@ -123,15 +130,12 @@ def _read_with_pillow(file: Path, reading: Reading, shrink: Callable[[int, int],
                 values = values.astype(np.uint16)
             elif image.mode == "I" and image.format == "TIFF" and tags.get(_SAMPLE_FORMAT, (1,))[0] == 1:
                 values = values.view(np.uint32)
-            values = _without_nodata(values, tags.get(_GDAL_NODATA))
-            if tags.get(_PHOTOMETRIC) == 0 and image.mode.startswith("I;16"):  # white is 0; Pillow turns 8 bits around
-                values = 65535 - values
-            stored = _keyed(values, key)
+            stored = _keyed(_interpreted(values, tags), key)
         elif tile is not None and ";16" in _raw_mode(tile):
             values, alpha = _deep_colours(file, image), None
             if image.mode == "RGBA" and reading.channels in (1, 3):
-                values, alpha = values[:-1], (values[-1] >> 8).astype(np.uint8)
-            stored = _keyed(values, key, alpha)
+                values, alpha = values[:-1], _alpha(values[-1])
+            stored = _keyed(_interpreted(values, tags), key, alpha)
         elif image.format == "PPM" and image.mode == "RGB" and tile[0].startswith("ppm") and tile[3][-1] > 255:
             if tile[0] != "ppm":
                 raise DataError("it holds colours of 16 bits as text")
@@ -141,7 +145,7 @@ def _read_with_pillow(file: Path, reading: Reading, shrink: Callable[[int, int],
         else:
             ImageOps.exif_transpose(image, in_place=True)  # turns few pictures, and would copy all the others
             return image
-        return _upright(stored, image)
+        return _upright(stored, image.getexif().get(_ORIENTATION))
 
 
 def _raw_mode(tile: tuple) -> str:
@@ -160,7 +164,7 @@ def _deep_colours(file: Path, high: Image.Image) -> np.ndarray:
         order = {"N": "L" if sys.byteorder == "little" else "B"}.get(raw[-1], raw[-1])
         return raw[:-1] + ("B" if order == "L" else "L")
 
-    with Image.open(file) as image:
+    with _opened(file) as image:
         raw = _raw_mode(image.tile[0])
         change = {"LA;16B": lambda _: "RGBA"}.get(raw, other_half)
         image.tile = [
@@ -183,8 +187,16 @@ def _keyed(values: np.ndarray, key: object, alpha: np.ndarray | None = None) -> 
     return Values(values, alpha)
 
 
-def _upright(stored: Values, image: Image.Image) -> Values:
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+def _alpha(values: np.ndarray) -> np.ndarray:
+    """As uint8. The largest value tells which one is opaque: colours of 12 bits in 16 have an alpha of as many."""
+    highest = np.nan_to_num(values).max()
+    most = np.iinfo(values.dtype).max if values.dtype.kind in "ui" else highest
+    opaque = next((x for x in (1, 255, 1023, 4095, 16383, 65535) if highest <= x < most), most) or 1
+    return (np.nan_to_num(values) / opaque * 255).clip(0, 255).round().astype(np.uint8)
+
+
+def _upright(stored: Values, orientation: int | None) -> Values:
+    turn = _TURNS.get(orientation)
     return Values(*(x if x is None or turn is None else turn(x) for x in stored))
 
 
@@ -211,23 +223,45 @@ def _read_tiff(file: Path, reading: Reading, shrink: Callable[[int, int], int]) 
     with tifffile.TiffFile(file) as tiff:
         series, *others = tiff.series
         # Overviews and masks repeat the picture; anything else would be cut away.
-        if other := next((s for s in others if not s.keyframe.subfiletype & 5), None):
-            raise DataError(f"its pages have different sizes: {series.shape} and {other.shape}")
+        stack = [series, *(s for s in others if not s.keyframe.subfiletype & 5)]
+        if len(kinds := [*dict.fromkeys(map(_kind, stack))]) > 1:
+            raise DataError(f"its pages are of different kinds: {kinds[0]} and {kinds[1]}")
         axes = [series.axes.find(axis) for axis in "YX"]
         if min(axes) < 0:
             raise DataError(f"tifffile finds no rows and columns in its axes {series.axes!r}")
         height, width = (series.shape[axis] for axis in axes)
         reading.check_size(height, width)
-        channels = math.prod(series.shape) // (height * width)
-        has_alpha = series.keyframe.extrasamples in ((1,), (2,)) and reading.channels in (1, 3)
+        page = series.keyframe
+        if page.photometric not in (0, 1, 2) and not (page.photometric == 6 and page.compression in (6, 7)):
+            raise DataError(f"its photometric interpretation {_name(page.photometric)} is not known here")
+        channels = len(stack) * math.prod(series.shape) // (height * width)
+        has_alpha = page.extrasamples in ((1,), (2,)) and reading.channels in (1, 3)
         reading.check_channels(channels - has_alpha)
-        values = np.moveaxis(series.asarray(), axes, (-2, -1)).reshape(-1, height, width)
-        nodata = series.keyframe.tags.get(_GDAL_NODATA)
-        colours = _without_nodata(values[: channels - has_alpha], nodata and nodata.value)
-        if not has_alpha:
-            return Values(colours)
-        opaque = np.iinfo(values.dtype).max if values.dtype.kind in "ui" else 1
-        return Values(colours, (values[-1] / opaque * 255).clip(0, 255).round().astype(np.uint8))
+        try:
+            values = np.stack([s.asarray() for s in stack])
+        except ValueError as error:
+            if "imagecodecs" not in str(error):
+                raise
+            raise DataError(
+                f"it {beyond}, and {_name(page.compression)} needs the package imagecodecs: "
+                "pip install 'mae_kernels[multiband]'"
+            ) from error
+        values = np.moveaxis(values, [1 + axis for axis in axes], (-2, -1)).reshape(-1, height, width)
+        if 1 < page.bitspersample < 8:
+            values = values * np.uint8(255 // (2**page.bitspersample - 1))
+        tags = {tag.code: tag.value for tag in page.tags}
+        colours = _interpreted(values[: channels - has_alpha], tags)
+        return _upright(Values(colours, _alpha(values[-1]) if has_alpha else None), tags.get(_ORIENTATION))
+
+
+def _kind(series: "tifffile.TiffPageSeries") -> str:
+    page = series.keyframe
+    return f"{series.shape} {series.dtype} {_name(page.photometric)} {_name(page.compression)}"
+
+
+def _name(code: int) -> str:
+    """Of a number that TIFF defines, such as ``"LZW"``."""
+    return getattr(code, "name", f"{code}")
 
 
 # Tags of TIFFs.
@@ -239,7 +273,7 @@ _COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # samples of each photome
 def _beyond_pillow(file: Path) -> str:
     """What Pillow would leave out of a TIFF, or cannot read; empty where it gives everything."""
     try:
-        with Image.open(file) as image:
+        with _opened(file) as image:
             tags, mode = dict(image.tag_v2), image.mode
             for page in range(1, image.n_frames):
                 image.seek(page)
@@ -258,12 +292,13 @@ def _beyond_pillow(file: Path) -> str:
     return ""
 
 
-def _without_nodata(values: np.ndarray, nodata: str | None) -> np.ndarray:
-    """Masked where they are what the file, as GDAL writes it, says is no value."""
-    try:
-        return values if nodata is None else np.ma.masked_equal(values, float(nodata))
-    except ValueError:
-        return values
+def _interpreted(values: np.ndarray, tags: Mapping[int, Any]) -> np.ndarray:
+    """Numbers of a TIFF with black below white, and those masked that are, as GDAL writes it, no values."""
+    with suppress(TypeError, ValueError), np.errstate(over="ignore"):
+        values = np.ma.masked_where(values == float(tags.get(_GDAL_NODATA)), values, copy=False)
+    if tags.get(_PHOTOMETRIC) == 0:
+        return 1 - values if values.dtype.kind == "f" else ~values
+    return values
 
 
 def _read_npy(file: Path, reading: Reading, shrink: Callable[[int, int], int]) -> Values:
