@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 
-model = ["matplotlib", "pillow", "safetensors", "scikit-learn", "tqdm", "tyro"]
+model = ["filelock", "matplotlib", "pillow", "safetensors", "scikit-learn", "tqdm", "tyro"]
 multiband = ["imagecodecs", "tifffile"]  # TIFFs beyond 8-bit grey and colour, compressed ones too
 bench = [*model, "pytest", "pytest-benchmark"]
 test = [

@@ -46,6 +46,7 @@ from mae.train import TrainConfig, TrainingStopped, choose_device, train, uses_b
 from mae_kernels import random_masking
 
 ModelName = Literal[tuple(MODELS)]
+_RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,10 @@ def linprobe(config: LinprobeConfig) -> None:
             f"{printable(config.data)} and {printable(config.test)} do not hold the same classes; only in one: "
             f"{', '.join(map(printable, only))}"
         )
+    folder = config.out or (config.checkpoint if config.checkpoint.is_dir() else None)
+    if folder is not None:  # what cannot be written is better known before minutes of work
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = _results(folder)
     print(f"Linear probe: {len(fit[0])} images to fit, {len(test[0])} to test, {len(classes)} classes")
     top1 = {"chance (largest class)": max(Counter(test[1]).values()) / len(test[1])}
     print(f"  {'chance (largest class)':<24}{top1['chance (largest class)']:>8.1%}")
@@ -250,23 +255,23 @@ def linprobe(config: LinprobeConfig) -> None:
         features = [_features(model, files, labels, config) for files, labels in (fit, test)]
         top1[name] = linear_probe(*features[0], *features[1])
         print(f"  {name:<24}{top1[name]:>8.1%}")
-    folder = config.out or (config.checkpoint if config.checkpoint.is_dir() else None)
     if folder is not None:
         counts = {"images": len(fit[0]), "test_images": len(test[0]), "classes": len(classes)}
         where = {name: str(getattr(config, name)) for name in ("checkpoint", "data", "test")}
-        _add_result(folder, {"command": "linprobe", **where, **counts, "top1": top1})
+        result = {"command": "linprobe", **where, **counts, "top1": top1}
+        write_json(folder, {_RESULTS: [*earlier, result]})
+        print(f"Added to {printable(folder / _RESULTS)}")
 
 
-def _add_result(folder: Path, result: dict) -> None:
-    file = folder / "results.json"
+def _results(folder: Path) -> list[dict]:
+    file = folder / _RESULTS
     try:
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     except ValueError:
-        before = None
-    if not isinstance(before, list):
+        found = None
+    if not isinstance(found, list):
         raise ValueError(f"{file} is no list of results; give another --out")
-    write_json(folder, {"results.json": [*before, result]})
-    print(f"Added to {printable(file)}")
+    return found
 
 
 def _features(model: MaskedAutoencoder, files: list[Path], labels: list[int], config: LinprobeConfig):

@@ -27,6 +27,8 @@ from mae_kernels import (
 from mae_kernels.nn import assemble_tokens, floating_pixels, rewritten
 from mae_kernels.untouched import projects_patches, untouched
 
+_MOST_PATCHES = 2**20  # whose positions alone take gigabytes, and their attention years
+
 
 @dataclass(frozen=True)
 class MAEConfig:
@@ -65,6 +67,8 @@ class MAEConfig:
         ):
             if width % 4 or width % heads:
                 raise ValueError(f"MAEConfig: {name} {width} must be a multiple of 4 and of its {heads} heads")
+        if self.num_patches > _MOST_PATCHES:
+            raise ValueError(f"MAEConfig: an image has {self.num_patches} patches, more than {_MOST_PATCHES}")
         if not len(self.pixel_mean) == len(self.pixel_std) == self.in_chans:
             raise ValueError(
                 f"MAEConfig: pixel_mean and pixel_std need {self.in_chans} values, one per channel, "

@@ -240,6 +240,11 @@ def test_fashion_mnist_is_what_it_says():
             )
             for name in ("steps", "batch-size", "micro-batches", "log-every", "save-every")
         ),
+        ("pretrain --data {d}/good --image-size 65536", "MAEConfig: an image has 16777216 patches, more than 1048576"),
+        (
+            "linprobe --checkpoint {run} --data {d}/classes/fit --test {d}/classes/fit --out {run}/config.json/x",
+            "{run}/config.json/x: Not a directory",
+        ),
         ("profile --batch-size 0", "batch_size must be a whole number of 1 to 1000000"),
         ("profile --rounds 0", "rounds must be a whole number of 1 to 1000000"),
         ("demo --steps 0", "steps must be a whole number of 1 to 1000000"),
