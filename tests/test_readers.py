@@ -450,3 +450,10 @@ def test_readings_refuse_bad_options_and_travel_to_workers():
         assert str(error.value) == message
     reading = Reading(13, (0, 4095), 10)
     assert pickle.loads(pickle.dumps(reading)) == reading
+
+
+def test_a_picture_is_an_array(tmp_path):
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.png", 3)), pixels)
+    assert np.asarray(read_image(tmp_path / "a.png", 1)).shape == (4, 6)

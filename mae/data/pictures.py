@@ -31,6 +31,11 @@ class Picture(NamedTuple):
     def width(self) -> int:
         return self.images[0].width
 
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        """``[H, W]`` of one channel, else ``[H, W, C]``: uint8, as of an image of Pillow."""
+        planes = np.concatenate([planes_of(image) for image in self.images])
+        return (planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0)).astype(dtype or np.uint8)
+
     def cut(self, box: tuple[int, int, int, int], factor: int) -> "Picture":
         """The box (left, top, right, bottom), of which factor times factor pixels become one, their mean."""
         return self.each(lambda image: image.reduce(factor, box) if factor > 1 else image.crop(box))
@@ -40,18 +45,18 @@ class Picture(NamedTuple):
             return Picture(tuple(map(f, self.images)), self.note)
 
 
-def read_image(file: str | Path, reading: Reading, shrink: Callable[[int, int], int] | None = None) -> Picture:
+def read_image(file: str | Path, reading: Reading | int, shrink: Callable[[int, int], int] | None = None) -> Picture:
     """The picture of a file with ``reading.channels`` channels, upright, transparency on white.
 
     Grey is repeated for a model of three channels, colour becomes grey for a model of one. Of an animation it is the
     first frame; pages of a TIFF are channels. shrink, given height and width, says by how much both may be divided:
-    for a JPEG that takes less time than decoding all of it.
+    for a JPEG that takes less time than decoding all of it. A number in place of reading is that of the channels.
 
     Raises:
         DataError: the file cannot be decoded, has other channels than the model, too many pixels, or values that no
             range turns into 8 bits.
     """
-    file = Path(file)
+    file, reading = Path(file), Reading(reading) if isinstance(reading, int) else reading
     try:
         if not stat.S_ISREG(file.stat().st_mode):  # opening a FIFO would wait for somebody who writes into it
             raise DataError("it is no regular file")
