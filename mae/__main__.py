@@ -34,12 +34,12 @@ from mae.data import (
     read_pictures,
 )
 from mae.demo import DemoConfig, run_demo
-from mae.fields import COUNT, RATIO, SEED, check, is_whole
+from mae.fields import COUNT, RATIO, SEED, check, is_whole, unknown_statistics
 from mae.figures import picture_file, save_loss, save_reconstructions
 from mae.model import MODELS, MAEConfig, MaskedAutoencoder, NoDecoderError
 from mae.probe import extract_features, linear_probe
 from mae.profile import Phase, profile_step, training_flops
-from mae.run import RunError, open_run, refuse_run
+from mae.run import RunError, open_run, refuse_file, refuse_run
 from mae.saving import write_json
 from mae.step import adamw
 from mae.train import TrainConfig, TrainingStopped, choose_device, train, uses_bfloat16
@@ -152,7 +152,7 @@ def _channels(in_chans: int | None) -> dict:
         stats = {name: getattr(MAEConfig, name) for name in ("pixel_mean", "pixel_std")}
         stats = {name: x if in_chans == 3 else (round(sum(x) / 3, 3),) for name, x in stats.items()}
     else:
-        stats = {"pixel_mean": (0.5,) * in_chans, "pixel_std": (0.5,) * in_chans}
+        stats = unknown_statistics(in_chans)
     return {"in_chans": in_chans, **stats}
 
 
@@ -246,7 +246,7 @@ def linprobe(config: LinprobeConfig) -> None:
         )
     folder = config.out or (config.checkpoint if config.checkpoint.is_dir() else None)
     if folder is not None:  # what cannot be written is better known before minutes of work
-        folder.mkdir(parents=True, exist_ok=True)
+        refuse_file(folder)
         earlier = _results(folder)
     print(f"Linear probe: {len(fit[0])} images to fit, {len(test[0])} to test, {len(classes)} classes")
     top1 = {"chance (largest class)": max(Counter(test[1]).values()) / len(test[1])}

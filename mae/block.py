@@ -13,7 +13,7 @@ from mae_kernels.untouched import untouched
 class Attention(nn.Module):
     """Attention of every token to all; :class:`Block` computes the same in fewer passes where nobody would notice."""
 
-    takes_ids = True  # as of Block
+    takes_ids = True  # as a Block does, see of_some
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -55,7 +55,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    takes_ids = True  # what stands in its place, and is not wrapped around it, may not; then all tokens are computed
+    takes_ids = True  # wrappers pass the attribute on; a module without it is given all tokens
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -84,7 +84,10 @@ class Block(nn.Module):
 
 
 def of_some(module: nn.Module, x: Tensor, ids: Tensor | None) -> Tensor:  # [N, T, D] -> [N, S, D]
-    """The module's result for the tokens at ids ``[N, S]``, or for all; they attend to all either way."""
+    """The module's result for the tokens at ids ``[N, S]``, or for all; they attend to all either way.
+
+    A module that stands in the place of one of ours may know no ids: it computes all tokens, of which some are taken.
+    """
     if ids is None:
         return module(x)
     return module(x, ids) if getattr(module, "takes_ids", False) else gather_tokens(module(x), ids)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mae.configs import from_hugging_face_config, from_timm_config
-from mae.fields import check_fields
+from mae.fields import check_fields, unknown_statistics
 from mae.files import listed, shorten
 from mae.foreign import Weights, read_weights
 from mae.layouts import CheckpointError, from_layout, is_decoder, published_names, to_layout
@@ -177,7 +177,7 @@ def _config(fields: dict) -> tuple[MAEConfig, list[str]]:
         notes.append("pixel_mean and pixel_std are not known: 0.5 is taken for uint8 images")
     check_fields(fields)
     if notes:
-        fields = fields | {"pixel_mean": (0.5,) * channels, "pixel_std": (0.5,) * channels}
+        fields = fields | unknown_statistics(channels)
     return MAEConfig(**fields), notes
 
 

@@ -39,6 +39,11 @@ RULES = {
 }  # fmt: skip
 
 
+def unknown_statistics(channels: int) -> dict[str, tuple[float, ...]]:
+    """Fields for pixels of which nobody knows mean and spread: [0, 1] becomes [-1, 1]."""
+    return dict.fromkeys(("pixel_mean", "pixel_std"), (0.5,) * channels)
+
+
 def check_fields(values: dict) -> None:
     """Types and ranges of fields of :class:`MAEConfig`, before anything is built from them.
 

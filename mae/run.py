@@ -54,9 +54,14 @@ def open_run(folder: Path, overwrite: bool = False) -> Iterator[None]:
 
 def refuse_run(folder: Path, overwrite: bool = False) -> None:
     """Raise :class:`RunError` where a run would be overwritten, or there can be no folder."""
-    for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            raise RunError(f"{folder} cannot be a folder: {path} is a file")
+    refuse_file(folder)
     found = [name for name in _OF_A_RUN if (folder / name).exists()]
     if found and not overwrite:
         raise RunError(f"{folder} holds a run already ({', '.join(found)}); choose another --out, or add --overwrite")
+
+
+def refuse_file(folder: Path) -> None:
+    """Raise :class:`RunError` where there can be no folder, because a file is there or above."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{folder} cannot be a folder: {path} is a file")

@@ -58,9 +58,10 @@ def rewritten(like: Tensor, before: Sequence[Tensor], statistics: Sequence[Seque
 
 
 def _own_values(old: Tensor, values: Sequence[float]) -> list[float] | None:
-    if type(old) is not Tensor or old.is_meta or torch.equal(old.cpu(), torch.tensor(values, dtype=old.dtype)):
+    if type(old) is not Tensor or old.is_meta:
         return None
-    return old.tolist()
+    same = torch.equal(old, torch.tensor(values, dtype=old.dtype, device=old.device))
+    return None if same else old.tolist()
 
 
 def assemble_tokens(

@@ -287,3 +287,12 @@ def test_what_a_model_lacks_is_named():
 def test_weights_without_memory_are_refused():
     with pytest.raises(ValueError, match="cls_token is on the meta device; apply once the weights have their memory"):
         apply(published().to("meta"))
+
+
+def test_a_class_that_cannot_be_derived_from_is_left():
+    class Named(MaskedAutoencoderViT):
+        def __init_subclass__(cls, *, name):
+            cls.name = name
+
+    with pytest.raises(ValueError, match="random_masking: no class can be derived from Named: .*'name'"):
+        apply(published(cls=Named))

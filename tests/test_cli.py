@@ -243,7 +243,7 @@ def test_fashion_mnist_is_what_it_says():
         ("pretrain --data {d}/good --image-size 65536", "MAEConfig: an image has 16777216 patches, more than 1048576"),
         (
             "linprobe --checkpoint {run} --data {d}/classes/fit --test {d}/classes/fit --out {run}/config.json/x",
-            "{run}/config.json/x: Not a directory",
+            "{run}/config.json/x cannot be a folder: {run}/config.json is a file",
         ),
         ("profile --batch-size 0", "batch_size must be a whole number of 1 to 1000000"),
         ("profile --rounds 0", "rounds must be a whole number of 1 to 1000000"),

@@ -116,9 +116,11 @@ def _replace(name: str, module: nn.Module, replacements: list[Replacement]) -> l
         if not why_not:
             tried = {**functions, new.method: new.guarded(module)}
             try:
-                why_not = _difference(module, new, fused_class(original, tried))
+                cls = fused_class(original, tried)
             except TypeError as error:  # of an __init_subclass__ that asks for more
                 why_not = f"no class can be derived from {original.__name__}: {error}"
+            else:
+                why_not = _difference(module, new, cls)
         if not why_not:
             functions = tried
         changes.append(Change(name, new.method, new.ops, why_not))
