@@ -294,5 +294,5 @@ def test_a_class_that_cannot_be_derived_from_is_left():
         def __init_subclass__(cls, *, name):
             cls.name = name
 
-    with pytest.raises(ValueError, match="random_masking: no class can be derived from Named: .*'name'"):
+    with pytest.raises(ValueError, match=r"random_masking: no class can be derived from Named: .*'name'"):
         apply(published(cls=Named))
