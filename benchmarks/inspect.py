@@ -33,7 +33,10 @@ VARIANTS = [
     ("patch_embed bfloat16", " learned images", BASE, lambda a: {"images": a["images"].requires_grad_()}),
     ("patch_embed bfloat16", " learned positions", BASE, lambda a: {"pos_embed": a["pos_embed"].requires_grad_()}),
     ("scatter_mask_tokens", " learned positions", BASE, lambda a: {"pos_embed": a["pos_embed"].requires_grad_()}),
-    *((f"masked_mse {case}", " cpq", BASE, lambda a: {"layout": "cpq"}) for case in ("masked-only", "uint8 bfloat16")),
+    *(
+        (f"masked_mse {case}", " channels_first", BASE, lambda a: {"layout": "channels_first"})
+        for case in ("masked-only", "uint8 bfloat16")
+    ),
 ]
 
 

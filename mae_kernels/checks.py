@@ -1,5 +1,7 @@
 """Checks of arguments. Every message names the op, the argument, what was expected, what came, and the remedy."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,13 @@ def floating(op: str, name: str, x: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {dtype_name(x)}")
 
 
+def pixels(op: str, name: str, x: Tensor) -> None:
+    if x.dtype not in (torch.uint8, torch.uint16) and x.dtype not in _FLOATS:
+        raise TypeError(
+            f"{op}: {name} must be uint8, uint16, float32, float16, bfloat16 or float64, got {dtype_name(x)}"
+        )
+
+
 def uint8(op: str, name: str, x: Tensor) -> None:
     if x.dtype != torch.uint8:
         raise TypeError(f"{op}: {name} must be uint8, got {dtype_name(x)}")
@@ -69,6 +78,14 @@ def pair(op: str, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     if len(sides) != 2 or not all(isinstance(side, int | torch.SymInt) and side > 0 for side in sides):
         raise ValueError(f"{op}: {name} must be a positive int or a pair of them, got {value!r}")
     return sides
+
+
+def sizes(op: str, name: str, value: int | Sequence[int], sides: int) -> tuple[int, ...]:
+    """Two or three sizes, of height and width or of frames too; one for all sides is repeated."""
+    result = tuple(value) if isinstance(value, tuple | list) else (value,) * sides
+    if len(result) not in (2, 3) or not all(isinstance(side, int | torch.SymInt) and side > 0 for side in result):
+        raise ValueError(f"{op}: {name} must be a positive int, or two or three of them, got {value!r}")
+    return result
 
 
 def patch_size(op: str, value: int | tuple[int, int]) -> tuple[int, int]:
@@ -150,8 +167,8 @@ def table(op: str, name: str, x: Tensor, rows: int | str, width: int) -> Tensor:
 
 
 def layout(op: str, value: str) -> None:
-    if value not in ("pqc", "cpq"):
-        raise ValueError(f"{op}: layout must be 'pqc' or 'cpq', got {value!r}")
+    if value not in ("channels_last", "channels_first"):
+        raise ValueError(f"{op}: layout must be 'channels_last' or 'channels_first', got {value!r}")
 
 
 def ids(op: str, name: str, x: Tensor, batch_size: int, num_patches: int) -> None:

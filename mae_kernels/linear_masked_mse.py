@@ -26,7 +26,7 @@ def linear_masked_mse(
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
     eps: float = 1e-6,
-    layout: Layout = "pqc",
+    layout: Layout = "channels_last",
 ) -> Tensor:
     """Project tokens of masked patches to pixels and score them; neither predictions nor targets outlive their chunk.
 
@@ -44,7 +44,7 @@ def linear_masked_mse(
         mean: C values, subtracted from the (scaled) pixels of each channel before anything else.
         std: C values, by which each channel is then divided.
         eps: added to the variance of a patch, inside the root.
-        layout: order of the E values in weight: ``"pqc"`` (row, column, channel: published) or ``"cpq"``.
+        layout: order of the E values in weight: ``"channels_last"`` (row, column, channel: published) or ``"channels_first"``.
 
     Returns:
         Scalar float32 (float64 for a float64 hidden). Differentiable in hidden, weight and bias. N = 0 gives 0 and zero

@@ -24,7 +24,7 @@ def masked_mse(
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
     eps: float = 1e-6,
-    layout: Layout = "pqc",
+    layout: Layout = "channels_last",
 ) -> Tensor:
     """Reconstruction loss over the masked patches of the whole batch; no other target is ever computed.
 
@@ -41,7 +41,7 @@ def masked_mse(
         mean: C values, subtracted from the (scaled) pixels of each channel before anything else.
         std: C values, by which each channel is then divided.
         eps: added to the variance of a patch, inside the root.
-        layout: order of the E values in pred: ``"pqc"`` (row, column, channel: published) or ``"cpq"``.
+        layout: order of the E values in pred: ``"channels_last"`` (row, column, channel: published) or ``"channels_first"``.
 
     Returns:
         Scalar float32 (float64 for a float64 pred), computed in that precision whatever pred's dtype, autocast

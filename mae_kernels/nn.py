@@ -270,7 +270,7 @@ class MaskedMSELoss(_ReadsPixels):
         pixel_mean: as of :class:`MaskedPatchEmbed`.
         pixel_std: as of :class:`MaskedPatchEmbed`.
         eps: added to the variance of a patch, inside the root.
-        layout: order of the E values in a prediction: ``"pqc"`` (row, column, channel: published) or ``"cpq"``.
+        layout: order of the E values in a prediction: ``"channels_last"`` (row, column, channel: published) or ``"channels_first"``.
     """
 
     def __init__(
@@ -281,7 +281,7 @@ class MaskedMSELoss(_ReadsPixels):
         pixel_mean: Sequence[float] | Tensor | None = None,
         pixel_std: Sequence[float] | Tensor | None = None,
         eps: float = 1e-6,
-        layout: Layout = "pqc",
+        layout: Layout = "channels_last",
     ):
         super().__init__(patch_size, pixel_mean, pixel_std)
         checks.layout("MaskedMSELoss", layout)

@@ -174,7 +174,7 @@ class Steps(NamedTuple):
             g_patches = g_patches.view(n, -1, g_patches.shape[1])
             if ids_keep is not None:
                 g_patches = self.spread(g_patches, ids_keep, num_patches)  # [N, L, E]
-            g_images = unpatchify(g_patches, tuple(patch), tuple(images.shape[2:]), "cpq").to(images.dtype)
+            g_images = unpatchify(g_patches, tuple(patch), tuple(images.shape[2:]), "channels_first").to(images.dtype)
         return g_images, g_weight, g_bias, g_pos, g_prefix
 
 
@@ -225,8 +225,8 @@ def _patch_embed_backward_fake(grad, images, weight, ids_keep, mean, std, num_pr
 def _gather(images, ids_keep, patch, mean, std, dtype):
     num_patches = prod(patch_grid(images, patch))
     flat_ids = None if ids_keep is None else row_ids(ids_keep, num_patches)
-    patches = gather_patches(images, flat_ids, patch, "cpq")
-    return normalize_pixels(patches, images.shape[1], mean, std, dtype, "cpq")
+    patches = gather_patches(images, flat_ids, patch, "channels_first")
+    return normalize_pixels(patches, images.shape[1], mean, std, dtype, "channels_first")
 
 
 def _project(patches: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

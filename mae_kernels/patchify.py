@@ -10,19 +10,25 @@ from torch import Tensor
 from mae_kernels import checks
 from mae_kernels.precision import accumulation_dtype
 
-Layout = Literal["pqc", "cpq"]
+Layout = Literal["channels_last", "channels_first"]
 
-_PATCHES = {"pqc": "n c (h p) (w q) -> n (h w) (p q c)", "cpq": "n c (h p) (w q) -> n (h w) (c p q)"}
-_IMAGES = {"pqc": "n (h w) (p q c) -> n c (h p) (w q)", "cpq": "n (h w) (c p q) -> n c (h p) (w q)"}
+_PATCHES = {
+    "channels_last": "n c (h p) (w q) -> n (h w) (p q c)",
+    "channels_first": "n c (h p) (w q) -> n (h w) (c p q)",
+}
+_IMAGES = {
+    "channels_last": "n (h w) (p q c) -> n c (h p) (w q)",
+    "channels_first": "n (h w) (c p q) -> n c (h p) (w q)",
+}
 
 
-def patchify(images: Tensor, patch_size: int | tuple[int, int], layout: Layout = "pqc") -> Tensor:
+def patchify(images: Tensor, patch_size: int | tuple[int, int], layout: Layout = "channels_last") -> Tensor:
     """Cut images into patches, row by row.
 
     Args:
         images: ``[N, C, H, W]``, any dtype that the ops take.
         patch_size: ``ph = pw``, or ``(ph, pw)``, in pixels.
-        layout: order of the E values of a patch: ``"pqc"`` (row, column, channel: published) or ``"cpq"``.
+        layout: order of the E values of a patch: ``"channels_last"`` (row, column, channel: published) or ``"channels_first"``.
 
     Returns:
         ``[N, L, E]`` with ``L = (H // ph) * (W // pw)`` and ``E = C * ph * pw``, in the dtype of images.
@@ -40,7 +46,10 @@ def patchify(images: Tensor, patch_size: int | tuple[int, int], layout: Layout =
 
 
 def unpatchify(
-    patches: Tensor, patch_size: int | tuple[int, int], image_size: int | tuple[int, int], layout: Layout = "pqc"
+    patches: Tensor,
+    patch_size: int | tuple[int, int],
+    image_size: int | tuple[int, int],
+    layout: Layout = "channels_last",
 ) -> Tensor:
     """Put patches together again: the inverse of :func:`patchify`.
 
@@ -91,12 +100,12 @@ def gather_patches(images: Tensor, flat_ids: Tensor | None, patch_size: list[int
 
     channels_last = images.stride(1) == 1 and c > 1 and images.is_contiguous(memory_format=torch.channels_last)
     if channels_last:
-        stored = "pqc"
+        stored = "channels_last"
         pixels = images.permute(0, 2, 3, 1).view(n * height * gw, pw * c)
         rows = torch.arange(height * gw, device=images.device).view(gh, ph, gw)
         rows = rearrange(rows, "gh p gw -> (gh gw) p")  # [L, ph]
     else:
-        stored = "cpq"
+        stored = "channels_first"
         pixels = images.contiguous().view(n * c * height * gw, pw)
         rows = torch.arange(c * height * gw, device=images.device).view(c, gh, ph, gw)
         rows = rearrange(rows, "c gh p gw -> (gh gw) (c p)")  # [L, C * ph]
@@ -105,7 +114,7 @@ def gather_patches(images: Tensor, flat_ids: Tensor | None, patch_size: list[int
     patches = pixels.index_select(0, index.flatten())
     if stored == layout or c == 1:
         return patches.view(-1, c * ph * pw)
-    a, b = (ph * pw, c) if stored == "pqc" else (c, ph * pw)
+    a, b = (ph * pw, c) if stored == "channels_last" else (c, ph * pw)
     return patches.view(-1, a, b).transpose(1, 2).reshape(-1, c * ph * pw)
 
 
@@ -122,7 +131,7 @@ def normalize_pixels(
     patches = patches.to(work).div_(255) if patches.dtype == torch.uint8 else patches.to(work)
     if mean is not None:
         mean, std = mean.to(work), std.to(work)
-        if layout == "pqc":
+        if layout == "channels_last":
             by_channel = patches.unflatten(1, (-1, channels))  # [B, ph pw, C]
         else:
             by_channel = patches.unflatten(1, (channels, -1))  # [B, C, ph pw]

@@ -12,8 +12,14 @@ from einops import rearrange, repeat
 
 from mae_kernels.masking import Masking
 
-_PATCHES = {"pqc": "n c (h p) (w q) -> n (h w) (p q c)", "cpq": "n c (h p) (w q) -> n (h w) (c p q)"}
-_IMAGES = {"pqc": "n (h w) (p q c) -> n c (h p) (w q)", "cpq": "n (h w) (c p q) -> n c (h p) (w q)"}
+_PATCHES = {
+    "channels_last": "n c (h p) (w q) -> n (h w) (p q c)",
+    "channels_first": "n c (h p) (w q) -> n (h w) (c p q)",
+}
+_IMAGES = {
+    "channels_last": "n (h w) (p q c) -> n c (h p) (w q)",
+    "channels_first": "n (h w) (c p q) -> n c (h p) (w q)",
+}
 
 
 def random_masking(batch_size, num_patches, mask_ratio=0.75, *, noise=None, generator=None, device=None):
@@ -86,19 +92,19 @@ def scatter_mask_tokens(tokens, mask_token, ids_restore, pos_embed=None, *, num_
     return full
 
 
-def patchify(images, patch_size, layout="pqc"):
+def patchify(images, patch_size, layout="channels_last"):
     """Images [N, C, H, W] as patches [N, L, E]."""
     p, q = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     return rearrange(images, _PATCHES[layout], p=p, q=q)
 
 
-def unpatchify(patches, patch_size, image_size, layout="pqc"):
+def unpatchify(patches, patch_size, image_size, layout="channels_last"):
     """Patches [N, L, E] as images [N, C, H, W]."""
     p, q = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     return rearrange(patches, _IMAGES[layout], p=p, q=q, h=image_size[0] // p)
 
 
-def pixel_target(images, patch_size, norm_pix=True, eps=1e-6, layout="pqc"):
+def pixel_target(images, patch_size, norm_pix=True, eps=1e-6, layout="channels_last"):
     """Section 3, "Reconstruction target": the pixels of every patch, normalised by its own mean and variance."""
     target = patchify(images, patch_size, layout)
     if norm_pix:
@@ -109,7 +115,17 @@ def pixel_target(images, patch_size, norm_pix=True, eps=1e-6, layout="pqc"):
 
 
 def masked_mse(
-    pred, images, *, patch_size, mask=None, ids_mask=None, norm_pix=True, mean=None, std=None, eps=1e-6, layout="pqc"
+    pred,
+    images,
+    *,
+    patch_size,
+    mask=None,
+    ids_mask=None,
+    norm_pix=True,
+    mean=None,
+    std=None,
+    eps=1e-6,
+    layout="channels_last",
 ):
     """Section 3, "Reconstruction target": squared error per patch, averaged over the masked patches."""
     target = pixel_target(normalize(images, mean, std, pred.dtype), patch_size, norm_pix, eps, layout)

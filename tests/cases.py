@@ -109,7 +109,7 @@ def scatter_inputs(n, num_patches, k, d, r, *, dtype=F32, table=None, pos=None, 
 
 def loss_inputs(
     n, grid, patch, c, *, dtype=F32, pixels=None, strides="contiguous", image_strides="contiguous", masked=None,
-    by="mask", layout="pqc", norm_pix=True, norm=False,
+    by="mask", layout="channels_last", norm_pix=True, norm=False,
 ) -> dict:  # fmt: skip
     """Arguments of masked_mse: ``masked`` patches per sample, as ``by`` = "mask", "float mask" or "ids_mask"."""
     num_patches, values = grid[0] * grid[1], c * patch[0] * patch[1]
@@ -175,23 +175,23 @@ def dispatcher_calls() -> list[tuple]:
         (ops.scatter_mask_tokens_backward, tokens(3, 9, 5), restore, 3, 1, 9, F32, [yes, yes, yes]),
         (ops.scatter_mask_tokens_backward, tokens(1, 9, 5, strides="permute"), restore1, 3, 1, 8, BF16, [yes, no, no]),
         (ops.scatter_mask_tokens_backward, tokens(3, 9, 5, strides="sum"), restore, 3, 1, 0, F32, [no, yes, yes]),
-        (ops.masked_mse, tokens(3, 8, 48, BF16), last, mask, None, patch, yes, *norm, 1e-6, "pqc", yes),
-        (ops.masked_mse, tokens(1, 2, 48), plain, None, keep1, patch, yes, None, None, 1e-6, "cpq", yes),
-        (ops.masked_mse, tokens(3, 2, 48, F64), last, None, keep, patch, no, None, None, 1e-6, "cpq", no),
-        (ops.masked_mse, tokens(3, 8, 48), last, mask * 0.0, None, patch, no, *norm, 1e-6, "pqc", yes),
-        (ops.masked_mse_recomputed_backward, tokens(3, 8, 48, BF16), last, mask, None, patch, yes, *norm, 1e-6, "pqc",
+        (ops.masked_mse, tokens(3, 8, 48, BF16), last, mask, None, patch, yes, *norm, 1e-6, "channels_last", yes),
+        (ops.masked_mse, tokens(1, 2, 48), plain, None, keep1, patch, yes, None, None, 1e-6, "channels_first", yes),
+        (ops.masked_mse, tokens(3, 2, 48, F64), last, None, keep, patch, no, None, None, 1e-6, "channels_first", no),
+        (ops.masked_mse, tokens(3, 8, 48), last, mask * 0.0, None, patch, no, *norm, 1e-6, "channels_last", yes),
+        (ops.masked_mse_recomputed_backward, tokens(3, 8, 48, BF16), last, mask, None, patch, yes, *norm, 1e-6, "channels_last",
          torch.tensor(2.0), scale),
-        (ops.masked_mse_recomputed_backward, tokens(1, 2, 48), plain, None, keep1, patch, no, None, None, 1e-6, "cpq",
+        (ops.masked_mse_recomputed_backward, tokens(1, 2, 48), plain, None, keep1, patch, no, None, None, 1e-6, "channels_first",
          torch.tensor(2.0), scale),
         (ops.masked_mse_backward, residual, torch.tensor(2.0), scale, F16),
         (ops.masked_mse_backward, residual[:1], torch.tensor(2.0).expand(()), scale, F32),
         (ops.linear_masked_mse, tokens(3, 2, 5, BF16, "permute"), head, torch.randn(48), last, keep, patch, yes, *norm,
-         1e-6, "pqc", BF16, [yes, yes, yes]),
-        (ops.linear_masked_mse, tokens(1, 2, 5), head, None, plain, keep1, patch, yes, None, None, 1e-6, "cpq", F32,
+         1e-6, "channels_last", BF16, [yes, yes, yes]),
+        (ops.linear_masked_mse, tokens(1, 2, 5), head, None, plain, keep1, patch, yes, None, None, 1e-6, "channels_first", F32,
          [yes, no, no]),
         (ops.linear_masked_mse, tokens(3, 2, 5, F64), head.double(), None, last, keep, patch, no, None, None, 1e-6,
-         "pqc", F64, [no, yes, no]),
-        (ops.linear_masked_mse, tokens(3, 2, 5), head, torch.randn(48), last, keep, patch, no, *norm, 1e-6, "cpq", F32,
+         "channels_last", F64, [no, yes, no]),
+        (ops.linear_masked_mse, tokens(3, 2, 5), head, torch.randn(48), last, keep, patch, no, *norm, 1e-6, "channels_first", F32,
          [no, no, no]),
         (ops.random_resized_crop, last, None, None, boxes, flips, [9, 20]),
         (ops.random_resized_crop, last[:1], None, None, boxes[1:2], flips[::3], [1, 1]),
@@ -227,7 +227,7 @@ OPS_BY_NAME = {
     "loss, mask": (masked_mse, lambda n: loss_inputs(n, GRID, PATCH, 3, norm=True), ("pred",)),
     "loss, ids": (
         masked_mse,
-        lambda n: loss_inputs(n, GRID, PATCH, 3, by="ids_mask", pixels=U8, layout="cpq"),
+        lambda n: loss_inputs(n, GRID, PATCH, 3, by="ids_mask", pixels=U8, layout="channels_first"),
         ("pred",),
     ),
     "head and loss": (
@@ -237,7 +237,7 @@ OPS_BY_NAME = {
     ),
     "head and loss, uint8": (
         linear_masked_mse,
-        lambda n: head_inputs(n, GRID, PATCH, 3, 24, bias=False, pixels=U8, layout="cpq"),
+        lambda n: head_inputs(n, GRID, PATCH, 3, 24, bias=False, pixels=U8, layout="channels_first"),
         ("hidden", "weight"),
     ),
     "embed": (

@@ -63,7 +63,7 @@ def test_masked_mse(n, grid, patch, c, masked, by_mask, published_layout, seed):
             c,
             masked=min(masked, grid[0] * grid[1]),
             by="mask" if by_mask else "ids_mask",
-            layout="pqc" if published_layout else "cpq",
+            layout="channels_last" if published_layout else "channels_first",
             norm_pix=c * patch[0] * patch[1] > 3,
         )
     )

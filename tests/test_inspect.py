@@ -36,7 +36,7 @@ NARROW = {
     "gather_patches of patch_embed uint8": "8 pixels a thread, each a byte",
     "gather_patches of patch_embed uint8 bfloat16": "8 pixels a thread, each a byte",
     "masked_mse of masked_mse uint8 bfloat16": "the forward writes sums alone",
-    "masked_mse of masked_mse uint8 bfloat16 cpq": "the forward writes sums alone",
+    "masked_mse of masked_mse uint8 bfloat16 channels_first": "the forward writes sums alone",
 }
 
 

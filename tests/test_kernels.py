@@ -123,7 +123,9 @@ def test_ids_out_of_range_stay_inside_memory(bad, guarded_empty):
     assert all(g.isfinite().all() for g in grads[1:])
 
     pixels, pred = images(2, 3, 16, 16), tokens(2, 3, 192)
-    loss, residual, _ = kernels.masked_mse(pred, pixels, None, chosen, [8, 8], True, None, None, 1e-6, "pqc", True)
+    loss, residual, _ = kernels.masked_mse(
+        pred, pixels, None, chosen, [8, 8], True, None, None, 1e-6, "channels_last", True
+    )
     assert loss.isfinite()
     assert torch.equal(residual.count_nonzero(dim=2) > 0, is_good)
 
@@ -195,7 +197,7 @@ def test_noise_of_any_value_is_ordered_as_by_pytorch():
 
 # 40 x 64 pixels of 3 channels are held in two turns, 40 x 64 of 13 in nine.
 @pytest.mark.parametrize(("c", "turns"), [(3, 2), (13, 9)])
-@pytest.mark.parametrize(("layout", "by"), [("pqc", "mask"), ("cpq", "ids_mask")])
+@pytest.mark.parametrize(("layout", "by"), [("channels_last", "mask"), ("channels_first", "ids_mask")])
 @pytest.mark.parametrize("norm_pix", [False, True])
 def test_patches_larger_than_the_registers(c, turns, layout, by, norm_pix):
     tiles = loss_kernels.loss_tiles(4, c, [40, 64])
@@ -204,7 +206,7 @@ def test_patches_larger_than_the_registers(c, turns, layout, by, norm_pix):
     compare(masked_mse, reference.masked_mse, inputs, torch.tensor(1.0), ("pred",))
 
 
-@pytest.mark.parametrize("layout", ["pqc", "cpq"])
+@pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("patch", [16, 64])  # in one block, in three
 def test_the_target_of_a_flat_patch_is_zero(patch, layout):
     flat = torch.rand(2, 1, 3, 4).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
@@ -212,7 +214,7 @@ def test_the_target_of_a_flat_patch_is_zero(patch, layout):
     assert masked_mse(pred, flat.expand(-1, 3, -1, -1), patch_size=patch, mask=mask, layout=layout).item() == 0
 
 
-@pytest.mark.parametrize("layout", ["pqc", "cpq"])
+@pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
 def test_channels_more_than_32_bits_apart(layout):
     inputs = loss_inputs(1, (2, 2), (4, 8), 3, layout=layout, pixels=U8)
     far = torch.empty(2**32 + 128, dtype=U8).as_strided((1, 3, 8, 16), (0, 2**31, 16, 1))
@@ -222,7 +224,7 @@ def test_channels_more_than_32_bits_apart(layout):
 
 def test_a_residual_in_place_of_its_prediction():
     pixels, pred, mask = images(3, 3, 16, 24), tokens(3, 6, 192, BF16), torch.rand(3, 6) < 0.5
-    arguments = (pixels, mask, None, [8, 8], True, None, None, 1e-6, "pqc", True)
+    arguments = (pixels, mask, None, [8, 8], True, None, None, 1e-6, "channels_last", True)
     expected = kernels.masked_mse(pred.clone(), *arguments)
     loss, residual, _ = kernels.masked_mse(pred, *arguments, in_place=True)
     assert residual is pred
@@ -289,7 +291,7 @@ def test_gradcheck_of_the_kernels():
     restore = inputs["ids_restore"]
     assert torch.autograd.gradcheck(lambda x, mask, pos: scatter_mask_tokens(x, mask, restore, pos), leaves, **STEP)
 
-    for by, layout in (("mask", "pqc"), ("ids_mask", "cpq")):
+    for by, layout in (("mask", "channels_last"), ("ids_mask", "channels_first")):
         inputs = loss_inputs(2, (1, 2), (1, 3), 2, by=by, layout=layout, norm=True)
         pred = inputs.pop("pred").requires_grad_()
         assert torch.autograd.gradcheck(lambda x, inputs=inputs: masked_mse(x, **inputs), pred, **STEP)

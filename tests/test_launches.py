@@ -75,7 +75,7 @@ CALLS = [
     lambda: embed(3, BF16, images=True, pos_embed=learned(64, 192)),
     lambda: embed(5, F32, images=True),
     lambda: loss(3, F16),
-    lambda: loss(32, BF16, c=13, layout="cpq"),
+    lambda: loss(32, BF16, c=13, layout="channels_first"),
     lambda: gather(100),
     lambda: mae_kernels.scatter_mask_tokens(learned(4, 13, 1024), learned(1024), ids(4, 49), learned(49, 1024)),
     lambda: mae_kernels.random_masking(4, 1024),

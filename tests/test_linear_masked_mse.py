@@ -54,20 +54,20 @@ def check(inputs, grad=1.0, wrt=ALL):
 @pytest.mark.parametrize(
     ("n", "step", "grid", "patch", "c", "d", "masked", "layout", "norm_pix", "bias", "dtype"),
     [
-        (1, 1, (1, 1), (8, 8), 1, 1, 1, "pqc", True, True, F32),
-        (1, 4, (5, 7), (14, 14), 3, 24, 26, "cpq", True, False, F32),
-        (3, 1, (7, 7), (8, 8), 4, 100, 17, "pqc", False, True, F32),
-        (3, 2, (7, 7), (8, 16), 3, 64, 17, "pqc", True, True, F32),
-        (5, 2, (3, 4), (8, 8), 13, 192, 3, "cpq", False, False, F32),
-        (5, 5, (3, 4), (16, 16), 3, 512, 3, "pqc", True, True, F32),
-        (7, 3, (2, 3), (8, 8), 3, 33, 6, "pqc", True, True, F32),
-        (5, 2, (3, 4), (8, 8), 3, 64, 9, "pqc", True, True, F64),
-        (5, 2, (3, 4), (8, 8), 3, 64, 9, "cpq", False, False, F64),
-        (5, 2, (3, 4), (16, 16), 3, 192, 5, "pqc", True, True, BF16),
-        (8, 1, (3, 4), (8, 8), 3, 64, 5, "pqc", False, False, BF16),
-        (3, 8, (7, 7), (8, 8), 3, 100, 17, "cpq", True, True, BF16),
-        (5, 2, (3, 4), (16, 16), 3, 192, 5, "pqc", True, True, F16),
-        (8, 1, (3, 4), (8, 8), 3, 64, 5, "cpq", False, False, F16),
+        (1, 1, (1, 1), (8, 8), 1, 1, 1, "channels_last", True, True, F32),
+        (1, 4, (5, 7), (14, 14), 3, 24, 26, "channels_first", True, False, F32),
+        (3, 1, (7, 7), (8, 8), 4, 100, 17, "channels_last", False, True, F32),
+        (3, 2, (7, 7), (8, 16), 3, 64, 17, "channels_last", True, True, F32),
+        (5, 2, (3, 4), (8, 8), 13, 192, 3, "channels_first", False, False, F32),
+        (5, 5, (3, 4), (16, 16), 3, 512, 3, "channels_last", True, True, F32),
+        (7, 3, (2, 3), (8, 8), 3, 33, 6, "channels_last", True, True, F32),
+        (5, 2, (3, 4), (8, 8), 3, 64, 9, "channels_last", True, True, F64),
+        (5, 2, (3, 4), (8, 8), 3, 64, 9, "channels_first", False, False, F64),
+        (5, 2, (3, 4), (16, 16), 3, 192, 5, "channels_last", True, True, BF16),
+        (8, 1, (3, 4), (8, 8), 3, 64, 5, "channels_last", False, False, BF16),
+        (3, 8, (7, 7), (8, 8), 3, 100, 17, "channels_first", True, True, BF16),
+        (5, 2, (3, 4), (16, 16), 3, 192, 5, "channels_last", True, True, F16),
+        (8, 1, (3, 4), (8, 8), 3, 64, 5, "channels_first", False, False, F16),
     ],
 )
 def test_sizes(n, step, grid, patch, c, d, masked, layout, norm_pix, bias, dtype, chunks_of):
@@ -293,7 +293,7 @@ def test_two_runs_are_bitwise_equal(dtype, chunks_of):
 
 @pytest.mark.eager
 @pytest.mark.parametrize("norm_pix", [False, True])
-@pytest.mark.parametrize("layout", ["pqc", "cpq"])
+@pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
 def test_gradcheck(layout, norm_pix, chunks_of):
     chunks_of(2)
     inputs = head_inputs(3, (2, 3), (2, 3), 3, 4, layout=layout, norm_pix=norm_pix, dtype=F64, norm=True)

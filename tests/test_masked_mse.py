@@ -39,23 +39,23 @@ def check(inputs, grad=1.0):
 @pytest.mark.parametrize(
     ("n", "grid", "patch", "c", "by", "masked", "layout", "norm_pix", "dtype"),
     [
-        (1, (1, 1), (16, 16), 3, "mask", 1, "pqc", True, F32),
-        (1, (1, 1), (8, 8), 1, "ids_mask", 1, "cpq", True, F32),
-        (3, (3, 5), (14, 14), 3, "mask", 11, "pqc", True, F32),
-        (3, (7, 7), (8, 16), 4, "ids_mask", 17, "pqc", False, F32),
-        (1, (14, 14), (16, 16), 3, "ids_mask", 147, "pqc", True, F32),
-        (3, (3, 5), (8, 8), 13, "float mask", 11, "cpq", True, F32),
-        (1, (197, 1), (4, 2), 3, "mask", 100, "cpq", False, F32),
-        (1, (1, 197), (2, 4), 4, "float mask", 196, "pqc", True, F32),
-        (3, (28, 56), (2, 4), 1, "ids_mask", 1412, "pqc", True, F32),
-        (1, (28, 56), (2, 2), 3, "mask", 1, "pqc", False, F32),
-        (3, (3, 5), (14, 14), 3, "ids_mask", 15, "pqc", True, F32),
-        (3, (7, 7), (8, 16), 13, "mask", 37, "pqc", True, F64),
-        (1, (5, 3), (16, 16), 3, "ids_mask", 11, "cpq", True, F64),
-        (3, (3, 5), (16, 16), 3, "mask", 11, "pqc", True, BF16),
-        (3, (5, 3), (16, 8), 4, "ids_mask", 11, "cpq", False, BF16),
-        (1, (14, 14), (8, 8), 3, "mask", 147, "cpq", True, F16),
-        (3, (7, 7), (8, 8), 1, "ids_mask", 37, "pqc", True, F16),
+        (1, (1, 1), (16, 16), 3, "mask", 1, "channels_last", True, F32),
+        (1, (1, 1), (8, 8), 1, "ids_mask", 1, "channels_first", True, F32),
+        (3, (3, 5), (14, 14), 3, "mask", 11, "channels_last", True, F32),
+        (3, (7, 7), (8, 16), 4, "ids_mask", 17, "channels_last", False, F32),
+        (1, (14, 14), (16, 16), 3, "ids_mask", 147, "channels_last", True, F32),
+        (3, (3, 5), (8, 8), 13, "float mask", 11, "channels_first", True, F32),
+        (1, (197, 1), (4, 2), 3, "mask", 100, "channels_first", False, F32),
+        (1, (1, 197), (2, 4), 4, "float mask", 196, "channels_last", True, F32),
+        (3, (28, 56), (2, 4), 1, "ids_mask", 1412, "channels_last", True, F32),
+        (1, (28, 56), (2, 2), 3, "mask", 1, "channels_last", False, F32),
+        (3, (3, 5), (14, 14), 3, "ids_mask", 15, "channels_last", True, F32),
+        (3, (7, 7), (8, 16), 13, "mask", 37, "channels_last", True, F64),
+        (1, (5, 3), (16, 16), 3, "ids_mask", 11, "channels_first", True, F64),
+        (3, (3, 5), (16, 16), 3, "mask", 11, "channels_last", True, BF16),
+        (3, (5, 3), (16, 8), 4, "ids_mask", 11, "channels_first", False, BF16),
+        (1, (14, 14), (8, 8), 3, "mask", 147, "channels_first", True, F16),
+        (3, (7, 7), (8, 8), 1, "ids_mask", 37, "channels_last", True, F16),
     ],
 )
 def test_sizes(n, grid, patch, c, by, masked, layout, norm_pix, dtype):
@@ -64,7 +64,12 @@ def test_sizes(n, grid, patch, c, by, masked, layout, norm_pix, dtype):
 
 @pytest.mark.parametrize(
     ("by", "pixels", "layout"),
-    [("mask", F32, "pqc"), ("mask", U8, "cpq"), ("ids_mask", F32, "cpq"), ("ids_mask", U8, "pqc")],
+    [
+        ("mask", F32, "channels_last"),
+        ("mask", U8, "channels_first"),
+        ("ids_mask", F32, "channels_first"),
+        ("ids_mask", U8, "channels_last"),
+    ],
 )
 @pytest.mark.parametrize("image_strides", IMAGE_STRIDES)
 def test_image_strides(image_strides, by, pixels, layout):
@@ -194,11 +199,11 @@ def test_mask_strides():
 @pytest.mark.parametrize(
     ("dtype", "kind", "norm", "layout", "image_strides"),
     [
-        (F32, torch.bool, False, "pqc", "contiguous"),
-        (F32, F32, True, "cpq", "channels_last"),
-        (BF16, torch.bool, True, "cpq", "channels_last"),
-        (BF16, F32, False, "cpq", "channels_last"),
-        (BF16, F32, True, "pqc", "contiguous"),
+        (F32, torch.bool, False, "channels_last", "contiguous"),
+        (F32, F32, True, "channels_first", "channels_last"),
+        (BF16, torch.bool, True, "channels_first", "channels_last"),
+        (BF16, F32, False, "channels_first", "channels_last"),
+        (BF16, F32, True, "channels_last", "contiguous"),
     ],
 )
 def test_nothing_masked_is_zero(dtype, kind, norm, layout, image_strides):
@@ -212,7 +217,7 @@ def test_nothing_masked_is_zero(dtype, kind, norm, layout, image_strides):
 
 
 @pytest.mark.parametrize("by", ["mask", "ids_mask"])
-@pytest.mark.parametrize("layout", ["pqc", "cpq"])
+@pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
 def test_nearly_flat_patches(layout, by):
     inputs = loss_inputs(3, (3, 3), (8, 8), 3, by=by, layout=layout)
     inputs["images"] = 2.2 + 1e-3 * (2 * torch.rand_like(inputs["images"]) - 1)  # variance and eps are alike
@@ -326,7 +331,9 @@ def test_a_residual_is_kept_for_gradients_only(by, backend):
 
 @pytest.mark.eager
 @pytest.mark.parametrize("norm_pix", [False, True])
-@pytest.mark.parametrize(("by", "layout"), [("mask", "pqc"), ("ids_mask", "cpq"), ("float mask", "cpq")])
+@pytest.mark.parametrize(
+    ("by", "layout"), [("mask", "channels_last"), ("ids_mask", "channels_first"), ("float mask", "channels_first")]
+)
 def test_gradcheck(by, layout, norm_pix):
     inputs = loss_inputs(2, (2, 3), (2, 3), 3, by=by, layout=layout, norm_pix=norm_pix, dtype=F64, norm=True)
     pred = inputs.pop("pred").requires_grad_()

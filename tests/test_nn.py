@@ -113,7 +113,7 @@ def test_the_modules_are_the_functions(backend, images):
     assert torch.equal(decoded, scatter_mask_tokens(tokens, token, m.ids_restore, positions, num_prefix=2))
 
     pred = torch.randn(3, 9, 384)
-    options = {"norm_pix": False, "layout": "cpq"}
+    options = {"norm_pix": False, "layout": "channels_first"}
     loss = MaskedMSELoss((8, 16), **options, **STATS).to(DEVICE)(pred, images, ids_mask=m.ids_mask)
     assert loss == masked_mse(pred, images, patch_size=(8, 16), ids_mask=m.ids_mask, mean=MEAN, std=STD, **options)
 
@@ -245,7 +245,10 @@ def test_repr():
         ")"
     )
     assert repr(MaskTokenScatter()) == "MaskTokenScatter(num_prefix=1)"
-    assert repr(MaskedMSELoss((8, 4))) == "MaskedMSELoss(patch_size=(8, 4), norm_pix=True, eps=1e-06, layout='pqc')"
+    assert (
+        repr(MaskedMSELoss((8, 4)))
+        == "MaskedMSELoss(patch_size=(8, 4), norm_pix=True, eps=1e-06, layout='channels_last')"
+    )
 
 
 @pytest.mark.parametrize(
@@ -262,7 +265,7 @@ def test_repr():
          "MaskedMSELoss: pixel_mean has 3 values, but pixel_std has 1"),
         (lambda: MaskedMSELoss(8, pixel_mean=MEAN, pixel_std=(1.0, 0.0, 1.0)),
          "MaskedMSELoss: pixel_std must be positive, got [1.0, 0.0, 1.0]"),
-        (lambda: MaskedMSELoss(8, layout="chw"), "MaskedMSELoss: layout must be 'pqc' or 'cpq', got 'chw'"),
+        (lambda: MaskedMSELoss(8, layout="chw"), "MaskedMSELoss: layout must be 'channels_last' or 'channels_first', got 'chw'"),
         (lambda: MaskedMSELoss(8, eps=-1.0), "MaskedMSELoss: eps must not be negative, got -1.0"),
         (lambda: embed(pos_embed=torch.zeros(200, 32)), ("MaskedPatchEmbed: pos_embed has 200 rows; "
          "it must have 24, one per patch, or 25 with those of the prefix")),

@@ -27,12 +27,12 @@ def pixel_by_pixel(x, patch, layout):
     for channel in range(c):
         for p in range(ph):
             for q in range(pw):
-                e = (p * pw + q) * c + channel if layout == "pqc" else (channel * ph + p) * pw + q
+                e = (p * pw + q) * c + channel if layout == "channels_last" else (channel * ph + p) * pw + q
                 out[:, :, e] = x[:, channel, p::ph, q::pw].reshape(n, -1)
     return out
 
 
-@pytest.mark.parametrize("layout", ["pqc", "cpq"])
+@pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
 @pytest.mark.parametrize(("n", "grid", "patch", "c", "dtype"), SIZES)
 def test_patchify_and_back(n, grid, patch, c, dtype, layout):
     x = images(n, c, grid[0] * patch[0], grid[1] * patch[1], dtype)
@@ -46,7 +46,7 @@ def test_patchify_and_back(n, grid, patch, c, dtype, layout):
     assert torch.equal(reference.unpatchify(patches, patch, tuple(x.shape[2:]), layout), x)
 
 
-@pytest.mark.parametrize("layout", ["pqc", "cpq"])
+@pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("strides", IMAGE_STRIDES)
 def test_image_strides(strides, layout):
     x = images(3, 3, 24, 32, strides=strides)
@@ -55,12 +55,12 @@ def test_image_strides(strides, layout):
 
 def test_the_published_layout_and_square_patches_are_the_default():
     x = images(2, 3, 28, 28)
-    assert torch.equal(patchify(x, 14), pixel_by_pixel(x, (14, 14), "pqc"))
+    assert torch.equal(patchify(x, 14), pixel_by_pixel(x, (14, 14), "channels_last"))
     assert torch.equal(unpatchify(patchify(x, 14), 14, 28), x)
     assert torch.equal(unpatchify(patchify(x, [7, 14]), [7, 14], [28, 28]), x)
 
 
-@pytest.mark.parametrize("layout", ["pqc", "cpq"])
+@pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
 def test_gradients(layout):
     def ours(images):
         return patchify(images, (8, 16), layout)

@@ -46,7 +46,7 @@ def masked_mse_kernel(
     num_rows, rows_per_sample, num_patches, grid_width, blocks_per_program, eps,
     s_pn, s_pl, s_pe, s_xn, s_xc, s_xh, s_xw, s_in, s_il,
     C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    NORM_PIX: tl.constexpr, PQC: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
+    NORM_PIX: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
     BLOCK: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """residual = pred - target on masked patches; partial sums of residual^2, and of the mask.
@@ -59,8 +59,10 @@ def masked_mse_kernel(
     if p_grad is not None:
         factor = tl.load(p_grad).to(tl.float32) * tl.load(p_scale)
     # All patches share these. The compiler does not move loads out of a loop that stores.
-    o_pivot, mean_pivot, inverse_pivot = decoded_values(p_mean, p_std, 0, s_xc, s_xh, s_xw, C, PH, PW, PQC, WIDE, 1)
-    o_e, mean_e, inverse_e = decoded_values(p_mean, p_std, 0, s_xc, s_xh, s_xw, C, PH, PW, PQC, WIDE, VALUES)
+    o_pivot, mean_pivot, inverse_pivot = decoded_values(
+        p_mean, p_std, 0, s_xc, s_xh, s_xw, C, PH, PW, CHANNELS_LAST, WIDE, 1
+    )
+    o_e, mean_e, inverse_e = decoded_values(p_mean, p_std, 0, s_xc, s_xh, s_xw, C, PH, PW, CHANNELS_LAST, WIDE, VALUES)
     total = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.int32)
     for turn in range(blocks_per_program):
@@ -92,7 +94,9 @@ def masked_mse_kernel(
             for power in tl.static_range(1, 3):
                 moment = _moment(x, mean, 0, power, E, VALUES)
                 for first in range(VALUES, E, VALUES):
-                    o, m, inverse = decoded_values(p_mean, p_std, first, s_xc, s_xh, s_xw, C, PH, PW, PQC, WIDE, VALUES)
+                    o, m, inverse = decoded_values(
+                        p_mean, p_std, first, s_xc, s_xh, s_xw, C, PH, PW, CHANNELS_LAST, WIDE, VALUES
+                    )
                     more = load_values(p_images, o_patch, m_pred, first, o, m, inverse, E) - pivot
                     moment += _moment(more, mean, first, power, E, VALUES)
                 if power == 1:
@@ -102,7 +106,9 @@ def masked_mse_kernel(
         target = (x - mean[:, None]) * scale[:, None]
         total += _write_residual(p_pred, p_out, target, factor, 0, o_pred, o_out, m_i, m_pred, s_pe, E, VALUES)
         for first in range(VALUES, E, VALUES):
-            o, m, inverse = decoded_values(p_mean, p_std, first, s_xc, s_xh, s_xw, C, PH, PW, PQC, WIDE, VALUES)
+            o, m, inverse = decoded_values(
+                p_mean, p_std, first, s_xc, s_xh, s_xw, C, PH, PW, CHANNELS_LAST, WIDE, VALUES
+            )
             more = load_values(p_images, o_patch, m_pred, first, o, m, inverse, E) - pivot
             target = (more - mean[:, None]) * scale[:, None]
             total += _write_residual(p_pred, p_out, target, factor, first, o_pred, o_out, m_i, m_pred, s_pe, E, VALUES)
@@ -218,7 +224,7 @@ def _residuals(
         pred, images, mean, std, mask, ids_mask, grad, scale, out, sums, counts,
         n * rows, rows, prod(grid), grid[1], tiles.turns, eps,
         s_pn // unit, s_pl // unit, s_pe, s_xn, s_xc, s_xh, s_xw, *(ids_mask if mask is None else mask).stride(),
-        C=channels, PH=ph, PW=pw, NORM_PIX=norm_pix, PQC=layout == "pqc", WIDE=last >= 2**31, UNIT=unit,
+        C=channels, PH=ph, PW=pw, NORM_PIX=norm_pix, CHANNELS_LAST=layout == "channels_last", WIDE=last >= 2**31, UNIT=unit,
         BLOCK=tiles.patches, VALUES=tiles.values, num_warps=tiles.num_warps,
     )  # fmt: skip
     return sums, counts

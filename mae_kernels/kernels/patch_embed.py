@@ -37,7 +37,7 @@ def gather_patches_kernel(
     for block in tl.static_range(0, E, BLOCK_E):
         e = block + tl.arange(0, BLOCK_E)  # [BE]
         o_e, mean, inverse = decoded_values(
-            p_mean, p_std, block, s_xc, s_xh, s_xw, C, PH, PW, PQC=False, WIDE=True, VALUES=BLOCK_E
+            p_mean, p_std, block, s_xc, s_xh, s_xw, C, PH, PW, CHANNELS_LAST=False, WIDE=True, VALUES=BLOCK_E
         )
         x = load_values(p_images, o_patch, m_patch, block, o_e, mean, inverse, E)
         x = rounded(tl.where(m_patch[:, None], x, 0), p_out.dtype.element_ty)

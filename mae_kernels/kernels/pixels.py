@@ -14,14 +14,14 @@ def patch_offsets(ids, grid_width, s_h, s_w, PH: tl.constexpr, PW: tl.constexpr)
 @triton.jit
 def decoded_values(
     p_mean, p_std, first, s_c, s_h, s_w,
-    C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, PQC: tl.constexpr, WIDE: tl.constexpr, VALUES: tl.constexpr,
+    C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Of a patch's values from the first on, [VALUES]: offset of the pixel, mean and 1 / std of its channel.
 
-    The values are ordered by row, column and channel (PQC) or by channel, row and column.
+    The values are ordered by row, column and channel (CHANNELS_LAST) or by channel, row and column.
     """
     e = first + tl.arange(0, VALUES)
-    if PQC:
+    if CHANNELS_LAST:
         c, p, q = e % C, e // (PW * C), e // C % PW
     else:
         c, p, q = e // (PH * PW), e // PW % PH, e % PW

@@ -1,0 +1,66 @@
+"""How images are cut into patches, and every refusal about that."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mae_kernels import checks
+
+Sizes = int | tuple[int, ...]  # one number for every side, (height, width), or (frames, height, width)
+
+_SIDES = ("frames", "height", "width")
+
+
+class PatchGrid(NamedTuple):
+    """A grid of patches, in row-major order. Inside the ops all images are ``[N, C, T, H, W]``: one is a video of 1."""
+
+    patch: tuple[int, int, int]  # frames, height and width of a patch in pixels
+    grid: tuple[int, int, int]  # patches along each of the three
+    channels: int
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def patch_values(self) -> int:
+        return self.channels * self.patch[0] * self.patch[1] * self.patch[2]
+
+    @classmethod
+    def of(cls, op: str, images: Tensor, patch_size: Sizes) -> "PatchGrid":
+        """The grid of images ``[N, C, H, W]`` or ``[N, C, T, H, W]``, empty in nothing but the batch.
+
+        An int is the patch's size along every side that the images have, a pair is a patch of one frame.
+
+        Raises:
+            TypeError, ValueError: no such images, no such patch, or sides that are not multiples of it.
+        """
+        checks.tensor(op, "images", images, ("N", "C", "H", "W"), ("N", "C", "T", "H", "W"))
+        checks.pixels(op, "images", images)
+        if 0 in images.shape[1:]:
+            side = ("channel dimension", *_SIDES[5 - images.ndim :])[tuple(images.shape[1:]).index(0)]
+            raise ValueError(f"{op}: the {side} of images is empty, got shape {tuple(images.shape)}")
+        return cls.of_sizes(op, images.shape[2:], patch_size, images.shape[1])
+
+    @classmethod
+    def of_sizes(cls, op: str, image_size: Sizes, patch_size: Sizes, channels: int) -> "PatchGrid":
+        """The grid of images of such a size: an int for ``H = W``, a pair, or three numbers."""
+        sizes = checks.sizes(op, "image_size", image_size, 2)
+        patch = checks.sizes(op, "patch_size", patch_size, len(sizes))
+        sizes, patch = ((1,) * (3 - len(x)) + tuple(x) for x in (sizes, patch))
+        for size, p, side in zip(sizes, patch, _SIDES, strict=True):
+            if size % p:
+                raise ValueError(f"{op}: images {side} {size} is not a multiple of the patch {side} {p}")
+        return cls.inside(sizes, patch, channels)
+
+    @classmethod
+    def inside(cls, sizes: Sequence[int], patch: Sequence[int], channels: int) -> "PatchGrid":
+        """The grid of what has passed the border: three sizes that three sides of a patch divide."""
+        (t, h, w), (pt, ph, pw) = sizes, patch
+        return cls((pt, ph, pw), (t // pt, h // ph, w // pw), channels)
+
+
+def as_video(images: Tensor) -> Tensor:
+    """``[N, C, T, H, W]``; an image is a video of one frame."""
+    return images.unsqueeze(2) if images.ndim == 4 else images
