@@ -207,7 +207,7 @@ def _normalize(x: Tensor, dim: int, eps_of_variance: float, eps_of_deviation: fl
     # Two passes: the variance is a sum of squares of centred values, never a difference of large sums.
     x -= x.mean(dim, keepdim=True)
     variance = torch.linalg.vector_norm(x, dim=dim, keepdim=True).square_().div_(x.shape[dim] - 1)
-    x /= variance.add_(eps_of_variance).sqrt_().add_(eps_of_deviation)
+    x *= variance.add_(eps_of_variance).sqrt_().add_(eps_of_deviation).reciprocal_()
 
 
 def _masked_mse_fake(pred, images, selected, statistics, keep_residual, *target):

@@ -138,9 +138,7 @@ def test_ids_out_of_range_stay_inside_memory(bad, guarded_empty):
     assert torch.equal(embedded[:, 1:][~is_good], nothing.expand(int((~is_good).sum()), 5))
     needs = [True] * 5
     grad, weight = tokens(2, 4, 5), inputs["weight"]
-    g_images, *_, g_pos, _ = kernels.patch_embed_backward(
-        grad, inputs["images"], weight, chosen, None, 1, F32, needs
-    )
+    g_images, *_, g_pos, _ = kernels.patch_embed_backward(grad, inputs["images"], weight, chosen, None, 1, F32, needs)
     in_use = (chosen[:, :, None] == torch.arange(4)).any(dim=1)
     assert torch.equal(reference.patchify(g_images[:, :, 0], 8).count_nonzero(dim=2) > 0, in_use)
     assert g_pos.isfinite().all()
@@ -222,6 +220,16 @@ def test_channels_more_than_32_bits_apart(layout):
     far = torch.empty(2**32 + 128, dtype=U8).as_strided((1, 3, 8, 16), (0, 2**31, 16, 1))
     near = inputs.pop("images")
     assert torch.equal(masked_mse(images=far.copy_(near), **inputs), masked_mse(images=near, **inputs))
+
+
+def test_frames_more_than_32_bits_apart():
+    inputs = loss_inputs(1, (2, 1, 2), (1, 4, 8), 2, pixels=U8, norm_pix="channel")
+    far = torch.empty(3 * 2**31 + 256, dtype=U8).as_strided((1, 2, 2, 4, 16), (0, 64, 2**31 + 128, 16, 1))
+    near = inputs.pop("images")
+    assert torch.equal(masked_mse(images=far.copy_(near), **inputs), masked_mse(images=near, **inputs))
+    weight = torch.randn(5, 2, 2, 4, 8)
+    ours, expected = (patch_embed(x, weight, None, None, torch.tensor([[1]])) for x in (far, near))
+    assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize(
