@@ -47,8 +47,9 @@ def apply(model: nn.Module) -> Report:
     """Make a model that you already have run on the fused ops, in place.
 
     Known are Hugging Face's ``ViTMAEForPreTraining`` and ``ViTMAEModel`` (transformers 4 and 5), models built like the
-    published class (by their parts, whatever their name, for images, clips or volumes), timm's ``VisionTransformer`` with patch dropout, and
-    lightly's ``MaskedVisionTransformerTIMM``; alone or anywhere inside a model, DistributedDataParallel included.
+    published class (by their parts, whatever their name; for images, clips or volumes), timm's ``VisionTransformer``
+    with patch dropout, and lightly's ``MaskedVisionTransformerTIMM``; alone or anywhere inside a model,
+    DistributedDataParallel included.
 
     Parameters, buffers, their names, hooks, modes and the random stream stay as they are: checkpoints load, optimizers
     made before keep working, the same seed gives the same masks. A module changes its class for a subclass of the same
