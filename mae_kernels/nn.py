@@ -9,11 +9,11 @@ names, and calls its ``MaskedPatchEmbed`` ``patch_embed``, has the published sta
     self.pos_embed = nn.Parameter(...)                             # pos_embed [1, 1 + L, 768]
     self.mask_token = learned_token(512)                           # mask_token
     self.decoder_pos_embed = nn.Parameter(...)                     # decoder_pos_embed [1, 1 + L, 512]
-    self.unshuffle, self.loss = MaskTokenScatter(), MaskedMSELoss(16)
+    self.scatter, self.loss = MaskTokenScatter(), MaskedMSELoss(16)
 
     m = random_masking(len(images), L, device=images.device)
     x = self.patch_embed(images, m.ids_keep, prefix=self.cls_token, pos_embed=self.pos_embed)
-    x = self.unshuffle(x, self.mask_token, m.ids_restore, self.decoder_pos_embed)
+    x = self.scatter(x, self.mask_token, m.ids_restore, self.decoder_pos_embed)
     loss = self.loss(pred, images, mask=m.mask)
 """
 
@@ -39,47 +39,6 @@ __all__ = ["MaskTokenScatter", "MaskedMSELoss", "MaskedPatchEmbed", "learned_tok
 def learned_token(dim: int) -> nn.Parameter:
     """A class or mask token as published: ``[1, 1, dim]`` from N(0, 0.02)."""
     return nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
-
-
-def floating_pixels(images: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
-    """Images as the ops read them: uint8 as ``x / 255``, then normalised where mean and std ``[C]`` are given."""
-    x = images / 255 if images.dtype == torch.uint8 else images
-    return x if mean is None else (x - mean[:, None, None]) / std[:, None, None]
-
-
-def rewritten(like: Tensor, before: Sequence[Tensor], statistics: Sequence[Sequence[float]]) -> list[Tensor]:
-    """Means and standard deviations anew, where ``like`` is now: half() rounds such buffers, to_empty() loses them.
-
-    Of those ``before`` the values count that somebody has set in place of ``statistics``.
-    """
-    options = {"dtype": accumulation_dtype(like.dtype), "device": like.device}
-    pairs = zip(before, statistics, strict=True)
-    return [torch.tensor(_own_values(old, values) or values, **options) for old, values in pairs]
-
-
-def _own_values(old: Tensor, values: Sequence[float]) -> list[float] | None:
-    if type(old) is not Tensor or old.is_meta:
-        return None
-    same = torch.equal(old, torch.tensor(values, dtype=old.dtype, device=old.device))
-    return None if same else old.tolist()
-
-
-def assemble_tokens(
-    tokens: Tensor,
-    pos_embed: Tensor | None,
-    ids_keep: Tensor | None,
-    prefix: Tensor | None,
-    out_dtype: torch.dtype | None,
-) -> Tensor:
-    """``[N, L, D]`` -> ``[N, R + K, D]``: what :func:`mae_kernels.patch_embed` does behind the projection.
-
-    For projections that have to be called, such as one with a LoRA adapter. Arguments as there.
-    """
-    x = tokens if pos_embed is None else tokens + pos_embed
-    x = x if ids_keep is None else gather_tokens(x, ids_keep)
-    if prefix is not None:
-        x = torch.cat([prefix.reshape(1, -1, x.shape[2]).expand(x.shape[0], -1, -1), x], dim=1)
-    return x if out_dtype is None else x.to(out_dtype)
 
 
 class _ReadsPixels(nn.Module):
@@ -119,13 +78,35 @@ class _ReadsPixels(nn.Module):
         before = self.pixel_mean, self.pixel_std
         super()._apply(fn, recurse)
         if self._pixel_stats is not None:
-            self.pixel_mean, self.pixel_std = rewritten(self.pixel_mean, before, self._pixel_stats)
+            self._write_statistics(self.pixel_mean, before)
         return self
 
-    def _normalization(self, images: Tensor) -> dict[str, Tensor]:
-        if self.pixel_mean is None or images.dtype != torch.uint8:
+    def _write_statistics(self, like: Tensor, before: Sequence[Tensor] = (None, None)) -> None:
+        """Means and deviations anew, where ``like`` is: half() rounds such buffers, and to_empty() loses them.
+
+        Of those ``before`` the values count that somebody has set in place of the given ones.
+        """
+        options = {"dtype": accumulation_dtype(like.dtype), "device": like.device}
+        self.pixel_mean, self.pixel_std = (
+            torch.tensor(_own_values(old, values) or values, **options)
+            for old, values in zip(before, self._pixel_stats, strict=True)
+        )
+
+    def normalization(self, images: Tensor) -> dict[str, Tensor]:
+        """Arguments ``mean`` and ``std`` of the ops for such images: floating ones are normalised already."""
+        if self._pixel_stats is None or images.dtype != torch.uint8:
             return {}
+        if self.pixel_mean.is_meta and not images.is_meta:  # load_state_dict(assign=True) fills only parameters
+            self._write_statistics(torch.empty(0, device=images.device))
         return {"mean": self.pixel_mean, "std": self.pixel_std}
+
+    def floating_pixels(self, images: Tensor) -> Tensor:
+        """Images as the ops read them: uint8 as ``x / 255``, normalised where there are mean and standard deviation."""
+        x = images / 255 if images.dtype == torch.uint8 else images
+        if stats := self.normalization(images):
+            mean, std = (values[:, None, None] for values in stats.values())
+            x = (x - mean) / std
+        return x
 
     def extra_repr(self) -> str:
         text = f"patch_size={self.patch_size}"
@@ -133,6 +114,13 @@ class _ReadsPixels(nn.Module):
             mean, std = (tuple(values) for values in self._pixel_stats)
             text += f", pixel_mean={mean}, pixel_std={std}"
         return text
+
+
+def _own_values(old: Tensor | None, values: Sequence[float]) -> list[float] | None:
+    if type(old) is not Tensor or old.is_meta:
+        return None
+    same = torch.equal(old, torch.tensor(values, dtype=old.dtype, device=old.device))
+    return None if same else old.tolist()
 
 
 class MaskedPatchEmbed(_ReadsPixels):
@@ -169,7 +157,7 @@ class MaskedPatchEmbed(_ReadsPixels):
             raise ValueError(
                 f"MaskedPatchEmbed: pixel_mean has {len(self._pixel_stats[0])} values for {in_chans} channels"
             )
-        self.out_dtype = out_dtype
+        self.embed_dim, self.out_dtype = embed_dim, out_dtype
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
         self.reset_parameters()
 
@@ -199,16 +187,15 @@ class MaskedPatchEmbed(_ReadsPixels):
         """
         if prefix is not None and pos_embed is not None:
             prefix, pos_embed = self._split_positions(images, prefix, pos_embed)
-        proj, stats, dtype = self.proj, self._normalization(images), self.out_dtype
+        proj, options = self.proj, {"prefix": prefix, "out_dtype": self.out_dtype}
         if projects_patches(proj):
-            return patch_embed(
-                images, proj.weight, proj.bias, pos_embed, ids_keep, prefix=prefix, out_dtype=dtype, **stats
-            )
-        tokens = proj(floating_pixels(images, **stats)).flatten(2).transpose(1, 2)
-        return assemble_tokens(tokens, pos_embed, ids_keep, prefix, dtype)
+            stats = self.normalization(images)
+            return patch_embed(images, proj.weight, proj.bias, pos_embed, ids_keep, **options, **stats)
+        tokens = proj(self.floating_pixels(images)).flatten(2).transpose(1, 2)
+        return _assemble(tokens, pos_embed, ids_keep, **options)
 
     def _split_positions(self, images: Tensor, prefix: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
-        op, embed_dim = "MaskedPatchEmbed", self.proj.out_channels
+        op, embed_dim = "MaskedPatchEmbed", self.embed_dim
         checks.images(op, images, self.patch_size)
         num_patches = prod(patch_grid(images, self.patch_size))
         prefix = checks.table(op, "prefix", prefix, "R", embed_dim)
@@ -225,6 +212,24 @@ class MaskedPatchEmbed(_ReadsPixels):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.out_dtype is None else f", out_dtype={self.out_dtype}")
+
+
+def _assemble(
+    tokens: Tensor,
+    pos_embed: Tensor | None,
+    ids_keep: Tensor | None,
+    prefix: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """``[N, L, D]`` -> ``[N, R + K, D]``: what :func:`mae_kernels.patch_embed` does behind the projection.
+
+    For projections that have to be called, such as one with a LoRA adapter. Arguments as there.
+    """
+    x = tokens if pos_embed is None else tokens + pos_embed
+    x = x if ids_keep is None else gather_tokens(x, ids_keep)
+    if prefix is not None:
+        x = torch.cat([prefix.reshape(1, -1, x.shape[2]).expand(x.shape[0], -1, -1), x], dim=1)
+    return x if out_dtype is None else x.to(out_dtype)
 
 
 class MaskTokenScatter(nn.Module):
@@ -311,7 +316,7 @@ class MaskedMSELoss(_ReadsPixels):
             norm_pix=self.norm_pix,
             eps=self.eps,
             layout=self.layout,
-            **self._normalization(images),
+            **self.normalization(images),
         )
 
     def extra_repr(self) -> str:
