@@ -18,7 +18,6 @@ names, and calls its ``MaskedPatchEmbed`` ``patch_embed``, has the published sta
 """
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 import torch.nn as nn
@@ -28,7 +27,8 @@ from mae_kernels import checks
 from mae_kernels.gather_tokens import gather_tokens
 from mae_kernels.masked_mse import masked_mse
 from mae_kernels.patch_embed import patch_embed
-from mae_kernels.patchify import Layout, patch_grid
+from mae_kernels.patch_grid import PatchGrid
+from mae_kernels.patchify import Layout
 from mae_kernels.precision import accumulation_dtype
 from mae_kernels.scatter_mask_tokens import scatter_mask_tokens
 from mae_kernels.untouched import projects_patches
@@ -55,7 +55,7 @@ class _ReadsPixels(nn.Module):
     ):
         super().__init__()
         op = type(self).__name__
-        self.patch_size = checks.patch_size(op, patch_size)
+        self.patch_size = checks.sizes(op, "patch_size", patch_size, 2)
         if (pixel_mean is None) != (pixel_std is None):
             given, missing = ("pixel_mean", "pixel_std") if pixel_std is None else ("pixel_std", "pixel_mean")
             raise ValueError(f"{op}: {given} was given without {missing}; pass both or neither")
@@ -196,8 +196,7 @@ class MaskedPatchEmbed(_ReadsPixels):
 
     def _split_positions(self, images: Tensor, prefix: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
         op, embed_dim = "MaskedPatchEmbed", self.embed_dim
-        checks.images(op, images, self.patch_size)
-        num_patches = prod(patch_grid(images, self.patch_size))
+        num_patches = PatchGrid.of(op, images, self.patch_size).num_patches
         prefix = checks.table(op, "prefix", prefix, "R", embed_dim)
         num_prefix = prefix.shape[0]
         pos_embed = checks.table(op, "pos_embed", pos_embed, "R + L", embed_dim)
@@ -275,7 +274,7 @@ class MaskedMSELoss(_ReadsPixels):
         pixel_mean: as of :class:`MaskedPatchEmbed`.
         pixel_std: as of :class:`MaskedPatchEmbed`.
         eps: added to the variance of a patch, inside the root.
-        layout: order of the E values in a prediction: ``"channels_last"`` (row, column, channel: published) or ``"channels_first"``.
+        layout: order of the E values in a prediction: ``"channels_last"`` (published) or ``"channels_first"``.
     """
 
     def __init__(
