@@ -11,7 +11,7 @@ from torch import nn
 
 import mae_kernels
 from mae import MAEConfig, MaskedAutoencoder
-from mae.block import Block
+from mae.model import Block
 from mae_kernels import masked_mse, patch_embed, random_masking, scatter_mask_tokens
 from mae_kernels.nn import MaskedMSELoss, MaskedPatchEmbed, MaskTokenScatter, learned_token
 
@@ -37,13 +37,13 @@ class Published(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = learned_token(decoder_dim)
-        self.unshuffle = MaskTokenScatter()
+        self.scatter = MaskTokenScatter()
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, rows, decoder_dim), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_dim, config.decoder_num_heads, config.mlp_ratio) for _ in range(config.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_dim, config.patch_values)
+        self.decoder_pred = nn.Linear(decoder_dim, config.grid.patch_values)
         self.loss = MaskedMSELoss(config.patch_size, norm_pix=config.norm_pix_loss, **stats)
 
     def forward(self, images, noise):
@@ -51,7 +51,7 @@ class Published(nn.Module):
         x = self.patch_embed(images, m.ids_keep, prefix=self.cls_token, pos_embed=self.pos_embed)
         for block in self.blocks:
             x = block(x)
-        x = self.unshuffle(self.decoder_embed(self.norm(x)), self.mask_token, m.ids_restore, self.decoder_pos_embed)
+        x = self.scatter(self.decoder_embed(self.norm(x)), self.mask_token, m.ids_restore, self.decoder_pos_embed)
         for block in self.decoder_blocks:
             x = block(x)
         return self.loss(self.decoder_pred(self.decoder_norm(x))[:, 1:], images, mask=m.mask)
@@ -254,8 +254,8 @@ def test_repr():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: MaskedPatchEmbed((2, 8, 8)), ("MaskedPatchEmbed: patch_size (2, 8, 8) has three dimensions; "
-         "video and volumes are not supported yet")),
+        (lambda: MaskedPatchEmbed((2, 2, 8, 8)),
+         "MaskedPatchEmbed: patch_size must be a positive int, or two or three of them, got (2, 2, 8, 8)"),
         (lambda: MaskedPatchEmbed(8, pixel_mean=MEAN),
          "MaskedPatchEmbed: pixel_mean was given without pixel_std; pass both or neither"),
         (lambda: MaskedMSELoss(8, pixel_std=STD),
@@ -265,7 +265,8 @@ def test_repr():
          "MaskedMSELoss: pixel_mean has 3 values, but pixel_std has 1"),
         (lambda: MaskedMSELoss(8, pixel_mean=MEAN, pixel_std=(1.0, 0.0, 1.0)),
          "MaskedMSELoss: pixel_std must be positive, got [1.0, 0.0, 1.0]"),
-        (lambda: MaskedMSELoss(8, layout="chw"), "MaskedMSELoss: layout must be 'channels_last' or 'channels_first', got 'chw'"),
+        (lambda: MaskedMSELoss(8, layout="chw"),
+     "MaskedMSELoss: layout must be 'channels_last' or 'channels_first', got 'chw'"),
         (lambda: MaskedMSELoss(8, eps=-1.0), "MaskedMSELoss: eps must not be negative, got -1.0"),
         (lambda: embed(pos_embed=torch.zeros(200, 32)), ("MaskedPatchEmbed: pos_embed has 200 rows; "
          "it must have 24, one per patch, or 25 with those of the prefix")),

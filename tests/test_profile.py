@@ -24,7 +24,7 @@ def test_flops_are_those_that_pytorch_counts(monkeypatch):
         q, k, v = packed.unbind(2) if queries is None else (queries, *packed.unbind(2))
         return reference.attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
-    monkeypatch.setattr("mae.block.attention", explicit)
+    monkeypatch.setattr("mae.model.block.attention", explicit)
     with FlopCounterMode(display=False) as counter:
         MaskedAutoencoder(SMALL)(torch.randn(2, 3, 32, 32)).loss.backward()
     visible, hidden, dim, decoder_dim, values = 4, 12, 64, 32, 3 * 8 * 8
@@ -75,7 +75,7 @@ def test_phases_of_a_step(bfloat16):
     assert all(phase.forward_ms > 0 for phase in phases.values())
     trained = {name for name, phase in phases.items() if phase.backward_ms > 0}
     assert trained == {"embed", "encoder", "scatter", "decoder", "loss"}
-    assert phases["encoder"].saved_bytes > 0 == phases["embed"].saved_bytes
+    assert phases["encoder"].saved_bytes > 24 == phases["embed"].saved_bytes  # mean and deviation of three channels
     with LaunchCounter() as counter:
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = model(images).loss
