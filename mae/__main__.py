@@ -58,10 +58,16 @@ class ReadingOptions:
     as they are, 16 bits as 0 to 65535 and floats between 0 and 1 as that; other values, and pictures that this leaves
     with fewer than 32 levels, are scaled by the picture's own range, and counted."""
     max_pixels: int = Reading.max_pixels
-    """Pictures of more pixels are passed over: decoding one takes a byte or more for each channel of each pixel."""
+    """Pictures and frames of more pixels are passed over: decoding takes a byte or more for each channel of each."""
 
-    def reading(self, channels: int | None = None) -> Reading:
-        return Reading(Reading.channels if channels is None else channels, self.value_range, self.max_pixels)
+    frame_stride: int = Reading.frame_stride
+    """For models of several frames: 2 takes every second frame of a file. In training a clip begins at a random frame,
+    elsewhere it lies in the middle of the file."""
+
+    def reading(self, model: MAEConfig | None = None) -> Reading:
+        """For that model; without one the options are only checked."""
+        taken = {} if model is None else {"channels": model.in_chans, "image_size": model.image_size}
+        return Reading(**taken, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class PretrainConfig:
 
 def pretrain(config: PretrainConfig) -> None:
     check(vars(config), {"workers": (lambda x: is_whole(x, 0, 10**9), "a whole number from 0 on")})
-    config.reading.reading(config.in_chans)
+    config.reading.reading()
     refuse_run(config.out, config.overwrite)
     choose_device(config.train.device)
     files = find_images(config.data)
@@ -117,7 +123,7 @@ def pretrain(config: PretrainConfig) -> None:
 def _pretrain(config: PretrainConfig, files: list[Path], model: MaskedAutoencoder) -> None:
     print(f"Pre-training {config.model} on {len(files)} images from {printable(config.data)}")
     batches = Batches(
-        TrainingImages(files, model.config.image_size, config.reading.reading(model.config.in_chans)),
+        TrainingImages(files, config.reading.reading(model.config)),
         steps=config.train.steps,
         batch_size=config.train.batch_size,
         workers=_workers(config.workers),
@@ -190,9 +196,9 @@ def reconstruct(config: ReconstructConfig) -> None:
     overrides = {} if config.norm_pix_loss is None else {"norm_pix_loss": config.norm_pix_loss}
     model = load_checkpoint(config.checkpoint, config.model, ema=config.ema, **overrides)
     model = model.to(choose_device(config.device))
-    reading = config.reading.reading(model.config.in_chans)
+    reading = config.reading.reading(model.config)
     files = [f for path in config.images for f in (find_images(path) if path.is_dir() else [path])]
-    pictures = [picture for picture, _ in read_pictures(files, model.config.image_size, reading, config.most)]
+    pictures = [picture for picture, _ in read_pictures(files, reading, config.most)]
     images = torch.stack(pictures).to(model.cls_token.device)
     generator = torch.Generator().manual_seed(config.seed)
     noise = torch.rand(len(images), model.config.num_patches, generator=generator).to(images.device)
@@ -278,9 +284,9 @@ def _features(model: MaskedAutoencoder, files: list[Path], labels: list[int], co
     kept: list[int] = []
 
     def batches() -> Iterator[Tensor]:
-        reading = config.reading.reading(model.config.in_chans)
+        reading = config.reading.reading(model.config)
         waiting = []
-        for picture, index in read_pictures(files, model.config.image_size, reading):
+        for picture, index in read_pictures(files, reading):
             waiting.append(picture)
             kept.append(labels[index])
             if len(waiting) == config.batch_size:

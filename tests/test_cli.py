@@ -253,7 +253,7 @@ def test_fashion_mnist_is_what_it_says():
         ("reconstruct --checkpoint {run} --images {d}/good --out a.xyz", "a.xyz is of no format that can be written;"),
         ("linprobe --checkpoint {run} --data {d} --test {d} --batch-size 0", "batch_size must be a whole number of 1"),
         ("pretrain --data {d}/good --out {run}/config.json/x", "{run}/config.json/x cannot be a folder: {run}/config"),
-        ("pretrain --data {d}/none --in-chans 0", "channels must be at least 1, got 0"),
+        ("pretrain --data {d}/good --in-chans 0", "MAEConfig: in_chans must be a whole number of 1 to 65536, got 0"),
         (
             "reconstruct --checkpoint {d}/none --images {d}/good --value-range 9 2",
             "value_range must be two finite numbers in ascending order, got 9 and 2",
