@@ -94,7 +94,7 @@ def contenders(names: str, model: nn.Module, images: Tensor, noise: Tensor, bflo
         noise: ``[N, L]`` on the device.
         bfloat16: autocast to it.
     """
-    mean, std = (x.cpu()[:, None, None] for x in (model.pixel_mean, model.pixel_std))
+    mean, std = (x.cpu()[:, None, None] for x in (model.patch_embed.pixel_mean, model.patch_embed.pixel_std))
     floats = (images / 255 - mean) / std
     if DEVICE.type == "cuda":
         images, floats = images.pin_memory(), floats.pin_memory()

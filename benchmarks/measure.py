@@ -97,7 +97,9 @@ def no_kernels() -> Iterator[None]:
         like = results[key]
         return torch.empty_like(like) if isinstance(like, Tensor) else tuple(map(torch.empty_like, like))
 
-    unread = dict.fromkeys(("id_values", "mask_values", "packed_values", "box_values"), lambda *args: None)
+    unread = dict.fromkeys(
+        ("id_values", "restore_values", "mask_values", "packed_values", "box_values"), lambda *args: None
+    )
     with patch.object(registration, "_outside_autocast", allocate), patch.multiple(checks, **unread):
         yield
 

@@ -14,7 +14,7 @@ from mae.fields import check_fields, unknown_statistics
 from mae.files import listed, shorten
 from mae.foreign import Weights, read_weights
 from mae.layouts import CheckpointError, from_layout, is_decoder, published_names, to_layout
-from mae.model import MODELS, MAEConfig, MaskedAutoencoder
+from mae.model import MODELS, MAEConfig, MaskedAutoencoder, VisionTransformer
 from mae.saving import write_folder
 from mae.shapes import blocks_in, from_settings, from_weights
 
@@ -34,7 +34,7 @@ class Checkpoint(NamedTuple):
     mask_ratio: float  # of its training where the file says so, else 0.75
 
 
-def save_checkpoint(model: MaskedAutoencoder, folder: str | Path) -> None:
+def save_checkpoint(model: VisionTransformer, folder: str | Path) -> None:
     """Write ``model.safetensors`` and ``config.json`` into folder; a crash in between leaves the old files whole.
 
     Raises:
@@ -44,21 +44,20 @@ def save_checkpoint(model: MaskedAutoencoder, folder: str | Path) -> None:
     write_folder(Path(folder), state, {_CONFIG: dataclasses.asdict(model.config)})
 
 
-def load_checkpoint(path: str | Path, model: str | None = None, *, ema: bool = False, **overrides) -> MaskedAutoencoder:
+def load_checkpoint(path: str | Path, model: str | None = None, *, ema: bool = False, **overrides) -> VisionTransformer:
     """Build the model of a checkpoint and load its weights, every key and shape checked.
 
     Args: as of :func:`read_checkpoint`.
 
     Returns:
-        The model in evaluation mode, on the CPU, in float32. A file that holds the encoder alone loads too; its model
-        gives features and refuses to reconstruct.
+        The model in evaluation mode, on the CPU, in float32: a :class:`MaskedAutoencoder`, or a
+        :class:`VisionTransformer` for a file that holds the encoder alone.
 
     Raises: as :func:`read_checkpoint`.
     """
     checkpoint = read_checkpoint(path, model, ema=ema, **overrides)
-    network = MaskedAutoencoder(checkpoint.config)
-    network.encoder_only = checkpoint.encoder_only
-    network.load_state_dict(checkpoint.state, strict=not network.encoder_only)
+    network = _network(checkpoint.config, checkpoint.encoder_only)
+    network.load_state_dict(checkpoint.state)
     if checkpoint.mask_ratio != 0.75:
         warnings.warn(
             f"{path} was trained with mask_ratio {checkpoint.mask_ratio:g}, which this model takes in each call",
@@ -123,8 +122,7 @@ def read_checkpoint(path: str | Path, model: str | None = None, *, ema: bool = F
         what = "is not the configuration of a model" if described else "is not a model that can be built"
         raise CheckpointError(f"{described or file} {what}: {error}") from error
     with torch.device("meta"):
-        network = MaskedAutoencoder(config)
-    expected = {k: x for k, x in network.state_dict().items() if not (encoder_only and is_decoder(k))}
+        expected = _network(config, encoder_only).state_dict()
     _check(file, weights, to_layout(expected, weights.layout))
     published = from_layout(weights.state, weights.layout)
     broken = [name for name, x in published.items() if not x.float().sum().isfinite()]
@@ -133,6 +131,10 @@ def read_checkpoint(path: str | Path, model: str | None = None, *, ema: bool = F
     if notes := [*weights.notes, *notes, *more, *pixels]:
         warnings.warn(f"{path}: {'; '.join(notes)}", CheckpointWarning, stacklevel=3)
     return Checkpoint({name: published[name] for name in expected}, config, encoder_only, mask_ratio)
+
+
+def _network(config: MAEConfig, encoder_only: bool) -> VisionTransformer:
+    return VisionTransformer(config) if encoder_only else MaskedAutoencoder(config)
 
 
 def _find(folder: Path) -> Path:

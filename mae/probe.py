@@ -9,11 +9,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from mae.model import MaskedAutoencoder
+from mae.model import VisionTransformer
 
 
 @torch.no_grad()
-def extract_features(model: MaskedAutoencoder, batches: Iterable[Tensor]) -> np.ndarray:
+def extract_features(model: VisionTransformer, batches: Iterable[Tensor]) -> np.ndarray:
     """The mean of the patch tokens of every image, nothing masked: ``[images, D]`` float32.
 
     Args:

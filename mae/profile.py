@@ -164,7 +164,7 @@ def _cut_step(model, images, optimizer, mask_ratio, autocast, meter, inputs: lis
     for name, run in {
         "embed": lambda x: model.embed(images, masking.ids_keep),
         "encoder": model.encode,
-        "scatter": lambda x: model.unshuffle(x, masking.ids_restore),
+        "scatter": lambda x: model.scatter_mask_tokens(x, masking.ids_restore),
         "decoder": lambda x: model.decode(x, masking.ids_mask),
         "loss": lambda x: model.loss(x, images, masking.ids_mask),
     }.items():

@@ -47,8 +47,6 @@ class TrainConfig:
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on GPUs of compute capability 8.0 or more, float32 elsewhere."""
-    residual: Literal["float32", "bfloat16"] = "float32"
-    """Tokens between the blocks under bfloat16 autocast: float32 as published; bfloat16 saves memory, not exact."""
     execution: Literal["auto", "eager", "compile", "graph"] = "auto"
     """compile: one graph by torch.compile; graph: that, replayed as a CUDA graph. auto: compile on GPUs of compute
     capability 8.0 or more, eager elsewhere."""
@@ -132,10 +130,9 @@ def train(
     """
     device = choose_device(config.device)
     bfloat16 = uses_bfloat16(config.precision, device)
-    if config.residual == "bfloat16" and not bfloat16:
+    if model.residual_dtype == torch.bfloat16 and not bfloat16:
         raise ValueError("residual bfloat16 needs precision bfloat16: in float32 nothing is computed in bfloat16")
     model.to(device).train()
-    model.residual_dtype = torch.bfloat16 if config.residual == "bfloat16" else None
     optimizer = adamw(model, config.base_lr * config.batch_size / 256, config.weight_decay)
     schedule = _schedule(optimizer, config)
     training_step = TrainingStep(

@@ -88,34 +88,10 @@ def sizes(op: str, name: str, value: int | Sequence[int], sides: int) -> tuple[i
     return result
 
 
-def patch_size(op: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    """Normalise to ``(ph, pw)``."""
-    if isinstance(value, tuple | list) and len(value) == 3:
-        raise ValueError(f"{op}: patch_size {value} has three dimensions; video and volumes are not supported yet")
-    return pair(op, "patch_size", value)
-
-
-def images(op: str, x: Tensor, patch: tuple[int, int]) -> None:
-    """``[N, C, H, W]``, not empty but for the batch, and divisible into patches."""
-    if isinstance(x, Tensor) and x.ndim == 5:
-        raise ValueError(
-            f"{op}: images have shape {tuple(x.shape)}; video and volumes [N, C, T, H, W] are not supported yet, "
-            "pass images [N, C, H, W]"
-        )
-    tensor(op, "images", x, ("N", "C", "H", "W"))
-    if x.dtype != torch.uint8 and x.dtype not in _FLOATS:
-        raise TypeError(f"{op}: images must be uint8, float32, float16, bfloat16 or float64, got {dtype_name(x)}")
-    for size, dimension in zip(x.shape[1:], ("channel dimension", "height", "width"), strict=True):
-        if size == 0:
-            raise ValueError(f"{op}: the {dimension} of images is empty, got shape {tuple(x.shape)}")
-    for size, p, side in zip(x.shape[2:], patch, ("height", "width"), strict=True):
-        if size % p:
-            raise ValueError(f"{op}: images {side} {size} is not a multiple of the patch {side} {p}")
-
-
-def constant(op: str, images: Tensor) -> None:
-    if images.requires_grad:
-        raise ValueError(f"{op}: images require grad, but the target is a constant of the loss; pass images.detach()")
+def constant(op: str, name: str, x: Tensor) -> None:
+    if x.requires_grad:
+        what = f"{name} require grad" if name == "images" else f"{name} requires grad"
+        raise ValueError(f"{op}: {what}, but the target is a constant of the loss; pass {name}.detach()")
 
 
 def eps(op: str, value: float) -> None:
@@ -123,27 +99,34 @@ def eps(op: str, value: float) -> None:
         raise ValueError(f"{op}: eps must not be negative, got {value}")
 
 
-def mean_std(op: str, mean, std, images: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """Both as tensors of C values beside the images, or both None; sequences in the precision of dtype."""
+def statistics(op: str, mean, std, images: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Mean and standard deviation of each channel ``[2, C]``, beside the images and in the precision of dtype."""
     if (mean is None) != (std is None):
         given, missing = ("mean", "std") if std is None else ("std", "mean")
         raise ValueError(f"{op}: {given} was given without {missing}; pass both or neither")
     if mean is None:
-        return None, None
-    return _per_channel(op, "mean", mean, images, dtype), _per_channel(op, "std", std, images, dtype)
+        return None
+    dtype = accumulation_dtype(dtype)
+    pair = [_per_channel(op, name, x, images, dtype) for name, x in (("mean", mean), ("std", std))]
+    if isinstance(mean, Tensor) or isinstance(std, Tensor):
+        pair = [torch.as_tensor(x, dtype=dtype, device=images.device).flatten() for x in pair]
+        return torch.stack(pair)
+    return torch.tensor(pair, dtype=dtype, device=images.device)
 
 
-def _per_channel(op: str, name: str, values, images: Tensor, dtype: torch.dtype) -> Tensor:
-    if not isinstance(values, Tensor):
-        values = [values] if isinstance(values, int | float) else values
+def _per_channel(op: str, name: str, values, images: Tensor, dtype: torch.dtype) -> Tensor | list[float]:
+    if isinstance(values, Tensor):
+        floating(op, name, values)
+        same_device(op, "images", images, **{name: values})
+        count = values.numel()
+    else:
+        values = [values] if isinstance(values, int | float) else list(values)
         if name == "std" and not all(v > 0 for v in values):
-            raise ValueError(f"{op}: std must be positive, got {list(values)}")
-        values = torch.tensor(values, dtype=accumulation_dtype(dtype), device=images.device)
-    floating(op, name, values)
-    same_device(op, "images", images, **{name: values})
-    if values.numel() != images.shape[1]:
-        raise ValueError(f"{op}: {name} has {values.numel()} values, but images have {images.shape[1]} channels")
-    return values.flatten()
+            raise ValueError(f"{op}: std must be positive, got {values}")
+        count = len(values)
+    if count != images.shape[1]:
+        raise ValueError(f"{op}: {name} has {count} values, but images have {images.shape[1]} channels")
+    return values
 
 
 def mask_ratio(op: str, value: float) -> None:
@@ -166,6 +149,11 @@ def table(op: str, name: str, x: Tensor, rows: int | str, width: int) -> Tensor:
     return x[0] if x.ndim == 3 else x
 
 
+def norm_pix(op: str, value: bool | str) -> None:
+    if value not in (True, False, "channel"):
+        raise ValueError(f"{op}: norm_pix must be True, False or 'channel', got {value!r}")
+
+
 def layout(op: str, value: str) -> None:
     if value not in ("channels_last", "channels_first"):
         raise ValueError(f"{op}: layout must be 'channels_last' or 'channels_first', got {value!r}")
@@ -183,21 +171,38 @@ def ids(op: str, name: str, x: Tensor, batch_size: int, num_patches: int) -> Non
         raise ValueError(f"{op}: {name} has {x.shape[1]} ids per sample, but there are only {num_patches} patches")
 
 
-def id_values(op: str, name: str, x: Tensor, num_patches: int) -> None:
-    """In range and unique in each row. Runs inside the op, on the CPU always, elsewhere with MAE_KERNELS_DEBUG=1."""
+def id_values(op: str, name: str, x: Tensor, num_patches: int, lowest: int = -1) -> None:
+    """In range, and unique in each row but for -1. Runs inside the op: on the CPU, elsewhere if MAE_KERNELS_DEBUG=1."""
     if x.device.type != "cpu" and not backend.DEBUG:
         return
-    outside = (x < 0) | (x >= num_patches)
-    if outside.any():
-        n, k = outside.nonzero()[0].tolist()
+    low, high = x.aminmax()
+    if low < lowest or high >= num_patches:
+        n, k = ((x < lowest) | (x >= num_patches)).nonzero()[0].tolist()
         value, last = x[n, k].item(), num_patches - 1
-        raise ValueError(f"{op}: {name}[{n}, {k}] is {value}, out of range for {num_patches} patches, 0 to {last}")
-    seen = x.new_zeros(x.shape[0], num_patches, dtype=torch.bool).scatter_(1, x, True)
-    repeats = seen.sum(dim=1) < x.shape[1]
+        none = "" if lowest == 0 else ", or -1 for none"
+        raise ValueError(
+            f"{op}: {name}[{n}, {k}] is {value}, out of range for {num_patches} patches, 0 to {last}{none}"
+        )
+    seen = x.new_zeros(x.shape[0], 1 + num_patches, dtype=torch.bool).scatter_(1, x + 1, True)[:, 1:]
+    expected = x.shape[1] if low >= 0 else (x >= 0).sum(dim=1)
+    repeats = seen.sum(dim=1) < expected
     if repeats.any():
         n = repeats.nonzero()[0].item()
-        values, counts = x[n].unique(return_counts=True)
+        values, counts = x[n][x[n] >= 0].unique(return_counts=True)
         raise ValueError(f"{op}: {name}[{n}] holds the id {values[counts > 1][0].item()} more than once")
+
+
+def restore_values(op: str, name: str, x: Tensor, num_keep: int) -> None:
+    """Visible patches numbered from 0 on and hidden ones from num_keep on, in each row. Runs as id_values does."""
+    if x.device.type != "cpu" and not backend.DEBUG:
+        return
+    num_patches = x.shape[1]
+    if x.amax() >= num_patches:  # rows with fewer visible patches leave numbers out
+        is_visible = x < num_keep
+        dense = torch.where(is_visible, x, x - num_keep + is_visible.sum(dim=1, keepdim=True))
+        is_order = dense.sort(dim=1).values == torch.arange(num_patches, device=x.device)
+        x = torch.where(is_order.all(dim=1, keepdim=True), dense, x)
+    id_values(op, name, x, num_patches, lowest=0)
 
 
 def mask_values(op: str, name: str, x: Tensor) -> None:

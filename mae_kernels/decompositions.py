@@ -24,15 +24,20 @@ def masking(noise, num_keep):
 
 
 def gather_tokens(tokens, ids):
-    return torch.gather(tokens, 1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
+    chosen = torch.gather(tokens, 1, ids.clamp(min=0)[:, :, None].expand(-1, -1, tokens.shape[2]))
+    return chosen * (ids >= 0)[:, :, None]
 
 
-def patch_embed(images, weight, bias, pos_embed, ids_keep, prefix, mean, std, compute_dtype, out_dtype):
-    pixels = _pixels(images, mean, std, compute_dtype)
+def patch_embed(images, weight, bias, pos_embed, ids_keep, prefix, statistics, compute_dtype, out_dtype):
+    patch = (1, *weight.shape[2:])[-3:]
+    patches = reference.patchify(_pixels(images, statistics, compute_dtype), patch, "channels_first")
+    patches = patches if ids_keep is None else gather_tokens(patches, ids_keep)
     bias = None if bias is None else bias.to(compute_dtype)
-    tokens = F.conv2d(pixels, weight.to(compute_dtype), bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
-    tokens = tokens if pos_embed is None else tokens + pos_embed
-    tokens = tokens if ids_keep is None else gather_tokens(tokens, ids_keep)
+    tokens = F.linear(patches, weight.to(compute_dtype).flatten(1), bias)
+    if pos_embed is not None:
+        tokens = tokens + (pos_embed if ids_keep is None else pos_embed[ids_keep])
+    if ids_keep is not None:
+        tokens = tokens * (ids_keep >= 0)[:, :, None]
     if prefix is not None:
         tokens = torch.cat([prefix[None].expand(tokens.shape[0], -1, -1), tokens], dim=1)
     return tokens.to(out_dtype)
@@ -40,33 +45,29 @@ def patch_embed(images, weight, bias, pos_embed, ids_keep, prefix, mean, std, co
 
 def scatter_mask_tokens(tokens, mask_token, ids_restore, pos_embed, num_prefix, out_dtype):
     n, num_tokens, d = tokens.shape
-    num_masked = ids_restore.shape[1] - num_tokens + num_prefix
-    patches = torch.cat([tokens[:, num_prefix:], mask_token.expand(n, num_masked, d)], dim=1)
-    out = torch.cat([tokens[:, :num_prefix], gather_tokens(patches, ids_restore)], dim=1)
+    patches = torch.cat([tokens[:, num_prefix:], mask_token.expand(n, 1, d)], dim=1)
+    patches = gather_tokens(patches, ids_restore.clamp(max=num_tokens - num_prefix))
+    out = torch.cat([tokens[:, :num_prefix], patches], dim=1)
     if pos_embed is not None:
         out = out + F.pad(pos_embed, (0, 0, out.shape[1] - pos_embed.shape[0], 0))
     return out.to(out_dtype)
 
 
-def masked_mse(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, keep_residual):
-    dtype = accumulation_dtype(pred.dtype)
-    target = reference.pixel_target(_pixels(images, mean, std, dtype), tuple(patch), norm_pix, eps, layout)
-    if mask is None:
-        target = gather_tokens(target, ids_mask)
-        mask = torch.ones_like(ids_mask)
-    residual = (pred.to(dtype) - target) * mask[:, :, None].to(dtype)
-    scale = 2 / (mask.to(dtype).sum().clamp(min=1) * pred.shape[2])
+def masked_mse(pred, images, selected, statistics, keep_residual, *target):
+    dtype, (patch, norm_pix, eps, layout) = accumulation_dtype(pred.dtype), target
+    patches = reference.pixel_target(_pixels(images, statistics, dtype), tuple(patch), _NORM_PIX[norm_pix], eps, layout)
+    if selected.dtype == torch.int64:
+        patches, selected = gather_tokens(patches, selected), selected >= 0
+    residual = (pred.to(dtype) - patches) * selected[:, :, None].to(dtype)
+    scale = 2 / (selected.to(dtype).sum().clamp(min=1) * pred.shape[2])
     loss = residual.square().sum() * (scale / 2)
     return loss, residual.to(pred.dtype) if keep_residual else pred.new_empty(0), scale
 
 
-def linear_masked_mse(
-    hidden, weight, bias, images, ids_mask, patch, norm_pix, mean, std, eps, layout, compute_dtype, needs
-):
+def linear_masked_mse(hidden, weight, bias, images, ids_mask, statistics, compute_dtype, needs, *target):
     hidden, weight, bias = (None if x is None else x.to(compute_dtype) for x in (hidden, weight, bias))
     pred = F.linear(hidden, weight, bias)
-    options = patch, norm_pix, mean, std, eps, layout
-    loss, residual, scale = masked_mse(pred, images, None, ids_mask, *options, any(needs))
+    loss, residual, scale = masked_mse(pred, images, ids_mask, statistics, any(needs), *target)
     residual, scale = residual / weight.shape[0], scale * weight.shape[0]
     sum_dtype, empty = accumulation_dtype(compute_dtype), hidden.new_empty(0)
     g_hidden = residual @ weight if needs[0] else empty
@@ -75,11 +76,15 @@ def linear_masked_mse(
     return loss, g_hidden, g_weight, g_bias, scale
 
 
-def _pixels(images, mean, std, dtype):
-    if mean is None and images.dtype != torch.uint8:
+_NORM_PIX = {"none": False, "patch": True, "channel": "channel"}
+
+
+def _pixels(images, statistics, dtype):
+    if statistics is None and images.is_floating_point():
         return images.to(dtype)
     work = accumulation_dtype(dtype)
-    return reference.normalize(images if images.dtype == torch.uint8 else images.to(work), mean, std, work).to(dtype)
+    images = images.to(work) if images.is_floating_point() else images
+    return reference.normalize(images, *((None, None) if statistics is None else statistics), work).to(dtype)
 
 
 BY_NAME = {

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from mae_kernels import checks
-from mae_kernels.registration import call, define, differentiable, once
-from mae_kernels.rows import as_rows, row_ids
+from mae_kernels.registration import differentiable, once_differentiable, register_op
+from mae_kernels.rows import as_rows, row_ids, without_padding
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
@@ -13,7 +13,8 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
 
     Args:
         tokens: ``[N, L, D]`` floating; N may be 0. Slices such as ``x[:, 1:]`` are read in place.
-        ids: ``[N, K]`` int64, unique in each row: the gradient is a gather too, without accumulation.
+        ids: ``[N, K]`` int64, unique in each row: the gradient is a gather too, without accumulation. Of -1, which is
+            no token, comes a row of zeros.
 
     Returns:
         ``[N, K, D]`` in the dtype of tokens, differentiable in tokens.
@@ -29,60 +30,59 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     checks.not_empty(op, "tokens", tokens, batch=True)
     checks.ids(op, "ids", ids, tokens.shape[0], tokens.shape[1])
     checks.same_device(op, "tokens", tokens, ids=ids)
-    return call(_GatherTokens, tokens, ids)
+    return _call(tokens, ids)
 
 
-class _GatherTokens(torch.autograd.Function):
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        tokens, ids = inputs
-        ctx.save_for_backward(ids)
-        ctx.num_tokens = tokens.shape[1]
-
-    @staticmethod
-    def backward(ctx, grad):
-        (ids,) = ctx.saved_tensors
-        return once(_gather_tokens_backward, grad, ids, ctx.num_tokens), None
+def _setup_context(ctx, inputs, output):
+    tokens, ids = inputs
+    ctx.save_for_backward(ids)
+    ctx.num_tokens = tokens.shape[1]
 
 
-def _gather_tokens_check(tokens, ids):
+def _backward(ctx, grad):
+    (ids,) = ctx.saved_tensors
+    return (once_differentiable(_gather_tokens_backward, grad, ids, ctx.num_tokens),)
+
+
+def _check(tokens, ids):
     checks.id_values("gather_tokens", "ids", ids, tokens.shape[1])
 
 
 def _gather_tokens_eager(tokens, ids):
     table, step = as_rows(tokens)
-    return table.index_select(0, row_ids(ids, step)).view(*ids.shape, -1)
+    ids, padding = without_padding(ids)
+    out = table.index_select(0, row_ids(ids, step)).view(*ids.shape, -1)
+    return out if padding is None else out.masked_fill_(padding, 0)
 
 
 def _gather_tokens_fake(tokens, ids):
     return tokens.new_empty((*ids.shape, tokens.shape[2]))
 
 
-def _gather_tokens_backward_eager(grad, ids, num_tokens):
+def gather_tokens_backward_eager(grad, ids, num_tokens):
     n, k, d = grad.shape
     # Every row of the result is one row of the gradient, or the one row of zeros behind them.
     table = grad.new_empty((n * k + 1, d))
     table[:-1].view(n, k, d).copy_(grad)
     table[-1] = 0
-    source = torch.full((n, num_tokens), n * k, device=ids.device)
-    source.scatter_(1, ids, torch.arange(n * k, device=ids.device).view(n, k))
-    return table.index_select(0, source.flatten()).view(n, num_tokens, d)
+    source = torch.full((n, 1 + num_tokens), n * k, device=ids.device)  # the first of each row is for ids of -1
+    source.scatter_(1, ids + 1, torch.arange(n * k, device=ids.device).view(n, k))
+    return table.index_select(0, source[:, 1:].flatten()).view(n, num_tokens, d)
 
 
 def _gather_tokens_backward_fake(grad, ids, num_tokens):
     return grad.new_empty((grad.shape[0], num_tokens, grad.shape[2]))
 
 
-_gather_tokens = define(
+_gather_tokens = register_op(
     "gather_tokens(Tensor tokens, Tensor ids) -> Tensor",
     eager=_gather_tokens_eager,
     fake=_gather_tokens_fake,
-    check=_gather_tokens_check,
+    check=_check,
 )
-_gather_tokens_backward = define(
+_gather_tokens_backward = register_op(
     "gather_tokens_backward(Tensor grad, Tensor ids, SymInt num_tokens) -> Tensor",
-    eager=_gather_tokens_backward_eager,
+    eager=gather_tokens_backward_eager,
     fake=_gather_tokens_backward_fake,
 )
-
-differentiable(_gather_tokens, _GatherTokens)
+_call = differentiable(_gather_tokens, _setup_context, _backward)

@@ -1,17 +1,18 @@
 """The decoder's head and the reconstruction loss in one: predictions exist for a chunk of samples at a time."""
 
-from collections.abc import Callable, Sequence
-from math import prod
+from collections.abc import Sequence
+from math import ceil
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mae_kernels import checks
-from mae_kernels.chunks import in_chunks
-from mae_kernels.masked_mse import masked_mse_backward, masked_mse_eager
-from mae_kernels.patchify import Layout, patch_grid
+from mae_kernels.masked_mse import SCHEMA_OF_TARGET, NormPix, Target, masked_mse_backward, masked_mse_op
+from mae_kernels.patch_grid import PatchGrid, Sizes, as_video
+from mae_kernels.patchify import Layout
 from mae_kernels.precision import accumulation_dtype
-from mae_kernels.registration import call, define, differentiable, once, wants_gradient
+from mae_kernels.registration import differentiable, once_differentiable, register_op, wants_gradient
 
 
 def linear_masked_mse(
@@ -21,8 +22,8 @@ def linear_masked_mse(
     images: Tensor,
     ids_mask: Tensor,
     *,
-    patch_size: int | tuple[int, int],
-    norm_pix: bool = True,
+    patch_size: Sizes,
+    norm_pix: NormPix = True,
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
     eps: float = 1e-6,
@@ -31,20 +32,20 @@ def linear_masked_mse(
     """Project tokens of masked patches to pixels and score them; neither predictions nor targets outlive their chunk.
 
     ``loss = mean((hidden @ weight.T + bias - target) ** 2)`` over N, M and E, with ``target[n, j]`` the patch
-    ``ids_mask[n, j]`` of image n or, with norm_pix, ``(patch - mean(patch)) / sqrt(var(patch) + eps)``, var unbiased.
+    ``ids_mask[n, j]`` of image n, normalised as :func:`masked_mse` does.
 
     Args:
         hidden: ``[N, M, D]`` floating, any strides: the decoder's output at the masked patches.
         weight: ``[E, D]`` in the dtype of hidden, as of a linear layer.
         bias: ``[E]`` floating, or None.
-        images: ``[N, C, H, W]``, uint8 (read as ``x / 255``) or floating, any strides; a constant of the loss.
-        ids_mask: ``[N, M]`` int64: row j of hidden belongs to patch ``ids_mask[n, j]``.
-        patch_size: ``ph = pw``, or ``(ph, pw)``, in pixels; ``E = C * ph * pw``.
-        norm_pix: normalise each target patch by its own mean and standard deviation.
-        mean: C values, subtracted from the (scaled) pixels of each channel before anything else.
-        std: C values, by which each channel is then divided.
-        eps: added to the variance of a patch, inside the root.
-        layout: order of the E values in weight: ``"channels_last"`` (row, column, channel: published) or ``"channels_first"``.
+        images: as of :func:`masked_mse`.
+        ids_mask: ``[N, M]`` int64: row j of hidden belongs to patch ``ids_mask[n, j]``, to none if that is -1.
+        patch_size: as of :func:`masked_mse`; ``E = C * pt * ph * pw``.
+        norm_pix: as of :func:`masked_mse`.
+        mean: as of :func:`masked_mse`.
+        std: as of :func:`masked_mse`.
+        eps: as of :func:`masked_mse`.
+        layout: order of the E values in weight, as of :func:`masked_mse`.
 
     Returns:
         Scalar float32 (float64 for a float64 hidden). Differentiable in hidden, weight and bias. N = 0 gives 0 and zero
@@ -65,27 +66,23 @@ def linear_masked_mse(
     Source: He et al. 2021, section 3, "Reconstruction target"; gradients in the forward: Liger-Kernel's fused losses.
     """
     op = "linear_masked_mse"
-    patch = checks.patch_size(op, patch_size)
-    checks.images(op, images, patch)
-    checks.layout(op, layout)
-    checks.constant(op, images)
-    n, channels = images.shape[:2]
-    checks.ids(op, "ids_mask", ids_mask, n, prod(patch_grid(images, patch)))
-    checks.tensor(op, "weight", weight, (channels * patch[0] * patch[1], "D"))
+    grid = PatchGrid.of(op, images, patch_size)
+    target = Target.of(op, grid, norm_pix, eps, layout)
+    checks.constant(op, "images", images)
+    checks.ids(op, "ids_mask", ids_mask, images.shape[0], grid.num_patches)
+    checks.tensor(op, "weight", weight, (grid.patch_values, "D"))
     checks.floating(op, "weight", weight)
     checks.not_empty(op, "weight", weight)
-    checks.tensor(op, "hidden", hidden, (n, ids_mask.shape[1], weight.shape[1]))
+    checks.tensor(op, "hidden", hidden, (*ids_mask.shape, weight.shape[1]))
     checks.floating(op, "hidden", hidden)
     if bias is not None:
         checks.tensor(op, "bias", bias, (weight.shape[0],))
         checks.floating(op, "bias", bias)
     checks.same_device(op, "hidden", hidden, weight=weight, bias=bias, images=images, ids_mask=ids_mask)
-    checks.eps(op, eps)
-    mean, std = checks.mean_std(op, mean, std, images, hidden.dtype)
+    statistics = checks.statistics(op, mean, std, images, hidden.dtype)
     compute_dtype = _compute_dtype(op, hidden, weight)
     needs = [wants_gradient(x) for x in (hidden, weight, bias)]
-    arguments = (hidden, weight, bias, images, ids_mask, patch, norm_pix, mean, std, eps, layout, compute_dtype, needs)
-    return call(_LinearMaskedMSE, *arguments)[0]
+    return _call(hidden, weight, bias, as_video(images), ids_mask, statistics, compute_dtype, needs, *target)[0]
 
 
 def _compute_dtype(op: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -100,47 +97,81 @@ def _compute_dtype(op: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-class _LinearMaskedMSE(torch.autograd.Function):
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, *saved = output
-        ctx.mark_non_differentiable(*saved)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*saved)
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+def _setup_context(ctx, inputs, output):
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*saved)
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
 
-    @staticmethod
-    def backward(ctx, grad, *_):
-        *unscaled, scale = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        grads = (
-            once(masked_mse_backward, x, grad, scale, dtype) if need and grad is not None else None
-            for x, dtype, need in zip(unscaled, ctx.dtypes, needs, strict=True)
+
+def _backward(ctx, grad, *_):
+    *unscaled, scale = ctx.saved_tensors
+    return tuple(
+        once_differentiable(masked_mse_backward, x, grad, scale, dtype) if need and grad is not None else None
+        for x, dtype, need in zip(unscaled, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
+    )
+
+
+def _check(hidden, weight, bias, images, ids_mask, statistics, compute_dtype, needs, *target):
+    checks.id_values("linear_masked_mse", "ids_mask", ids_mask, Target(*target).grid(images).num_patches)
+
+
+def _in_chunks(hidden, weight, bias, images, ids_mask, statistics, compute_dtype, needs, *target):
+    """Loss, unscaled gradients of hidden, weight and bias, and the factor that scales them.
+
+    The gradients are those of ``count / 2`` losses, count the number of masked patches: without the many rows that the
+    loss averages over they are neither too small nor too large for float16.
+    """
+    (n, m, d), values = hidden.shape, weight.shape[0]
+    needs_hidden, needs_weight, needs_bias = needs
+    sum_dtype = accumulation_dtype(compute_dtype)
+    weight, bias = weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype)
+    loss = hidden.new_zeros((), dtype=sum_dtype)
+    scale = 2 / (ids_mask >= 0).sum(dtype=sum_dtype).clamp_(min=1)
+    g_hidden = hidden.new_empty(hidden.shape if needs_hidden else 0, dtype=compute_dtype)
+    g_weight = hidden.new_zeros(weight.shape if needs_weight else 0, dtype=sum_dtype)
+    g_bias = hidden.new_zeros(values if needs_bias else 0, dtype=sum_dtype)
+
+    step = chunk_samples(n, m, values, hidden.device.type)
+    for first in range(0, n, step):
+        chunk = slice(first, min(first + step, n))
+        rows = hidden[chunk].reshape(-1, d).to(compute_dtype)  # [B, D]
+        pred = F.linear(rows, weight, bias).view(-1, m, values)
+        chunk_loss, residual, chunk_scale = masked_mse_op(
+            pred, images[chunk], ids_mask[chunk], statistics, any(needs), *target
         )
-        return *grads, *[None] * 10
+        del pred
+        loss.addcdiv_(chunk_loss, chunk_scale)  # half of the sum over its patches
+        residual = residual.view(-1, values)  # [B, E]
+        if needs_hidden:
+            g_hidden[chunk].view(-1, d).addmm_(residual, weight, beta=0, alpha=1 / values)
+        if needs_weight and compute_dtype == sum_dtype:
+            g_weight.addmm_(residual.t(), rows, alpha=1 / values)
+        elif needs_weight:
+            product = residual.new_empty(weight.shape)
+            # A sum over many rows may leave the range of float16, their mean over E values is below its normal numbers.
+            share = len(rows) * values**0.5
+            product.addmm_(residual.t(), rows, beta=0, alpha=1 / share)
+            g_weight.add_(product, alpha=share / values)
+        if needs_bias:
+            g_bias.add_(residual.sum(0, dtype=sum_dtype), alpha=1 / values)
+    return loss.mul_(scale / values), g_hidden, g_weight, g_bias, scale
 
 
-def _linear_masked_mse_check(hidden, weight, bias, images, ids_mask, patch, *_):
-    checks.id_values("linear_masked_mse", "ids_mask", ids_mask, prod(patch_grid(images, patch)))
+def chunk_samples(n: int, m: int, values: int, device_type: str) -> int:
+    """Samples of a chunk, as equal as whole samples allow; never so many that more values than these are predicted.
+
+    CPU: Intel Xeon, 2 cores, torch 2.13, ViT-B/16, 32 samples in chunks of 2, 4, 8, 16: forward and backward in float32
+    52, 45, 44, 45 ms at a peak of 21, 21, 25, 39 MiB; in bfloat16 29, 26, 22, 20 ms at 20, 20, 20, 32 MiB.
+    GPU: the launches of four chunks take longer than all the work of one (benchmarks/NOTES.md, "On a GPU").
+    """
+    limit = 2**20 if device_type == "cpu" else 2**25
+    chunks = ceil(n / max(limit // (m * values), 1))
+    return ceil(n / chunks)
 
 
-def around(loss_of: Callable) -> Callable:
-    """The op around an implementation of masked_mse, which may write the residual over its pred."""
-
-    def run(hidden, weight, bias, images, ids_mask, patch, norm_pix, mean, std, eps, layout, compute_dtype, needs):
-        def score(pred, chunk):
-            options = patch, norm_pix, mean, std, eps, layout, any(needs)
-            loss, residual, _ = loss_of(pred, images[chunk], None, ids_mask[chunk], *options)
-            return loss, residual
-
-        return in_chunks(score, hidden, weight, bias, compute_dtype, needs)
-
-    return run
-
-
-def _linear_masked_mse_fake(
-    hidden, weight, bias, images, ids_mask, patch, norm_pix, mean, std, eps, layout, compute_dtype, needs
-):
+def _fake(hidden, weight, bias, images, ids_mask, statistics, compute_dtype, needs, *target):
     sum_dtype = accumulation_dtype(compute_dtype)
     loss = hidden.new_empty((), dtype=sum_dtype)
     shapes, dtypes = (hidden.shape, weight.shape, weight.shape[:1]), (compute_dtype, sum_dtype, sum_dtype)
@@ -151,13 +182,13 @@ def _linear_masked_mse_fake(
     return loss, *grads, torch.empty_like(loss)
 
 
-_linear_masked_mse = define(
-    "linear_masked_mse(Tensor hidden, Tensor weight, Tensor? bias, Tensor images, Tensor ids_mask, int[2] patch, "
-    "bool norm_pix, Tensor? mean, Tensor? std, float eps, str layout, ScalarType compute_dtype, bool[3] needs) "
+_linear_masked_mse = register_op(
+    "linear_masked_mse(Tensor hidden, Tensor weight, Tensor? bias, Tensor images, Tensor ids_mask, "
+    f"Tensor? statistics, ScalarType compute_dtype, bool[3] needs, {SCHEMA_OF_TARGET}) "
     "-> (Tensor loss, Tensor g_hidden, Tensor g_weight, Tensor g_bias, Tensor scale)",
-    eager=around(masked_mse_eager),
-    fake=_linear_masked_mse_fake,
-    check=_linear_masked_mse_check,
+    eager=_in_chunks,
+    fake=_fake,
+    check=_check,
+    has_kernels=False,
 )
-
-differentiable(_linear_masked_mse, _LinearMaskedMSE)
+_call = differentiable(_linear_masked_mse, _setup_context, _backward)

@@ -1,26 +1,30 @@
 """Mean squared error between predictions and the pixels of the masked patches."""
 
 from collections.abc import Sequence
-from math import prod
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mae_kernels import backend, checks
-from mae_kernels.patchify import Layout, gather_patches, normalize_pixels, patch_grid
+from mae_kernels.patch_grid import PatchGrid, Sizes, as_video
+from mae_kernels.patchify import Layout, gather_patches, normalize_pixels
 from mae_kernels.precision import accumulation_dtype
-from mae_kernels.registration import call, define, differentiable, once, wants_gradient
-from mae_kernels.rows import as_rows, row_ids
+from mae_kernels.registration import differentiable, once_differentiable, register_op, wants_gradient
+from mae_kernels.rows import as_rows, row_ids, without_padding
+
+NormPix = bool | Literal["channel"]
 
 
 def masked_mse(
     pred: Tensor,
-    images: Tensor,
+    images: Tensor | None = None,
     *,
-    patch_size: int | tuple[int, int],
+    patch_size: Sizes | None = None,
     mask: Tensor | None = None,
     ids_mask: Tensor | None = None,
-    norm_pix: bool = True,
+    target: Tensor | None = None,
+    norm_pix: NormPix | None = None,
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
     eps: float = 1e-6,
@@ -30,57 +34,98 @@ def masked_mse(
 
     ``loss = sum_masked(mean_E((pred - target) ** 2)) / count_masked`` with ``target = patch`` or, with norm_pix,
     ``target = (patch - mean(patch)) / sqrt(var(patch) + eps)``, var unbiased, both over the E values of the patch.
+    ``norm_pix="channel"``: ``target[c] = (patch[c] - mean(patch[c])) / (sqrt(var(patch[c])) + eps)`` for each channel.
 
     Args:
         pred: ``[N, L, E]`` with mask, ``[N, M, E]`` with ids_mask. Slices such as ``x[:, 1:]`` are read in place.
-        images: ``[N, C, H, W]``, uint8 (read as ``x / 255``) or floating, any strides; a constant of the loss.
-        patch_size: ``ph = pw``, or ``(ph, pw)``, in pixels.
+        images: ``[N, C, H, W]`` or ``[N, C, T, H, W]``, uint8 (read as ``x / 255``), uint16 (read as it is) or
+            floating, any strides; a constant of the loss.
+        patch_size: an int for all sides, ``(ph, pw)`` or ``(pt, ph, pw)``, in pixels.
         mask: ``[N, L]`` bool, or floating 0 and 1; True = masked. Rows may differ in their count.
-        ids_mask: ``[N, M]`` int64: row j of pred belongs to patch ``ids_mask[n, j]``. Exactly one of the two.
-        norm_pix: normalise each target patch by its own mean and standard deviation.
+        ids_mask: ``[N, M]`` int64: row j of pred belongs to patch ``ids_mask[n, j]``, to none if that is -1. Exactly
+            one of the two.
+        target: ``[N, L, E]`` floating, such as the features of a teacher, in place of images and patch_size.
+        norm_pix: normalise each target patch by its own mean and standard deviation, or each channel of it as VideoMAE
+            does (``"channel"``). None is True for images; a given target is then taken as it is.
         mean: C values, subtracted from the (scaled) pixels of each channel before anything else.
         std: C values, by which each channel is then divided.
-        eps: added to the variance of a patch, inside the root.
-        layout: order of the E values in pred: ``"channels_last"`` (row, column, channel: published) or ``"channels_first"``.
+        eps: added to the variance of a patch, inside the root; for ``"channel"`` outside of it.
+        layout: order of the E values in pred: ``"channels_last"`` (frame, row, column, channel: published) or
+            ``"channels_first"``.
 
     Returns:
         Scalar float32 (float64 for a float64 pred), computed in that precision whatever pred's dtype, autocast
-        included. Differentiable in pred. A mask with nothing masked gives 0 and zero gradients, and so does N = 0.
+        included. Differentiable in pred. Where nothing is masked it is 0 with zero gradients, and so it is for N = 0.
 
     Raises:
         TypeError, ValueError: see the message. Ids and mask values are checked on the CPU, elsewhere with
             ``MAE_KERNELS_DEBUG=1``. Non-finite pixels are not an error: the loss becomes NaN.
 
     Equivalent PyTorch: :func:`mae_kernels.reference.masked_mse`.
-    Source: He et al. 2021, section 3, "Reconstruction target".
+    Source: He et al. 2021, section 3, "Reconstruction target"; ``"channel"``: Tong et al. 2022, VideoMAE.
     """
     op = "masked_mse"
-    patch = checks.patch_size(op, patch_size)
-    checks.images(op, images, patch)
-    checks.layout(op, layout)
-    checks.constant(op, images)
+    if (images is None) == (target is None):
+        raise ValueError(f"{op}: pass exactly one of images and target, got {'neither' if target is None else 'both'}")
+    if target is not None:
+        if patch_size is not None or mean is not None or std is not None:
+            raise ValueError(f"{op}: a target has no pixels; leave out patch_size, mean and std")
+        checks.tensor(op, "target", target, ("N", "L", "E"))
+        checks.floating(op, "target", target)
+        checks.not_empty(op, "target", target, batch=True)
+        # A sequence of tokens is an image of one column whose patches are its pixels and whose channels are its values.
+        images, patch_size = target.transpose(1, 2)[:, :, :, None], (1, 1)
+    elif patch_size is None:
+        raise ValueError(f"{op}: patch_size is missing; pass the one by which the images were cut")
+    grid = PatchGrid.of(op, images, patch_size)
+    compared = Target.of(op, grid, target is None if norm_pix is None else norm_pix, eps, layout)
+    name = "images" if target is None else "target"
+    checks.constant(op, name, images)
     if (mask is None) == (ids_mask is None):
         raise ValueError(f"{op}: pass exactly one of mask and ids_mask, got {'neither' if mask is None else 'both'}")
-    n, channels = images.shape[:2]
-    num_patches = prod(patch_grid(images, patch))
-    values = channels * patch[0] * patch[1]
+    n, num_patches = images.shape[0], grid.num_patches
     if mask is not None:
         checks.tensor(op, "mask", mask, (n, num_patches))
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise TypeError(
                 f"{op}: mask must be bool, or floating 0 and 1, got {checks.dtype_name(mask)}; call .bool()"
             )
-        rows = num_patches
+        selected = mask
     else:
         checks.ids(op, "ids_mask", ids_mask, n, num_patches)
-        rows = ids_mask.shape[1]
-    checks.tensor(op, "pred", pred, (n, rows, values))
+        selected = ids_mask
+    checks.tensor(op, "pred", pred, (n, selected.shape[1], grid.patch_values))
     checks.floating(op, "pred", pred)
-    checks.same_device(op, "pred", pred, images=images, mask=mask, ids_mask=ids_mask)
-    checks.eps(op, eps)
-    mean, std = checks.mean_std(op, mean, std, images, pred.dtype)
+    checks.same_device(op, "pred", pred, **{name: images}, mask=mask, ids_mask=ids_mask)
+    statistics = checks.statistics(op, mean, std, images, pred.dtype)
     keep_residual = wants_gradient(pred) and (backend.is_eager(pred) or residual_is_less(pred.dtype, images.dtype))
-    return call(_MaskedMSE, pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, keep_residual)[0]
+    return _call(pred, as_video(images), selected, statistics, keep_residual, *compared)[0]
+
+
+class Target(NamedTuple):
+    """What predictions are compared with: the patches of images, and how their values are normalised and ordered."""
+
+    patch: tuple[int, int, int]
+    norm_pix: str  # "none", or what shares its statistics: a "patch", or each "channel" of it
+    eps: float
+    layout: Layout
+
+    @classmethod
+    def of(cls, op: str, grid: PatchGrid, norm_pix: NormPix, eps: float, layout: Layout) -> "Target":
+        checks.layout(op, layout)
+        checks.norm_pix(op, norm_pix)
+        checks.eps(op, eps)
+        target = cls(grid.patch, "channel" if norm_pix == "channel" else "patch" if norm_pix else "none", eps, layout)
+        if norm_pix == "channel" and grid.patch_values == grid.channels:
+            raise ValueError(f"{op}: norm_pix 'channel' needs patches of more than one pixel")
+        return target
+
+    @property
+    def eps_of_variance_and_deviation(self) -> tuple[float, float]:
+        return (0.0, self.eps) if self.norm_pix == "channel" else (self.eps, 0.0)
+
+    def grid(self, images: Tensor) -> PatchGrid:
+        return PatchGrid.inside(images.shape[2:], self.patch, images.shape[1])
 
 
 def residual_is_less(pred: torch.dtype, pixels: torch.dtype) -> bool:
@@ -92,76 +137,79 @@ def residual_is_less(pred: torch.dtype, pixels: torch.dtype) -> bool:
     return pixels.itemsize >= pred.itemsize
 
 
-class _MaskedMSE(torch.autograd.Function):
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, ctx.keep_residual = inputs
-        _, residual, scale = output
-        ctx.mark_non_differentiable(residual, scale)
-        ctx.set_materialize_grads(False)
-        if ctx.keep_residual:
-            ctx.save_for_backward(residual, scale)
-            ctx.dtype = pred.dtype
-        else:
-            ctx.save_for_backward(pred, images, mask, ids_mask, mean, std, scale)
-            ctx.options = patch, norm_pix, eps, layout
-
-    @staticmethod
-    def backward(ctx, grad, _residual, _scale):
-        g_pred = None
-        if grad is not None and ctx.keep_residual:
-            residual, scale = ctx.saved_tensors
-            g_pred = once(masked_mse_backward, residual, grad, scale, ctx.dtype)
-        elif grad is not None:
-            pred, images, mask, ids_mask, mean, std, scale = ctx.saved_tensors
-            patch, norm_pix, eps, layout = ctx.options
-            inputs = pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout
-            g_pred = once(_masked_mse_recomputed_backward, *inputs, grad, scale)
-        return g_pred, None, None, None, None, None, None, None, None, None, None
-
-
-def _masked_mse_check(pred, images, mask, ids_mask, patch, *_):
-    if mask is None:
-        checks.id_values("masked_mse", "ids_mask", ids_mask, prod(patch_grid(images, patch)))
+def _setup_context(ctx, inputs, output):
+    pred, images, selected, statistics, ctx.keep_residual, *ctx.target = inputs
+    _, residual, scale = output
+    ctx.mark_non_differentiable(residual, scale)
+    ctx.set_materialize_grads(False)
+    if ctx.keep_residual:
+        ctx.save_for_backward(residual, scale)
+        ctx.dtype = pred.dtype
     else:
-        checks.mask_values("masked_mse", "mask", mask)
+        ctx.save_for_backward(scale, pred, images, selected, statistics)
 
 
-def masked_mse_eager(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, keep_residual):
-    n, rows, values = pred.shape
-    dtype = accumulation_dtype(pred.dtype)
-    num_patches = prod(patch_grid(images, patch))
-    if mask is None:
-        flat_ids = row_ids(ids_mask, num_patches)
-        pred_rows = pred
+def _backward(ctx, grad, _residual, _scale):
+    if grad is None:
+        return (None,)
+    if ctx.keep_residual:
+        residual, scale = ctx.saved_tensors
+        return (once_differentiable(masked_mse_backward, residual, grad, scale, ctx.dtype),)
+    scale, *inputs = ctx.saved_tensors
+    return (once_differentiable(_masked_mse_recomputed_backward, *inputs, grad, scale, *ctx.target),)
+
+
+def _check(pred, images, selected, statistics, keep_residual, *target):
+    if selected.dtype == torch.int64:
+        checks.id_values("masked_mse", "ids_mask", selected, Target(*target).grid(images).num_patches)
     else:
-        mask = mask.flatten() != 0
-        flat_ids = mask.nonzero()[:, 0]
+        checks.mask_values("masked_mse", "mask", selected)
+
+
+def _masked_mse_eager(pred, images, selected, statistics, keep_residual, *target):
+    (n, rows, values), target = pred.shape, Target(*target)
+    grid, dtype, padding = target.grid(images), accumulation_dtype(pred.dtype), None
+    if selected.dtype == torch.int64:
+        ids, padding = without_padding(selected)
+        flat_ids, pred_rows = row_ids(ids, grid.num_patches), pred
+    else:
+        selected = selected.flatten() != 0
+        flat_ids = selected.nonzero()[:, 0]
         table, step = as_rows(pred)
         pred_rows = table.index_select(0, flat_ids // rows * step + flat_ids % rows)
-    count = max(len(flat_ids), 1)
-    scale = torch.full((), 2 / (count * values), dtype=dtype, device=pred.device)
+    if padding is None:
+        scale = torch.full((), 2 / (max(len(flat_ids), 1) * values), dtype=dtype, device=pred.device)
+    else:
+        scale = 2 / (padding.logical_not().sum(dtype=dtype).clamp_(min=1) * values)
 
-    target = gather_patches(images, flat_ids, patch, layout)  # [masked, E]
-    target = normalize_pixels(target, images.shape[1], mean, std, dtype, layout)
-    if norm_pix:
-        # Two passes: the variance is a sum of squares of centred values, never a difference of large sums.
-        target -= target.mean(dim=1, keepdim=True)
-        variance = torch.linalg.vector_norm(target, dim=1, keepdim=True).square_().div_(values - 1)
-        target *= variance.add_(eps).rsqrt_()
-    target = target.view(pred_rows.shape)  # [N, M, E] or [masked, E]
-    residual = torch.sub(pred_rows, target, out=target)
+    patches = gather_patches(images, flat_ids, grid, target.layout)  # [masked, E]
+    patches = normalize_pixels(patches, statistics, dtype, target.layout)
+    if target.norm_pix != "none":
+        groups = grid.channels if target.norm_pix == "channel" else 1
+        by_group = (-1, groups) if target.layout == "channels_last" else (groups, -1)
+        _normalize(patches.unflatten(1, by_group), by_group.index(-1) + 1, *target.eps_of_variance_and_deviation)
+    patches = patches.view(pred_rows.shape)  # [N, M, E] or [masked, E]
+    residual = torch.sub(pred_rows, patches, out=patches)
+    if padding is not None:
+        residual.masked_fill_(padding, 0)
     loss = torch.linalg.vector_norm(residual, dim=-1).square_().sum() * (scale / 2)
 
     if not keep_residual:
         return loss, pred.new_empty(0), scale
-    if mask is not None:
+    if selected.dtype == torch.bool:
         compact, residual = residual.to(pred.dtype), pred.new_empty((n * rows, values))
-        residual.index_copy_(0, flat_ids, compact).index_fill_(0, mask.logical_not().nonzero()[:, 0], 0)
+        residual.index_copy_(0, flat_ids, compact).index_fill_(0, selected.logical_not().nonzero()[:, 0], 0)
     return loss, residual.to(pred.dtype).view(n, rows, values), scale
 
 
-def _masked_mse_fake(pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, keep_residual):
+def _normalize(x: Tensor, dim: int, eps_of_variance: float, eps_of_deviation: float) -> None:
+    # Two passes: the variance is a sum of squares of centred values, never a difference of large sums.
+    x -= x.mean(dim, keepdim=True)
+    variance = torch.linalg.vector_norm(x, dim=dim, keepdim=True).square_().div_(x.shape[dim] - 1)
+    x *= variance.add_(eps_of_variance).sqrt_().add_(eps_of_deviation).reciprocal_()
+
+
+def _masked_mse_fake(pred, images, selected, statistics, keep_residual, *target):
     loss = pred.new_empty((), dtype=accumulation_dtype(pred.dtype))
     residual = pred.new_empty(pred.shape if keep_residual else 0)
     return loss, residual, torch.empty_like(loss)
@@ -175,9 +223,8 @@ def _masked_mse_backward_fake(residual, grad, scale, dtype):
     return residual.new_empty(residual.shape, dtype=dtype)
 
 
-def _masked_mse_recomputed_backward_eager(*args):
-    *inputs, grad, scale = args
-    _, residual, _ = masked_mse_eager(*inputs, True)
+def _masked_mse_recomputed_backward_eager(pred, images, selected, statistics, grad, scale, *target):
+    _, residual, _ = _masked_mse_eager(pred, images, selected, statistics, True, *target)
     return _masked_mse_backward_eager(residual, grad, scale, residual.dtype)
 
 
@@ -185,24 +232,24 @@ def _masked_mse_recomputed_backward_fake(pred, *_):
     return pred.new_empty(pred.shape)
 
 
-_masked_mse = define(
-    "masked_mse(Tensor pred, Tensor images, Tensor? mask, Tensor? ids_mask, int[2] patch, bool norm_pix, "
-    "Tensor? mean, Tensor? std, float eps, str layout, bool keep_residual) "
-    "-> (Tensor loss, Tensor residual, Tensor scale)",
-    eager=masked_mse_eager,
+SCHEMA_OF_TARGET = "int[3] patch, str norm_pix, float eps, str layout"
+
+masked_mse_op = register_op(
+    "masked_mse(Tensor pred, Tensor images, Tensor selected, Tensor? statistics, bool keep_residual, "
+    f"{SCHEMA_OF_TARGET}) -> (Tensor loss, Tensor residual, Tensor scale)",
+    eager=_masked_mse_eager,
     fake=_masked_mse_fake,
-    check=_masked_mse_check,
+    check=_check,
 )
-masked_mse_backward = define(
+masked_mse_backward = register_op(
     "masked_mse_backward(Tensor residual, Tensor grad, Tensor scale, ScalarType dtype) -> Tensor",
     eager=_masked_mse_backward_eager,
     fake=_masked_mse_backward_fake,
 )
-_masked_mse_recomputed_backward = define(
-    "masked_mse_recomputed_backward(Tensor pred, Tensor images, Tensor? mask, Tensor? ids_mask, int[2] patch, "
-    "bool norm_pix, Tensor? mean, Tensor? std, float eps, str layout, Tensor grad, Tensor scale) -> Tensor",
+_masked_mse_recomputed_backward = register_op(
+    "masked_mse_recomputed_backward(Tensor pred, Tensor images, Tensor selected, Tensor? statistics, "
+    f"Tensor grad, Tensor scale, {SCHEMA_OF_TARGET}) -> Tensor",
     eager=_masked_mse_recomputed_backward_eager,
     fake=_masked_mse_recomputed_backward_fake,
 )
-
-differentiable(_masked_mse, _MaskedMSE)
+_call = differentiable(masked_mse_op, _setup_context, _backward)

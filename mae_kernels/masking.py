@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mae_kernels import checks
-from mae_kernels.registration import decomposed, define, in_onnx_export
+from mae_kernels.registration import decomposed, in_onnx_export, register_op
 
 
 class Masking(NamedTuple):
@@ -155,7 +155,7 @@ def _masking_fake(noise, num_keep):
     )
 
 
-_masking = define(
+_masking = register_op(
     "masking(Tensor noise, SymInt num_keep) -> (Tensor ids_keep, Tensor ids_mask, Tensor ids_restore, Tensor mask)",
     eager=_masking_eager,
     fake=_masking_fake,

@@ -9,16 +9,15 @@ names, and calls its ``MaskedPatchEmbed`` ``patch_embed``, has the published sta
     self.pos_embed = nn.Parameter(...)                             # pos_embed [1, 1 + L, 768]
     self.mask_token = learned_token(512)                           # mask_token
     self.decoder_pos_embed = nn.Parameter(...)                     # decoder_pos_embed [1, 1 + L, 512]
-    self.unshuffle, self.loss = MaskTokenScatter(), MaskedMSELoss(16)
+    self.scatter, self.loss = MaskTokenScatter(), MaskedMSELoss(16)
 
     m = random_masking(len(images), L, device=images.device)
     x = self.patch_embed(images, m.ids_keep, prefix=self.cls_token, pos_embed=self.pos_embed)
-    x = self.unshuffle(x, self.mask_token, m.ids_restore, self.decoder_pos_embed)
+    x = self.scatter(x, self.mask_token, m.ids_restore, self.decoder_pos_embed)
     loss = self.loss(pred, images, mask=m.mask)
 """
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 import torch.nn as nn
@@ -28,7 +27,8 @@ from mae_kernels import checks
 from mae_kernels.gather_tokens import gather_tokens
 from mae_kernels.masked_mse import masked_mse
 from mae_kernels.patch_embed import patch_embed
-from mae_kernels.patchify import Layout, patch_grid
+from mae_kernels.patch_grid import PatchGrid
+from mae_kernels.patchify import Layout
 from mae_kernels.precision import accumulation_dtype
 from mae_kernels.scatter_mask_tokens import scatter_mask_tokens
 from mae_kernels.untouched import projects_patches
@@ -39,47 +39,6 @@ __all__ = ["MaskTokenScatter", "MaskedMSELoss", "MaskedPatchEmbed", "learned_tok
 def learned_token(dim: int) -> nn.Parameter:
     """A class or mask token as published: ``[1, 1, dim]`` from N(0, 0.02)."""
     return nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
-
-
-def floating_pixels(images: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
-    """Images as the ops read them: uint8 as ``x / 255``, then normalised where mean and std ``[C]`` are given."""
-    x = images / 255 if images.dtype == torch.uint8 else images
-    return x if mean is None else (x - mean[:, None, None]) / std[:, None, None]
-
-
-def rewritten(like: Tensor, before: Sequence[Tensor], statistics: Sequence[Sequence[float]]) -> list[Tensor]:
-    """Means and standard deviations anew, where ``like`` is now: half() rounds such buffers, to_empty() loses them.
-
-    Of those ``before`` the values count that somebody has set in place of ``statistics``.
-    """
-    options = {"dtype": accumulation_dtype(like.dtype), "device": like.device}
-    pairs = zip(before, statistics, strict=True)
-    return [torch.tensor(_own_values(old, values) or values, **options) for old, values in pairs]
-
-
-def _own_values(old: Tensor, values: Sequence[float]) -> list[float] | None:
-    if type(old) is not Tensor or old.is_meta:
-        return None
-    same = torch.equal(old, torch.tensor(values, dtype=old.dtype, device=old.device))
-    return None if same else old.tolist()
-
-
-def assemble_tokens(
-    tokens: Tensor,
-    pos_embed: Tensor | None,
-    ids_keep: Tensor | None,
-    prefix: Tensor | None,
-    out_dtype: torch.dtype | None,
-) -> Tensor:
-    """``[N, L, D]`` -> ``[N, R + K, D]``: what :func:`mae_kernels.patch_embed` does behind the projection.
-
-    For projections that have to be called, such as one with a LoRA adapter. Arguments as there.
-    """
-    x = tokens if pos_embed is None else tokens + pos_embed
-    x = x if ids_keep is None else gather_tokens(x, ids_keep)
-    if prefix is not None:
-        x = torch.cat([prefix.reshape(1, -1, x.shape[2]).expand(x.shape[0], -1, -1), x], dim=1)
-    return x if out_dtype is None else x.to(out_dtype)
 
 
 class _ReadsPixels(nn.Module):
@@ -96,7 +55,7 @@ class _ReadsPixels(nn.Module):
     ):
         super().__init__()
         op = type(self).__name__
-        self.patch_size = checks.patch_size(op, patch_size)
+        self.patch_size = checks.sizes(op, "patch_size", patch_size, 2)
         if (pixel_mean is None) != (pixel_std is None):
             given, missing = ("pixel_mean", "pixel_std") if pixel_std is None else ("pixel_std", "pixel_mean")
             raise ValueError(f"{op}: {given} was given without {missing}; pass both or neither")
@@ -119,13 +78,35 @@ class _ReadsPixels(nn.Module):
         before = self.pixel_mean, self.pixel_std
         super()._apply(fn, recurse)
         if self._pixel_stats is not None:
-            self.pixel_mean, self.pixel_std = rewritten(self.pixel_mean, before, self._pixel_stats)
+            self._write_statistics(self.pixel_mean, before)
         return self
 
-    def _normalization(self, images: Tensor) -> dict[str, Tensor]:
-        if self.pixel_mean is None or images.dtype != torch.uint8:
+    def _write_statistics(self, like: Tensor, before: Sequence[Tensor] = (None, None)) -> None:
+        """Means and deviations anew, where ``like`` is: half() rounds such buffers, and to_empty() loses them.
+
+        Of those ``before`` the values count that somebody has set in place of the given ones.
+        """
+        options = {"dtype": accumulation_dtype(like.dtype), "device": like.device}
+        self.pixel_mean, self.pixel_std = (
+            torch.tensor(_own_values(old, values) or values, **options)
+            for old, values in zip(before, self._pixel_stats, strict=True)
+        )
+
+    def normalization(self, images: Tensor) -> dict[str, Tensor]:
+        """Arguments ``mean`` and ``std`` of the ops for such images: floating ones are normalised already."""
+        if self._pixel_stats is None or images.dtype != torch.uint8:
             return {}
+        if self.pixel_mean.is_meta and not images.is_meta:  # load_state_dict(assign=True) fills only parameters
+            self._write_statistics(torch.empty(0, device=images.device))
         return {"mean": self.pixel_mean, "std": self.pixel_std}
+
+    def floating_pixels(self, images: Tensor) -> Tensor:
+        """Images as the ops read them: uint8 as ``x / 255``, normalised where there are mean and standard deviation."""
+        x = images / 255 if images.dtype == torch.uint8 else images
+        if stats := self.normalization(images):
+            mean, std = (values[:, None, None] for values in stats.values())
+            x = (x - mean) / std
+        return x
 
     def extra_repr(self) -> str:
         text = f"patch_size={self.patch_size}"
@@ -133,6 +114,13 @@ class _ReadsPixels(nn.Module):
             mean, std = (tuple(values) for values in self._pixel_stats)
             text += f", pixel_mean={mean}, pixel_std={std}"
         return text
+
+
+def _own_values(old: Tensor | None, values: Sequence[float]) -> list[float] | None:
+    if type(old) is not Tensor or old.is_meta:
+        return None
+    same = torch.equal(old, torch.tensor(values, dtype=old.dtype, device=old.device))
+    return None if same else old.tolist()
 
 
 class MaskedPatchEmbed(_ReadsPixels):
@@ -169,7 +157,7 @@ class MaskedPatchEmbed(_ReadsPixels):
             raise ValueError(
                 f"MaskedPatchEmbed: pixel_mean has {len(self._pixel_stats[0])} values for {in_chans} channels"
             )
-        self.out_dtype = out_dtype
+        self.embed_dim, self.out_dtype = embed_dim, out_dtype
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
         self.reset_parameters()
 
@@ -199,18 +187,16 @@ class MaskedPatchEmbed(_ReadsPixels):
         """
         if prefix is not None and pos_embed is not None:
             prefix, pos_embed = self._split_positions(images, prefix, pos_embed)
-        proj, stats, dtype = self.proj, self._normalization(images), self.out_dtype
+        proj, options = self.proj, {"prefix": prefix, "out_dtype": self.out_dtype}
         if projects_patches(proj):
-            return patch_embed(
-                images, proj.weight, proj.bias, pos_embed, ids_keep, prefix=prefix, out_dtype=dtype, **stats
-            )
-        tokens = proj(floating_pixels(images, **stats)).flatten(2).transpose(1, 2)
-        return assemble_tokens(tokens, pos_embed, ids_keep, prefix, dtype)
+            stats = self.normalization(images)
+            return patch_embed(images, proj.weight, proj.bias, pos_embed, ids_keep, **options, **stats)
+        tokens = proj(self.floating_pixels(images)).flatten(2).transpose(1, 2)
+        return _assemble(tokens, pos_embed, ids_keep, **options)
 
     def _split_positions(self, images: Tensor, prefix: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
-        op, embed_dim = "MaskedPatchEmbed", self.proj.out_channels
-        checks.images(op, images, self.patch_size)
-        num_patches = prod(patch_grid(images, self.patch_size))
+        op, embed_dim = "MaskedPatchEmbed", self.embed_dim
+        num_patches = PatchGrid.of(op, images, self.patch_size).num_patches
         prefix = checks.table(op, "prefix", prefix, "R", embed_dim)
         num_prefix = prefix.shape[0]
         pos_embed = checks.table(op, "pos_embed", pos_embed, "R + L", embed_dim)
@@ -225,6 +211,24 @@ class MaskedPatchEmbed(_ReadsPixels):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.out_dtype is None else f", out_dtype={self.out_dtype}")
+
+
+def _assemble(
+    tokens: Tensor,
+    pos_embed: Tensor | None,
+    ids_keep: Tensor | None,
+    prefix: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """``[N, L, D]`` -> ``[N, R + K, D]``: what :func:`mae_kernels.patch_embed` does behind the projection.
+
+    For projections that have to be called, such as one with a LoRA adapter. Arguments as there.
+    """
+    x = tokens if pos_embed is None else tokens + pos_embed
+    x = x if ids_keep is None else gather_tokens(x, ids_keep)
+    if prefix is not None:
+        x = torch.cat([prefix.reshape(1, -1, x.shape[2]).expand(x.shape[0], -1, -1), x], dim=1)
+    return x if out_dtype is None else x.to(out_dtype)
 
 
 class MaskTokenScatter(nn.Module):
@@ -270,7 +274,7 @@ class MaskedMSELoss(_ReadsPixels):
         pixel_mean: as of :class:`MaskedPatchEmbed`.
         pixel_std: as of :class:`MaskedPatchEmbed`.
         eps: added to the variance of a patch, inside the root.
-        layout: order of the E values in a prediction: ``"channels_last"`` (row, column, channel: published) or ``"channels_first"``.
+        layout: order of the E values in a prediction: ``"channels_last"`` (published) or ``"channels_first"``.
     """
 
     def __init__(
@@ -311,7 +315,7 @@ class MaskedMSELoss(_ReadsPixels):
             norm_pix=self.norm_pix,
             eps=self.eps,
             layout=self.layout,
-            **self._normalization(images),
+            **self.normalization(images),
         )
 
     def extra_repr(self) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from math import gcd, prod
+from math import gcd
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mae_kernels import checks
-from mae_kernels.patchify import gather_patches, normalize_pixels, patch_grid, unpatchify
+from mae_kernels.gather_tokens import gather_tokens_backward_eager
+from mae_kernels.patch_grid import PatchGrid, as_video
+from mae_kernels.patchify import gather_patches, normalize_pixels, unpatchify
 from mae_kernels.precision import accumulation_dtype
-from mae_kernels.registration import call, define, differentiable, once
-from mae_kernels.rows import row_ids
+from mae_kernels.registration import differentiable, once_differentiable, register_op
+from mae_kernels.rows import row_ids, without_padding
 
 
 def patch_embed(
@@ -35,11 +37,13 @@ def patch_embed(
     ``out[n, r] = prefix[r]`` for ``r < R``.
 
     Args:
-        images: ``[N, C, H, W]``, uint8 or floating, any strides; N may be 0. uint8 is read as ``x / 255``.
-        weight: ``[D, C, ph, pw]`` floating, as of a convolution; it carries the patch size in pixels.
+        images: ``[N, C, H, W]`` or ``[N, C, T, H, W]``, uint8 (read as ``x / 255``), uint16 (read as it is) or
+            floating, any strides; N may be 0.
+        weight: ``[D, C, ph, pw]`` or ``[D, C, pt, ph, pw]`` floating, as of a convolution; it carries the patch size.
         bias: ``[D]``.
         pos_embed: ``[L, D]`` or ``[1, L, D]``, without rows for the prefix.
-        ids_keep: ``[N, K]`` int64, the patches to embed, unique in each row; None embeds all of them in order.
+        ids_keep: ``[N, K]`` int64, the patches to embed, unique in each row; None embeds all of them in order. Of -1,
+            which is no patch, comes a row of zeros.
         prefix: ``[R, D]`` or ``[1, R, D]``, class token or registers, already carrying their own position.
         mean: C values, subtracted from the (scaled) pixels of each channel. Tensors save a copy per call on a GPU.
         std: C values, by which each channel is then divided.
@@ -59,28 +63,25 @@ def patch_embed(
     Source: He et al. 2021, section 3, "MAE encoder".
     """
     op = "patch_embed"
-    if isinstance(weight, Tensor) and weight.ndim == 5:
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; video and volumes are not supported yet")
-    checks.tensor(op, "weight", weight, ("D", "C", "ph", "pw"))
+    checks.tensor(op, "weight", weight, ("D", "C", "ph", "pw"), ("D", "C", "pt", "ph", "pw"))
     checks.floating(op, "weight", weight)
     checks.not_empty(op, "weight", weight)
-    embed_dim, channels, *patch = weight.shape
-    checks.images(op, images, tuple(patch))
-    if images.shape[1] != channels:
-        raise ValueError(f"{op}: images have {images.shape[1]} channels, but weight expects {channels}")
-    num_patches = prod(patch_grid(images, patch))
+    embed_dim, channels = weight.shape[:2]
+    grid = PatchGrid.of(op, images, tuple(weight.shape[2:]))
+    if grid.channels != channels:
+        raise ValueError(f"{op}: images have {grid.channels} channels, but weight expects {channels}")
     if bias is not None:
         checks.tensor(op, "bias", bias, (embed_dim,))
         checks.floating(op, "bias", bias)
     if pos_embed is not None:
-        pos_embed = checks.table(op, "pos_embed", pos_embed, num_patches, embed_dim)
+        pos_embed = checks.table(op, "pos_embed", pos_embed, grid.num_patches, embed_dim)
     if prefix is not None:
         prefix = checks.table(op, "prefix", prefix, "R", embed_dim)
     if ids_keep is not None:
-        checks.ids(op, "ids_keep", ids_keep, images.shape[0], num_patches)
-    checks.same_device(op, "images", images, weight=weight, bias=bias, pos_embed=pos_embed, ids_keep=ids_keep)
-    checks.same_device(op, "images", images, prefix=prefix)
-    mean, std = checks.mean_std(op, mean, std, images, weight.dtype)
+        checks.ids(op, "ids_keep", ids_keep, images.shape[0], grid.num_patches)
+    tables = {"bias": bias, "pos_embed": pos_embed, "ids_keep": ids_keep, "prefix": prefix}
+    checks.same_device(op, "images", images, weight=weight, **tables)
+    statistics = checks.statistics(op, mean, std, images, weight.dtype)
 
     compute_dtype = _compute_dtype(op, images, weight)
     if out_dtype is None:
@@ -89,14 +90,15 @@ def patch_embed(
             out_dtype = out_dtype if table is None else torch.promote_types(out_dtype, table.dtype)
     else:
         checks.out_dtype(op, out_dtype)
-    return call(_PatchEmbed, images, weight, bias, pos_embed, ids_keep, prefix, mean, std, compute_dtype, out_dtype)
+    inputs = _Inputs(as_video(images), weight, bias, pos_embed, ids_keep, prefix, statistics, compute_dtype, out_dtype)
+    return _call(*inputs)
 
 
 def _compute_dtype(op: str, images: Tensor, weight: Tensor) -> torch.dtype:
     device_type = images.device.type
     if torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
-    if images.dtype not in (torch.uint8, weight.dtype):
+    if images.is_floating_point() and images.dtype != weight.dtype:
         raise TypeError(
             f"{op}: images are {checks.dtype_name(images)}, but weight is {checks.dtype_name(weight)}; "
             "cast one of them, pass uint8 images, or use torch.autocast"
@@ -104,54 +106,68 @@ def _compute_dtype(op: str, images: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-class _PatchEmbed(torch.autograd.Function):
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        images, weight, _, _, ids_keep, prefix, mean, std, ctx.compute_dtype, _ = inputs
-        ctx.save_for_backward(images, weight, ids_keep, mean, std)
-        ctx.num_prefix = 0 if prefix is None else prefix.shape[0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        images, weight, ids_keep, mean, std = ctx.saved_tensors
-        needs_images, needs_weight, needs_bias, needs_pos, _, needs_prefix = ctx.needs_input_grad[:6]
-        needs = [needs_images, needs_weight, needs_bias, needs_pos, needs_prefix]
-        grads = once(
-            _patch_embed_backward, grad, images, weight, ids_keep, mean, std, ctx.num_prefix, ctx.compute_dtype, needs
-        )
-        g_images, g_weight, g_bias, g_pos, g_prefix = (
-            g if need else None for g, need in zip(grads, needs, strict=True)
-        )
-        return g_images, g_weight, g_bias, g_pos, None, g_prefix, None, None, None, None
+class _Inputs(NamedTuple):
+    images: Tensor  # [N, C, T, H, W]
+    weight: Tensor  # [D, C, ph, pw] or [D, C, pt, ph, pw]
+    bias: Tensor | None
+    pos_embed: Tensor | None  # [L, D]
+    ids_keep: Tensor | None
+    prefix: Tensor | None  # [R, D]
+    statistics: Tensor | None  # [2, C]
+    compute_dtype: torch.dtype
+    out_dtype: torch.dtype
 
 
-def _patch_embed_check(images, weight, bias, pos_embed, ids_keep, *_):
-    if ids_keep is not None:
-        checks.id_values("patch_embed", "ids_keep", ids_keep, prod(patch_grid(images, weight.shape[2:])))
+def _setup_context(ctx, inputs, output):
+    x = _Inputs(*inputs)
+    ctx.save_for_backward(x.images, x.weight, x.ids_keep, x.statistics)
+    ctx.num_prefix = 0 if x.prefix is None else x.prefix.shape[0]
+    ctx.compute_dtype = x.compute_dtype
+
+
+def _backward(ctx, grad):
+    needs_images, needs_weight, needs_bias, needs_pos, _, needs_prefix = ctx.needs_input_grad[:6]
+    needs = [needs_images, needs_weight, needs_bias, needs_pos, needs_prefix]
+    grads = once_differentiable(
+        _patch_embed_backward, grad, *ctx.saved_tensors, ctx.num_prefix, ctx.compute_dtype, needs
+    )
+    g_images, g_weight, g_bias, g_pos, g_prefix = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return g_images, g_weight, g_bias, g_pos, None, g_prefix
+
+
+def _grid(images: Tensor, weight: Tensor) -> PatchGrid:
+    return PatchGrid.inside(images.shape[2:], weight.shape[2:], images.shape[1])
+
+
+def _check(*inputs):
+    x = _Inputs(*inputs)
+    if x.ids_keep is not None:
+        checks.id_values("patch_embed", "ids_keep", x.ids_keep, _grid(x.images, x.weight).num_patches)
 
 
 class Steps(NamedTuple):
     """What implementations do each in their own way; its two methods are the op and its backward around them."""
 
-    gather: Callable  # images, ids_keep, patch, mean, std, dtype -> visible patches [N K, E], normalised
+    gather: Callable  # images, ids_keep, grid, statistics, dtype -> visible patches [N K, E], normalised
     assemble: Callable  # tokens [N, K, D], pos_embed, ids_keep, prefix, dtype -> [N, R + K, D]
     spread: Callable  # rows [N, K, E], ids_keep, L -> [N, L, E], zero where no row belongs
     sum_positions: Callable  # rows [N, K, D], ids_keep, L, dtype -> [L, D], the sum of those of the same patch
 
-    def embed(self, images, weight, bias, pos_embed, ids_keep, prefix, mean, std, compute_dtype, out_dtype):
-        n, (d, _, *patch) = images.shape[0], weight.shape
-        patches = self.gather(images, ids_keep, patch, mean, std, compute_dtype)  # [N K, E]
-        bias = None if bias is None else bias.to(compute_dtype)
-        tokens = _project(patches, weight.to(compute_dtype).flatten(1), bias).view(n, -1, d)  # [N, K, D]
-        if prefix is None and pos_embed is None and tokens.dtype == out_dtype:
+    def embed(self, *inputs):
+        x = _Inputs(*inputs)
+        patches = self.gather(x.images, x.ids_keep, _grid(x.images, x.weight), x.statistics, x.compute_dtype)
+        bias = None if x.bias is None else x.bias.to(x.compute_dtype)
+        tokens = _project(patches, x.weight.to(x.compute_dtype).flatten(1), bias)
+        tokens = tokens.view(len(x.images), -1, tokens.shape[1])  # [N, K, D]
+        zero_is_kept = x.ids_keep is None or bias is None
+        if x.prefix is None and x.pos_embed is None and tokens.dtype == x.out_dtype and zero_is_kept:
             return tokens
-        return self.assemble(tokens, pos_embed, ids_keep, prefix, out_dtype)
+        return self.assemble(tokens, x.pos_embed, x.ids_keep, x.prefix, x.out_dtype)
 
-    def gradients(self, grad, images, weight, ids_keep, mean, std, num_prefix, compute_dtype, needs):
+    def gradients(self, grad, images, weight, ids_keep, statistics, num_prefix, compute_dtype, needs):
         needs_images, needs_weight, needs_bias, needs_pos, needs_prefix = needs
-        n, d, patch = images.shape[0], weight.shape[0], weight.shape[2:]
+        grid = _grid(images, weight)
         sum_dtype = accumulation_dtype(grad.dtype)  # autograd casts once, to the dtype of the parameter
-        num_patches = prod(patch_grid(images, patch))
         g_images, g_weight, g_bias, g_pos, g_prefix = (grad.new_empty(0, dtype=sum_dtype) for _ in needs)
 
         if needs_prefix:
@@ -160,22 +176,31 @@ class Steps(NamedTuple):
         if needs_pos and ids_keep is None:
             g_pos = g_tokens.sum(0, dtype=sum_dtype)
         elif needs_pos:
-            g_pos = self.sum_positions(g_tokens, ids_keep, num_patches, sum_dtype)
-        g_tokens = g_tokens.to(compute_dtype).reshape(-1, d)  # [N K, D]
+            g_pos = self.sum_positions(g_tokens, ids_keep, grid.num_patches, sum_dtype)
+        g_tokens = _gradient_rows(g_tokens, ids_keep, compute_dtype)  # [N K, D]
         if needs_bias:
             g_bias = g_tokens.sum(0, dtype=sum_dtype)
         if needs_weight:
-            patches = self.gather(images, ids_keep, patch, mean, std, compute_dtype)
+            patches = self.gather(images, ids_keep, grid, statistics, compute_dtype)
             g_weight = _weight_gradient(g_tokens, patches).reshape(weight.shape).to(sum_dtype)
         if needs_images:
             g_patches = g_tokens @ weight.to(compute_dtype).flatten(1)  # [N K, E]
-            if std is not None:
-                g_patches.view(-1, images.shape[1], patch[0] * patch[1]).div_(std[:, None])
-            g_patches = g_patches.view(n, -1, g_patches.shape[1])
+            if statistics is not None:
+                g_patches.view(-1, grid.channels, grid.patch_values // grid.channels).div_(statistics[1][:, None])
+            g_patches = g_patches.view(len(images), -1, grid.patch_values)
             if ids_keep is not None:
-                g_patches = self.spread(g_patches, ids_keep, num_patches)  # [N, L, E]
-            g_images = unpatchify(g_patches, tuple(patch), tuple(images.shape[2:]), "channels_first").to(images.dtype)
+                g_patches = self.spread(g_patches, ids_keep, grid.num_patches)  # [N, L, E]
+            g_images = unpatchify(g_patches, grid.patch, tuple(images.shape[2:]), "channels_first").to(images.dtype)
         return g_images, g_weight, g_bias, g_pos, g_prefix
+
+
+def _gradient_rows(grad: Tensor, ids: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``[N, K, D] -> [N K, D]`` in dtype, zero where the id is -1, in one pass."""
+    padding = None if ids is None else without_padding(ids)[1]
+    if padding is None:
+        return grad.to(dtype).reshape(-1, grad.shape[2])
+    rows = grad.new_empty(grad.shape, dtype=dtype)
+    return torch.mul(grad, padding.logical_not(), out=rows).view(-1, grad.shape[2])
 
 
 def _assemble(tokens, pos_embed, ids_keep, prefix, out_dtype):
@@ -183,38 +208,34 @@ def _assemble(tokens, pos_embed, ids_keep, prefix, out_dtype):
     out = tokens.new_empty((tokens.shape[0], num_prefix + tokens.shape[1], tokens.shape[2]), dtype=out_dtype)
     if prefix is not None:
         out[:, :num_prefix] = prefix
+    ids_keep, padding = (None, None) if ids_keep is None else without_padding(ids_keep)
     if pos_embed is None:
         out[:, num_prefix:] = tokens
     else:
         if ids_keep is not None:
             pos_embed = pos_embed.index_select(0, ids_keep.flatten()).view_as(tokens)
         torch.add(tokens, pos_embed, out=out[:, num_prefix:])
+    if padding is not None:
+        out[:, num_prefix:].masked_fill_(padding, 0)
     return out
 
 
-def _patch_embed_fake(images, weight, bias, pos_embed, ids_keep, prefix, mean, std, compute_dtype, out_dtype):
-    d, _, ph, pw = weight.shape
-    num_prefix = 0 if prefix is None else prefix.shape[0]
-    visible = prod(patch_grid(images, (ph, pw))) if ids_keep is None else ids_keep.shape[1]
-    return images.new_empty((images.shape[0], num_prefix + visible, d), dtype=out_dtype)
-
-
-def _spread(rows, ids_keep, num_patches):
-    n, k, values = rows.shape
-    spread = rows.new_zeros((n * num_patches, values))
-    return spread.index_copy_(0, row_ids(ids_keep, num_patches), rows.view(n * k, values)).view(n, num_patches, values)
+def _fake(*inputs):
+    x = _Inputs(*inputs)
+    num_prefix = 0 if x.prefix is None else x.prefix.shape[0]
+    visible = _grid(x.images, x.weight).num_patches if x.ids_keep is None else x.ids_keep.shape[1]
+    return x.images.new_empty((x.images.shape[0], num_prefix + visible, x.weight.shape[0]), dtype=x.out_dtype)
 
 
 def _sum_positions(grad, ids_keep, num_patches, sum_dtype):
     rows = grad.reshape(-1, grad.shape[2]).to(sum_dtype)
-    return torch.ops.aten.embedding_dense_backward(rows, ids_keep.flatten(), num_patches, -1, False)
+    no_position = -1
+    return torch.ops.aten.embedding_dense_backward(rows, ids_keep.flatten(), num_patches, no_position, False)
 
 
-def _patch_embed_backward_fake(grad, images, weight, ids_keep, mean, std, num_prefix, compute_dtype, needs):
-    sum_dtype = accumulation_dtype(grad.dtype)
-    d, _, ph, pw = weight.shape
-    num_patches = prod(patch_grid(images, (ph, pw)))
-    shapes = [images.shape, weight.shape, (d,), (num_patches, d), (num_prefix, d)]
+def _backward_fake(grad, images, weight, ids_keep, statistics, num_prefix, compute_dtype, needs):
+    sum_dtype, d = accumulation_dtype(grad.dtype), weight.shape[0]
+    shapes = [images.shape, weight.shape, (d,), (_grid(images, weight).num_patches, d), (num_prefix, d)]
     dtypes = [images.dtype] + [sum_dtype] * 4
     return tuple(
         grad.new_empty(shape if need else 0, dtype=dtype if need else sum_dtype)
@@ -222,11 +243,11 @@ def _patch_embed_backward_fake(grad, images, weight, ids_keep, mean, std, num_pr
     )
 
 
-def _gather(images, ids_keep, patch, mean, std, dtype):
-    num_patches = prod(patch_grid(images, patch))
-    flat_ids = None if ids_keep is None else row_ids(ids_keep, num_patches)
-    patches = gather_patches(images, flat_ids, patch, "channels_first")
-    return normalize_pixels(patches, images.shape[1], mean, std, dtype, "channels_first")
+def _gather(images, ids_keep, grid, statistics, dtype):
+    ids_keep, padding = (None, None) if ids_keep is None else without_padding(ids_keep)
+    flat_ids = None if ids_keep is None else row_ids(ids_keep, grid.num_patches)
+    patches = normalize_pixels(gather_patches(images, flat_ids, grid, "channels_first"), statistics, dtype)
+    return patches if padding is None else patches.masked_fill_(padding.flatten(0, 1), 0)
 
 
 def _project(patches: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -281,21 +302,20 @@ def _as_pixels(rows: Tensor) -> Tensor:
     return rows[None, None].permute(0, 3, 1, 2)
 
 
-_EAGER = Steps(_gather, _assemble, _spread, _sum_positions)
+_EAGER = Steps(_gather, _assemble, gather_tokens_backward_eager, _sum_positions)
 
-_patch_embed = define(
+_patch_embed = register_op(
     "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? ids_keep, Tensor? prefix, "
-    "Tensor? mean, Tensor? std, ScalarType compute_dtype, ScalarType out_dtype) -> Tensor",
+    "Tensor? statistics, ScalarType compute_dtype, ScalarType out_dtype) -> Tensor",
     eager=_EAGER.embed,
-    fake=_patch_embed_fake,
-    check=_patch_embed_check,
+    fake=_fake,
+    check=_check,
 )
-_patch_embed_backward = define(
-    "patch_embed_backward(Tensor grad, Tensor images, Tensor weight, Tensor? ids_keep, Tensor? mean, Tensor? std, "
+_patch_embed_backward = register_op(
+    "patch_embed_backward(Tensor grad, Tensor images, Tensor weight, Tensor? ids_keep, Tensor? statistics, "
     "SymInt num_prefix, ScalarType compute_dtype, bool[5] needs) "
     "-> (Tensor g_images, Tensor g_weight, Tensor g_bias, Tensor g_pos_embed, Tensor g_prefix)",
     eager=_EAGER.gradients,
-    fake=_patch_embed_backward_fake,
+    fake=_backward_fake,
 )
-
-differentiable(_patch_embed, _PatchEmbed)
+_call = differentiable(_patch_embed, _setup_context, _backward)

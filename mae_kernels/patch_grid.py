@@ -48,7 +48,7 @@ class PatchGrid(NamedTuple):
         """The grid of images of such a size: an int for ``H = W``, a pair, or three numbers."""
         sizes = checks.sizes(op, "image_size", image_size, 2)
         patch = checks.sizes(op, "patch_size", patch_size, len(sizes))
-        sizes, patch = ((1,) * (3 - len(x)) + tuple(x) for x in (sizes, patch))
+        sizes, patch = _three(sizes), _three(patch)
         for size, p, side in zip(sizes, patch, _SIDES, strict=True):
             if size % p:
                 raise ValueError(f"{op}: images {side} {size} is not a multiple of the patch {side} {p}")
@@ -56,9 +56,13 @@ class PatchGrid(NamedTuple):
 
     @classmethod
     def inside(cls, sizes: Sequence[int], patch: Sequence[int], channels: int) -> "PatchGrid":
-        """The grid of what has passed the border: three sizes that three sides of a patch divide."""
-        (t, h, w), (pt, ph, pw) = sizes, patch
+        """The grid of what has passed the border."""
+        (t, h, w), (pt, ph, pw) = sizes, _three(patch)
         return cls((pt, ph, pw), (t // pt, h // ph, w // pw), channels)
+
+
+def _three(sides: Sequence[int]) -> tuple[int, ...]:
+    return (1, *sides) if len(sides) == 2 else tuple(sides)
 
 
 def as_video(images: Tensor) -> Tensor:

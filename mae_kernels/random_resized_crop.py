@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mae_kernels import checks
-from mae_kernels.registration import define
+from mae_kernels.registration import register_op
 
 # Outputs of one product. On a CPU 16 and 64 take longer: more calls, or more weights that are zero.
 _BLOCK = 32
@@ -252,7 +252,7 @@ def _random_resized_crop_fake(images, starts, sizes, boxes, flips, size):
     return images.new_empty((boxes.shape[0], channels, *size))
 
 
-_random_resized_crop = define(
+_random_resized_crop = register_op(
     "random_resized_crop(Tensor images, Tensor? starts, Tensor? sizes, Tensor boxes, Tensor flips, SymInt[2] size) "
     "-> Tensor",
     eager=_random_resized_crop_eager,

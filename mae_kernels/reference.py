@@ -12,14 +12,8 @@ from einops import rearrange, repeat
 
 from mae_kernels.masking import Masking
 
-_PATCHES = {
-    "channels_last": "n c (h p) (w q) -> n (h w) (p q c)",
-    "channels_first": "n c (h p) (w q) -> n (h w) (c p q)",
-}
-_IMAGES = {
-    "channels_last": "n (h w) (p q c) -> n c (h p) (w q)",
-    "channels_first": "n (h w) (c p q) -> n c (h p) (w q)",
-}
+# A patch has r frames, p rows and q columns; an image is a video of one frame.
+_VALUES = {"channels_last": "(r p q c)", "channels_first": "(c r p q)"}
 
 
 def random_masking(batch_size, num_patches, mask_ratio=0.75, *, noise=None, generator=None, device=None):
@@ -47,20 +41,22 @@ def random_resized_crop(images, boxes, flips, size, *, dtype=torch.float32, roun
 
 
 def normalize(images, mean=None, std=None, dtype=None):
-    """uint8 pixels to [0, 1], then ``(x - mean[c]) / std[c]``."""
-    if images.dtype == torch.uint8:
-        images = images.to(dtype or torch.get_default_dtype()) / 255
+    """uint8 pixels to [0, 1], uint16 as they are, then ``(x - mean[c]) / std[c]``."""
+    if not images.is_floating_point():
+        images = images.to(dtype or torch.get_default_dtype()) / (255 if images.dtype == torch.uint8 else 1)
     if mean is not None:
-        mean, std = (torch.as_tensor(v, dtype=images.dtype, device=images.device) for v in (mean, std))
-        images = (images - mean[:, None, None]) / std[:, None, None]
+        shape = (-1, *[1] * (images.ndim - 2))
+        mean, std = (torch.as_tensor(v, dtype=images.dtype, device=images.device).view(shape) for v in (mean, std))
+        images = (images - mean) / std
     return images
 
 
 def patch_embed(images, weight, bias=None, pos_embed=None, ids_keep=None, *, prefix=None, mean=None, std=None):
     """Section 3, "MAE encoder": embed all patches, add positions, keep the visible ones, prepend the class token."""
     images = normalize(images, mean, std, weight.dtype)
-    tokens = F.conv2d(images, weight, bias, stride=weight.shape[2:])
-    tokens = rearrange(tokens, "n d h w -> n (h w) d")
+    weight = weight[:, :, None] if weight.ndim < images.ndim else weight
+    tokens = (F.conv2d if images.ndim == 4 else F.conv3d)(images, weight, bias, stride=weight.shape[2:])
+    tokens = rearrange(tokens, "n d ... -> n (...) d")
     if pos_embed is not None:
         tokens = tokens + pos_embed
     if ids_keep is not None:
@@ -72,18 +68,18 @@ def patch_embed(images, weight, bias=None, pos_embed=None, ids_keep=None, *, pre
 
 
 def gather_tokens(tokens, ids):
-    """The tokens [N, L, D] at ids [N, K]."""
-    index = repeat(ids, "n k -> n k d", d=tokens.shape[2]).contiguous()
-    return torch.gather(tokens, 1, index)
+    """The tokens [N, L, D] at ids [N, K]; zeros for an id of -1."""
+    index = repeat(ids.clamp(min=0), "n k -> n k d", d=tokens.shape[2]).contiguous()
+    return torch.gather(tokens, 1, index).masked_fill((ids < 0)[:, :, None], 0)
 
 
 def scatter_mask_tokens(tokens, mask_token, ids_restore, pos_embed=None, *, num_prefix=1):
     """Section 3, "MAE decoder": append mask tokens, un-shuffle, add positions to the full set."""
     prefix, visible = tokens[:, :num_prefix], tokens[:, num_prefix:]
-    num_masked = ids_restore.shape[1] - visible.shape[1]
+    num_masked = max(ids_restore.shape[1] - visible.shape[1], 1)
     mask_tokens = repeat(mask_token.flatten(), "d -> n m d", n=len(tokens), m=num_masked).contiguous()
     full = torch.cat([visible, mask_tokens], dim=1)
-    full = gather_tokens(full, ids_restore)
+    full = gather_tokens(full, ids_restore.clamp(max=full.shape[1] - 1))  # behind a row with fewer visible patches
     full = torch.cat([prefix, full], dim=1)
     if pos_embed is not None:
         pos_embed = pos_embed.reshape(-1, pos_embed.shape[-1])
@@ -93,21 +89,34 @@ def scatter_mask_tokens(tokens, mask_token, ids_restore, pos_embed=None, *, num_
 
 
 def patchify(images, patch_size, layout="channels_last"):
-    """Images [N, C, H, W] as patches [N, L, E]."""
-    p, q = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-    return rearrange(images, _PATCHES[layout], p=p, q=q)
+    """Images [N, C, H, W] or [N, C, T, H, W] as patches [N, L, E]."""
+    r, p, q = _patch(patch_size, images.ndim - 2)
+    images = images[:, :, None] if images.ndim == 4 else images
+    return rearrange(images, f"n c (t r) (h p) (w q) -> n (t h w) {_VALUES[layout]}", r=r, p=p, q=q)
 
 
 def unpatchify(patches, patch_size, image_size, layout="channels_last"):
-    """Patches [N, L, E] as images [N, C, H, W]."""
-    p, q = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-    return rearrange(patches, _IMAGES[layout], p=p, q=q, h=image_size[0] // p)
+    """Patches [N, L, E] as images [N, C, H, W], or [N, C, T, H, W] for three sizes."""
+    (t, h, _), (r, p, q) = (1, *image_size)[-3:], _patch(patch_size, len(image_size))
+    sizes = {"t": t // r, "h": h // p, "r": r, "p": p, "q": q}
+    images = rearrange(patches, f"n (t h w) {_VALUES[layout]} -> n c (t r) (h p) (w q)", **sizes)
+    return images if len(image_size) == 3 else images[:, :, 0]
+
+
+def _patch(patch_size, sides):
+    patch = (patch_size,) * sides if isinstance(patch_size, int) else patch_size
+    return (1, *patch)[-3:]
 
 
 def pixel_target(images, patch_size, norm_pix=True, eps=1e-6, layout="channels_last"):
     """Section 3, "Reconstruction target": the pixels of every patch, normalised by its own mean and variance."""
     target = patchify(images, patch_size, layout)
-    if norm_pix:
+    if norm_pix == "channel":  # as VideoMAE does
+        by_channel = {"channels_last": "n l (e c)", "channels_first": "n l (c e)"}[layout]
+        target = rearrange(target, f"{by_channel} -> n l c e", c=images.shape[1])
+        target = (target - target.mean(dim=-1, keepdim=True)) / (target.std(dim=-1, keepdim=True) + eps)
+        target = rearrange(target, f"n l c e -> {by_channel}")
+    elif norm_pix:
         patch_mean = target.mean(dim=-1, keepdim=True)
         patch_var = target.var(dim=-1, keepdim=True)
         target = (target - patch_mean) / (patch_var + eps).sqrt()
@@ -115,23 +124,16 @@ def pixel_target(images, patch_size, norm_pix=True, eps=1e-6, layout="channels_l
 
 
 def masked_mse(
-    pred,
-    images,
-    *,
-    patch_size,
-    mask=None,
-    ids_mask=None,
-    norm_pix=True,
-    mean=None,
-    std=None,
-    eps=1e-6,
-    layout="channels_last",
-):
+    pred, images=None, *, patch_size=None, mask=None, ids_mask=None, target=None, norm_pix=None, mean=None, std=None,
+    eps=1e-6, layout="channels_last",
+):  # fmt: skip
     """Section 3, "Reconstruction target": squared error per patch, averaged over the masked patches."""
-    target = pixel_target(normalize(images, mean, std, pred.dtype), patch_size, norm_pix, eps, layout)
+    if target is None:
+        images = normalize(images, mean, std, pred.dtype)
+        target = pixel_target(images, patch_size, True if norm_pix is None else norm_pix, eps, layout)
     if ids_mask is not None:
-        target = gather_tokens(target, ids_mask)
-        mask = torch.ones_like(ids_mask)
+        target, mask = gather_tokens(target, ids_mask), ids_mask >= 0
+        pred = pred.masked_fill(~mask[:, :, None], 0)
     mask = mask.to(target.dtype)
     loss = ((pred - target) ** 2).mean(dim=-1)
     return (loss * mask).sum() / mask.sum()

@@ -1,4 +1,4 @@
-"""How an op reaches PyTorch's dispatcher: one schema, an eager and a Triton implementation, one fake."""
+"""How an op reaches PyTorch's dispatcher: one schema, an eager and a Triton implementation, one fake, one gradient."""
 
 from collections.abc import Callable
 from inspect import Parameter, Signature
@@ -12,11 +12,14 @@ from mae_kernels import backend
 _LIBRARY = torch.library.Library("mae_kernels", "DEF")
 
 
-def define(schema: str, *, eager: Callable, fake: Callable, check: Callable | None = None) -> torch._ops.OpOverload:
+def register_op(
+    schema: str, *, eager: Callable, fake: Callable, check: Callable | None = None, has_kernels: bool = True
+) -> torch._ops.OpOverload:
     """Register ``mae_kernels::<name>`` and return its overload.
 
     Each call takes the function of that name in ``mae_kernels.kernels``, or the eager implementation, which serves
-    every device: see :func:`mae_kernels.backend.takes_triton`. Before either, ``check`` refuses wrong values.
+    every device: see :func:`mae_kernels.backend.takes_triton`. Before either, ``check`` refuses wrong values. An op
+    without kernels of its own is made of other ops.
 
     The first argument holds the batch. Where that is empty neither runs: the results have the fake's shapes, and are
     the zeros that a sum over nothing gives.
@@ -28,7 +31,7 @@ def define(schema: str, *, eager: Callable, fake: Callable, check: Callable | No
             return tree_map(Tensor.zero_, fake(first, *rest))
         if check is not None:
             check(first, *rest)
-        if backend.takes_triton(name, first, *rest):
+        if has_kernels and backend.takes_triton(name, first, *rest):
             return _run_kernels(name, first, *rest)
         return _outside_autocast(eager, first, *rest)
 
@@ -38,34 +41,40 @@ def define(schema: str, *, eager: Callable, fake: Callable, check: Callable | No
     return getattr(torch.ops.mae_kernels, name).default
 
 
-def differentiable(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
-    """Make the op the forward of the Function beside it, and give the op itself the Function's gradient.
+def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> Callable:
+    """Give the op a gradient and return the function that calls it.
 
-    The public functions apply the Function, which torch.func needs; vmap maps its two ops, sample by sample. Graphs
-    that hold the bare op, such as exported programs, find its gradient here.
+    ``backward`` returns the gradients of the op's first arguments; the rest have none. Calls go through a Function,
+    which torch.func needs; vmap maps its two ops, sample by sample. Graphs that hold the bare op, such as exported
+    programs, find the same gradient there.
     """
+    names = [argument.name for argument in op._schema.arguments]
 
     def forward(*args):
         return op(*args)
 
     # torch.compile counts the parameters to know whether forward takes a context.
-    names = (argument.name for argument in op._schema.arguments)
     forward.__signature__ = Signature(Parameter(name, Parameter.POSITIONAL_ONLY) for name in names)
-    function.op, function.forward = op, staticmethod(forward)
-    function.generate_vmap_rule = True
-    torch.library.register_autograd(op, function.backward, setup_context=function.setup_context, lib=_LIBRARY)
 
+    def padded(ctx, *grads):
+        found = backward(ctx, *grads)
+        return *found, *[None] * (len(names) - len(found))
 
-def call(function: type[torch.autograd.Function], *args):
-    """``function.apply(*args)``, at a third of its cost on the host.
+    members = {"forward": forward, "setup_context": setup_context, "backward": padded}
+    members = {name: staticmethod(member) for name, member in members.items()}
+    base = torch.autograd.Function
+    function = type(base)(op._opname, (base,), {**members, "generate_vmap_rule": True})
+    torch.library.register_autograd(op, padded, setup_context=setup_context, lib=_LIBRARY)
 
-    Two things that only torch.func and torch.compile need are left out: ``apply`` inspects the signature of every call,
-    and the op that the Function calls would ask once more whether to record a gradient.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return decomposed(function.op, *args) if in_onnx_export() else function.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return super(torch.autograd.Function, function).apply(*args)
+    def call(*args):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return decomposed(op, *args) if in_onnx_export() else function.apply(*args)
+        # Function.apply without two things that only torch.func and torch.compile need, at a third of its cost: it
+        # inspects the signature of every call, and the op would ask once more whether to record a gradient.
+        with torch._C._AutoDispatchBelowAutograd():
+            return super(base, function).apply(*args)
+
+    return call
 
 
 def in_onnx_export() -> bool:
@@ -79,7 +88,7 @@ def decomposed(op: torch._ops.OpOverload, *args):
     return decompositions.BY_NAME[op._opname](*args)
 
 
-def once(op: torch._ops.OpOverload, *args) -> Tensor | tuple[Tensor, ...]:
+def once_differentiable(op: torch._ops.OpOverload, *args) -> Tensor | tuple[Tensor, ...]:
     """Call a backward op; differentiating its result, a second derivative, is refused."""
     return _Once.apply(op, *args) if torch.is_grad_enabled() else op(*args)
 

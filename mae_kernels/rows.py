@@ -22,3 +22,13 @@ def row_ids(ids: Tensor, step: int, first: int = 0) -> Tensor:
     """Rows ``n * step + first + ids[n, k]`` of the table, flattened to ``[N * K]``."""
     starts = torch.arange(first, first + ids.shape[0] * step, step, device=ids.device)  # [N]
     return (ids + starts[:, None]).flatten()
+
+
+def without_padding(ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The ids with 0 in place of each -1, and where those stood, ``[N, K, 1]``; None where none is -1.
+
+    On a device that would have to be waited for nobody looks, and the second result is never None.
+    """
+    if ids.device.type == "cpu" and (ids.numel() == 0 or ids.min() >= 0):
+        return ids, None
+    return ids.clamp(min=0), (ids < 0)[:, :, None]

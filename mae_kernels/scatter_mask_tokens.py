@@ -6,8 +6,8 @@ from torch import Tensor
 
 from mae_kernels import checks
 from mae_kernels.precision import accumulation_dtype
-from mae_kernels.registration import call, define, differentiable, once
-from mae_kernels.rows import as_rows, row_ids
+from mae_kernels.registration import differentiable, once_differentiable, register_op
+from mae_kernels.rows import as_rows, row_ids, without_padding
 
 
 def scatter_mask_tokens(
@@ -27,7 +27,9 @@ def scatter_mask_tokens(
     Args:
         tokens: ``[N, R + K, D]`` floating, prefix tokens first; N may be 0.
         mask_token: ``[D]`` or ``[1, 1, D]``.
-        ids_restore: ``[N, L]`` int64, a permutation of ``0..L-1`` in each row, see :class:`mae_kernels.Masking`.
+        ids_restore: ``[N, L]`` int64, where in tokens and, behind them, the hidden patches each patch stands: a
+            permutation of ``0..L-1`` in each row. A row with fewer than K visible patches numbers these from 0 on and
+            the hidden ones from K on; of the tokens between nothing is read. See :class:`mae_kernels.Masking`.
         pos_embed: ``[R + L, D]`` or ``[L, D]``, with or without a leading 1. With ``R + L`` rows the prefix tokens
             get theirs too.
         num_prefix: R, the number of prefix tokens.
@@ -69,7 +71,7 @@ def scatter_mask_tokens(
         out_dtype = _promoted(tokens, mask_token, pos_embed)
     else:
         checks.out_dtype(op, out_dtype)
-    return call(_ScatterMaskTokens, tokens, mask_token.view(d), ids_restore, pos_embed, num_prefix, out_dtype)
+    return _call(tokens, mask_token.view(d), ids_restore, pos_embed, num_prefix, out_dtype)
 
 
 def _promoted(tokens: Tensor, mask_token: Tensor, pos_embed: Tensor | None) -> torch.dtype:
@@ -77,36 +79,26 @@ def _promoted(tokens: Tensor, mask_token: Tensor, pos_embed: Tensor | None) -> t
     return dtype if pos_embed is None else torch.promote_types(dtype, pos_embed.dtype)
 
 
-class _ScatterMaskTokens(torch.autograd.Function):
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        tokens, _, ids_restore, pos_embed, ctx.num_prefix, _ = inputs
-        ctx.save_for_backward(ids_restore)
-        ctx.num_tokens = tokens.shape[1]
-        ctx.pos_rows = 0 if pos_embed is None else pos_embed.shape[0]
-        ctx.dtype = tokens.dtype
-
-    @staticmethod
-    def backward(ctx, grad):
-        (ids_restore,) = ctx.saved_tensors
-        needs_tokens, needs_mask_token, _, needs_pos = ctx.needs_input_grad[:4]
-        needs = [needs_tokens, needs_mask_token, needs_pos]
-        grads = once(
-            _scatter_mask_tokens_backward,
-            grad,
-            ids_restore,
-            ctx.num_tokens,
-            ctx.num_prefix,
-            ctx.pos_rows,
-            ctx.dtype,
-            needs,
-        )
-        g_tokens, g_mask_token, g_pos = (g if need else None for g, need in zip(grads, needs, strict=True))
-        return g_tokens, g_mask_token, None, g_pos, None, None
+def _setup_context(ctx, inputs, output):
+    tokens, _, ids_restore, pos_embed, ctx.num_prefix, _ = inputs
+    ctx.save_for_backward(ids_restore)
+    ctx.num_tokens = tokens.shape[1]
+    ctx.pos_rows = 0 if pos_embed is None else pos_embed.shape[0]
+    ctx.dtype = tokens.dtype
 
 
-def _scatter_mask_tokens_check(tokens, mask_token, ids_restore, *_):
-    checks.id_values("scatter_mask_tokens", "ids_restore", ids_restore, ids_restore.shape[1])
+def _backward(ctx, grad):
+    (ids_restore,) = ctx.saved_tensors
+    needs_tokens, needs_mask_token, _, needs_pos = ctx.needs_input_grad[:4]
+    needs = [needs_tokens, needs_mask_token, needs_pos]
+    sizes = ctx.num_tokens, ctx.num_prefix, ctx.pos_rows
+    grads = once_differentiable(_scatter_mask_tokens_backward, grad, ids_restore, *sizes, ctx.dtype, needs)
+    g_tokens, g_mask_token, g_pos = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return g_tokens, g_mask_token, None, g_pos
+
+
+def _check(tokens, mask_token, ids_restore, pos_embed, num_prefix, out_dtype):
+    checks.restore_values("scatter_mask_tokens", "ids_restore", ids_restore, tokens.shape[1] - num_prefix)
 
 
 def _scatter_mask_tokens_eager(tokens, mask_token, ids_restore, pos_embed, num_prefix, out_dtype):
@@ -141,18 +133,25 @@ def _scatter_mask_tokens_backward_eager(grad, ids_restore, num_tokens, num_prefi
 
     if needs_tokens or needs_mask_token:
         table, step = as_rows(grad)
-        positions = torch.arange(ids_restore.shape[1], device=grad.device).expand_as(ids_restore)
-        ids_shuffle = torch.empty_like(ids_restore).scatter_(1, ids_restore, positions)
-        ids_keep, ids_mask = ids_shuffle[:, :num_keep], ids_shuffle[:, num_keep:]
+        num_patches = ids_restore.shape[1]
+        positions = torch.arange(num_patches, device=grad.device).expand_as(ids_restore)
+        ids_shuffle = ids_restore.new_full((n, num_keep + num_patches), -1).scatter_(1, ids_restore, positions)
+        ids_keep, padding = without_padding(ids_shuffle[:, :num_keep])
+        ids_mask = ids_shuffle[:, num_keep : None if padding is not None else num_patches]
     if needs_tokens:
         prefix = torch.arange(num_prefix, device=grad.device).expand(n, num_prefix)
         source = torch.cat([prefix, ids_keep + num_prefix], dim=1)  # [N, R + K]
         g_tokens = table.index_select(0, row_ids(source, step)).view(n, num_tokens, d).to(dtype)
+        if padding is not None:
+            g_tokens[:, num_prefix:].masked_fill_(padding, 0)
     if needs_mask_token:
+        ids_mask, padding = without_padding(ids_mask)
+        weights = None if padding is None else padding.logical_not().to(sum_dtype).flatten()
         # Sums of 32 rows each, then their sum: one long chain of additions would lose three bits at 1568 patches.
         masked = row_ids(ids_mask, step, num_prefix)
         bags = torch.arange(0, len(masked), 32, device=grad.device)
-        g_mask_token = F.embedding_bag(masked, table.to(sum_dtype), bags, mode="sum").sum(0)
+        table = table.to(sum_dtype)
+        g_mask_token = F.embedding_bag(masked, table, bags, mode="sum", per_sample_weights=weights).sum(0)
     if needs_pos:
         g_pos = grad[:, grad.shape[1] - pos_rows :].sum(0, dtype=sum_dtype)
     return g_tokens, g_mask_token, g_pos
@@ -168,18 +167,17 @@ def _scatter_mask_tokens_backward_fake(grad, ids_restore, num_tokens, num_prefix
     )
 
 
-_scatter_mask_tokens = define(
+_scatter_mask_tokens = register_op(
     "scatter_mask_tokens(Tensor tokens, Tensor mask_token, Tensor ids_restore, Tensor? pos_embed, "
     "SymInt num_prefix, ScalarType out_dtype) -> Tensor",
     eager=_scatter_mask_tokens_eager,
     fake=_scatter_mask_tokens_fake,
-    check=_scatter_mask_tokens_check,
+    check=_check,
 )
-_scatter_mask_tokens_backward = define(
+_scatter_mask_tokens_backward = register_op(
     "scatter_mask_tokens_backward(Tensor grad, Tensor ids_restore, SymInt num_tokens, SymInt num_prefix, "
     "SymInt pos_rows, ScalarType dtype, bool[3] needs) -> (Tensor g_tokens, Tensor g_mask_token, Tensor g_pos_embed)",
     eager=_scatter_mask_tokens_backward_eager,
     fake=_scatter_mask_tokens_backward_fake,
 )
-
-differentiable(_scatter_mask_tokens, _ScatterMaskTokens)
+_call = differentiable(_scatter_mask_tokens, _setup_context, _backward)

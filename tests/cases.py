@@ -1,6 +1,7 @@
 """Inputs of the ops in every dtype and layout that a model hands over, and the rule that judges the results."""
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from mae_kernels import (
     scatter_mask_tokens,
 )
 
-F16, BF16, F32, F64, U8 = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+U8, U16 = torch.uint8, torch.uint16
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -60,10 +62,18 @@ def tokens(n: int, t: int, d: int, dtype: torch.dtype = F32, strides: str = "con
 
 
 def images(n: int, c: int, h: int, w: int, dtype: torch.dtype = F32, strides: str = "contiguous") -> Tensor:
-    """``[N, C, H, W]`` in [0, 1], or 0 to 255 for uint8."""
-    if dtype == torch.uint8:
-        return _IMAGES[strides](lambda *shape: torch.randint(256, shape, dtype=dtype), n, c, h, w)
+    """``[N, C, H, W]`` in [0, 1], or all that uint8 and uint16 can be."""
+    if not dtype.is_floating_point:
+        most = torch.iinfo(dtype).max + 1
+        return _IMAGES[strides](lambda *shape: torch.randint(most, shape).to(dtype), n, c, h, w)
     return _IMAGES[strides](lambda *shape: torch.rand(shape, dtype=dtype), n, c, h, w)
+
+
+def images_of(n, c, grid, patch, dtype: torch.dtype = F32, strides: str = "contiguous") -> Tensor:
+    """Images of a grid of patches, ``[N, C, H, W]`` or, for three sides, ``[N, C, T, H, W]``."""
+    *frames, height, width = (count * side for count, side in zip(grid, patch, strict=True))
+    x = images(n, c, prod(frames) * height, width, dtype, strides)
+    return x.unflatten(2, (*frames, height)) if frames else x
 
 
 def ids(n: int, num_patches: int, k: int) -> Tensor:
@@ -80,11 +90,10 @@ def patch_embed_inputs(
     n, grid, patch, c, d, *, dtype=F32, pixels=None, table=None, strides="contiguous", k=None, r=0, pos=True, norm=False
 ) -> dict:
     """Arguments of patch_embed: ``pixels`` and ``table`` are the dtypes of images and of pos_embed, prefix."""
-    num_patches, (ph, pw) = grid[0] * grid[1], patch
-    table = table or dtype
+    num_patches, table = prod(grid), table or dtype
     inputs = {
-        "images": images(n, c, grid[0] * ph, grid[1] * pw, pixels or dtype, strides),
-        "weight": (torch.randn(d, c, ph, pw) / (c * ph * pw) ** 0.5).to(dtype),
+        "images": images_of(n, c, grid, patch, pixels or dtype, strides),
+        "weight": (torch.randn(d, c, *patch) / (c * prod(patch)) ** 0.5).to(dtype),
         "bias": torch.randn(d).to(dtype),
         "ids_keep": None if k is None else ids(n, num_patches, k),
     }
@@ -112,13 +121,13 @@ def loss_inputs(
     by="mask", layout="channels_last", norm_pix=True, norm=False,
 ) -> dict:  # fmt: skip
     """Arguments of masked_mse: ``masked`` patches per sample, as ``by`` = "mask", "float mask" or "ids_mask"."""
-    num_patches, values = grid[0] * grid[1], c * patch[0] * patch[1]
+    num_patches, values = prod(grid), c * prod(patch)
     chosen = ids(n, num_patches, masked or max(1, 3 * num_patches // 4))
     mask = torch.zeros(n, num_patches, dtype=torch.bool).scatter_(1, chosen, True)
     which = {"mask": {"mask": mask}, "float mask": {"mask": mask.float()}, "ids_mask": {"ids_mask": chosen}}[by]
     return {
         "pred": tokens(n, chosen.shape[1] if by == "ids_mask" else num_patches, values, dtype, strides),
-        "images": images(n, c, grid[0] * patch[0], grid[1] * patch[1], pixels or dtype, image_strides),
+        "images": images_of(n, c, grid, patch, pixels or dtype, image_strides),
         "patch_size": patch,
         "layout": layout,
         "norm_pix": norm_pix,
@@ -153,13 +162,17 @@ def crop_inputs(n, c, h, w, size, *, strides="contiguous", packed=False) -> dict
 def dispatcher_calls() -> list[tuple]:
     """Op and arguments, for every op of torch.ops.mae_kernels: options given and left out, odd strides, one sample."""
     ops = torch.ops.mae_kernels
-    mean, std = (torch.tensor(values) for values in mean_std(3).values())
-    last, plain = images(3, 3, 8, 16, torch.uint8, "channels_last"), images(1, 3, 8, 16)
+    norm = torch.tensor([*mean_std(3).values()])
+    last, plain = images_of(3, 3, (1, 2, 4), (1, 4, 4), U8, "channels_last"), images_of(1, 3, (1, 2, 4), (1, 4, 4))
+    clips = images_of(3, 3, (2, 2, 2), (2, 4, 2), U16)
     table, weight, bias, token = torch.randn(8, 5), torch.randn(5, 3, 4, 4), torch.randn(5), torch.randn(5)
     keep, keep1, restore, restore1 = ids(3, 8, 2), ids(1, 8, 2), ids(3, 8, 8), ids(1, 8, 8)
     mask, residual, scale = torch.rand(3, 8) < 0.5, tokens(3, 8, 48), torch.tensor(0.1)
-    norm, patch, no, yes, head = (mean, std), [4, 4], False, True, torch.randn(48, 5) / 5
-    packed, flips = PackedImages.pack([last[0], last[1, :, 3:, :10]]), torch.tensor([yes, no, yes])
+    no, yes, head, padded = False, True, torch.randn(48, 5) / 5, torch.tensor([[1, 0], [7, -1], [-1, -1]])
+    whole, plainly = ([1, 4, 4], "patch", 1e-6, "channels_last"), ([1, 4, 4], "none", 1e-6, "channels_first")
+    each = [2, 4, 2], "channel", 1e-6, "channels_last"
+    pixels = last[:, :, 0]
+    packed, flips = PackedImages.pack([pixels[0], pixels[1, :, 3:, :10]]), torch.tensor([yes, no, yes])
     boxes = torch.tensor([[0, 0, 8, 16], [2, 3, 3, 7], [7, 15, 1, 1]])
     return [
         (ops.masking, torch.rand(3, 8), 2),
@@ -175,36 +188,35 @@ def dispatcher_calls() -> list[tuple]:
         (ops.scatter_mask_tokens_backward, tokens(3, 9, 5), restore, 3, 1, 9, F32, [yes, yes, yes]),
         (ops.scatter_mask_tokens_backward, tokens(1, 9, 5, strides="permute"), restore1, 3, 1, 8, BF16, [yes, no, no]),
         (ops.scatter_mask_tokens_backward, tokens(3, 9, 5, strides="sum"), restore, 3, 1, 0, F32, [no, yes, yes]),
-        (ops.masked_mse, tokens(3, 8, 48, BF16), last, mask, None, patch, yes, *norm, 1e-6, "channels_last", yes),
-        (ops.masked_mse, tokens(1, 2, 48), plain, None, keep1, patch, yes, None, None, 1e-6, "channels_first", yes),
-        (ops.masked_mse, tokens(3, 2, 48, F64), last, None, keep, patch, no, None, None, 1e-6, "channels_first", no),
-        (ops.masked_mse, tokens(3, 8, 48), last, mask * 0.0, None, patch, no, *norm, 1e-6, "channels_last", yes),
-        (ops.masked_mse_recomputed_backward, tokens(3, 8, 48, BF16), last, mask, None, patch, yes, *norm, 1e-6, "channels_last",
-         torch.tensor(2.0), scale),
-        (ops.masked_mse_recomputed_backward, tokens(1, 2, 48), plain, None, keep1, patch, no, None, None, 1e-6, "channels_first",
-         torch.tensor(2.0), scale),
+        (ops.masked_mse, tokens(3, 8, 48, BF16), last, mask, norm, yes, *whole),
+        (ops.masked_mse, tokens(1, 2, 48), plain, keep1, None, yes, *plainly),
+        (ops.masked_mse, tokens(3, 2, 48, F64), last, keep, None, no, *plainly),
+        (ops.masked_mse, tokens(3, 8, 48), last, mask * 0.0, norm, yes, *whole),
+        (ops.masked_mse, tokens(3, 2, 48), clips, padded, norm, yes, *each),
+        (ops.masked_mse_recomputed_backward, tokens(3, 8, 48, BF16), last, mask, norm, torch.tensor(2.0), scale, *whole),
+        (ops.masked_mse_recomputed_backward, tokens(1, 2, 48), plain, keep1, None, torch.tensor(2.0), scale, *plainly),
         (ops.masked_mse_backward, residual, torch.tensor(2.0), scale, F16),
         (ops.masked_mse_backward, residual[:1], torch.tensor(2.0).expand(()), scale, F32),
-        (ops.linear_masked_mse, tokens(3, 2, 5, BF16, "permute"), head, torch.randn(48), last, keep, patch, yes, *norm,
-         1e-6, "channels_last", BF16, [yes, yes, yes]),
-        (ops.linear_masked_mse, tokens(1, 2, 5), head, None, plain, keep1, patch, yes, None, None, 1e-6, "channels_first", F32,
-         [yes, no, no]),
-        (ops.linear_masked_mse, tokens(3, 2, 5, F64), head.double(), None, last, keep, patch, no, None, None, 1e-6,
-         "channels_last", F64, [no, yes, no]),
-        (ops.linear_masked_mse, tokens(3, 2, 5), head, torch.randn(48), last, keep, patch, no, *norm, 1e-6, "channels_first", F32,
-         [no, no, no]),
-        (ops.random_resized_crop, last, None, None, boxes, flips, [9, 20]),
-        (ops.random_resized_crop, last[:1], None, None, boxes[1:2], flips[::3], [1, 1]),
+        (ops.linear_masked_mse, tokens(3, 2, 5, BF16, "permute"), head, torch.randn(48), last, keep, norm, BF16,
+         [yes, yes, yes], *whole),
+        (ops.linear_masked_mse, tokens(1, 2, 5), head, None, plain, keep1, None, F32, [yes, no, no], *plainly),
+        (ops.linear_masked_mse, tokens(3, 2, 5, F64), head.double(), None, last, keep, None, F64, [no, yes, no], *plainly),
+        (ops.linear_masked_mse, tokens(3, 2, 5), head, torch.randn(48), clips, padded, norm, F32, [no, no, no], *each),
+        (ops.random_resized_crop, pixels, None, None, boxes, flips, [9, 20]),
+        (ops.random_resized_crop, pixels[:1], None, None, boxes[1:2], flips[::3], [1, 1]),
         (ops.random_resized_crop, *packed, boxes[1].repeat(2, 1), flips[:2], [17, 33]),
-        (ops.patch_embed, last, weight, bias, table, keep, torch.randn(2, 5), *norm, BF16, F32),
-        (ops.patch_embed, plain, weight, None, None, None, None, None, None, F32, F32),
-        (ops.patch_embed, plain, weight, None, None, keep1, None, None, None, F32, F16),
-        (ops.patch_embed_backward, tokens(3, 4, 5), last, weight, keep, *norm, 2, F32, [no, yes, yes, yes, yes]),
-        (ops.patch_embed_backward, tokens(1, 8, 5, strides="permute"), plain, weight, None, None, None, 0, F32,
+        (ops.patch_embed, last, weight, bias, table, keep, torch.randn(2, 5), norm, BF16, F32),
+        (ops.patch_embed, plain, weight, None, None, None, None, None, F32, F32),
+        (ops.patch_embed, plain, weight, None, None, keep1, None, None, F32, F16),
+        (ops.patch_embed, clips, weight.view(5, 3, 2, 4, 2), bias, None, padded, None, norm, F32, F32),
+        (ops.patch_embed_backward, tokens(3, 4, 5), last, weight, keep, norm, 2, F32, [no, yes, yes, yes, yes]),
+        (ops.patch_embed_backward, tokens(3, 2, 5), clips, weight.view(5, 3, 2, 4, 2), padded, norm, 0, F32,
+         [no, yes, yes, yes, no]),
+        (ops.patch_embed_backward, tokens(1, 8, 5, strides="permute"), plain, weight, None, None, 0, F32,
          [yes, yes, yes, yes, no]),
-        (ops.patch_embed_backward, tokens(1, 2, 5, BF16, "sum"), plain, weight, keep1, *norm, 0, BF16,
+        (ops.patch_embed_backward, tokens(1, 2, 5, BF16, "sum"), plain, weight, keep1, norm, 0, BF16,
          [yes, yes, yes, yes, no]),
-        (ops.patch_embed_backward, tokens(1, 2, 5), plain[:, :1, :, :4], weight[:, :1], ids(1, 2, 2), None, None, 0,
+        (ops.patch_embed_backward, tokens(1, 2, 5), plain[:, :1, :, :, :4], weight[:, :1], ids(1, 2, 2), None, 0,
          F32, [yes, no, no, no, no]),
     ]  # fmt: skip
 

@@ -118,21 +118,24 @@ EAGER_OPS = [
 ]  # fmt: skip
 
 MODEL = [
-    *room("mae/model.py", "test_model.py -k 'published_pass or position or reconstruction'",
-        ("the class token without its position", "self.cls_token + self.pos_embed[:, :1]", "self.cls_token"),
+    *room("mae/model/vit.py", "test_model.py -k 'published_pass or position or reconstruction'",
         ("the first block of the encoder skipped", "for block in self.blocks:", "for block in self.blocks[1:]:"),
+        ("no norm behind the encoder", "return self.norm(x)", "return x")),
+    *room("mae/model/autoencoder.py", "test_model.py -k 'published_pass or position or reconstruction'",
         ("the decoder backwards", "enumerate(self.decoder_blocks)", "enumerate(self.decoder_blocks[::-1])"),
-        ("no norm behind the encoder", "return self.norm(x)", "return x"),
         ("no norm before the head", "hidden = self.decoder_norm(hidden)\n", "\n"),
         ("hidden patches one place too early", "ids_mask + 1", "ids_mask"),
-        ("rows and columns of positions swapped", "in (columns, rows)", "in (rows, columns)"),
         ("pictures that stay normalised", "image_size) * std + mean)", "image_size))")),
-    *room("mae/block.py", "test_block.py -k 'value or published'",
+    *room("mae/model/positions.py", "test_model.py -k position",
+        ("rows and columns of positions swapped", "in (columns, rows)", "in (rows, columns)")),
+    *room("mae_kernels/nn.py", "test_nn.py -k 'published or prefix'",
+        ("the class token without its position", "return prefix + pos_embed[:num_prefix], pos", "return prefix, pos")),
+    *room("mae/model/block.py", "test_block.py -k 'value or published'",
         ("no residual around attention", "x = rows + attended", "x = attended"),
         ("the first norm twice", "mlp, norm = self.mlp, self.norm2", "mlp = self.mlp"),
         ("the eps of PyTorch's norms", 'eps = float(f"{norm.eps}")', "eps = 1e-5"),
         ("another gelu in the forward", "F.linear(F.gelu(x)", 'F.linear(F.gelu(x, approximate="tanh")')),
-    *room("mae/attention.py", "test_block.py -k test_attention",
+    *room("mae/model/attention.py", "test_block.py -k test_attention",
         ("attention without its scale", "scaled_dot_product_attention(q, k, v)",
          "scaled_dot_product_attention(q, k, v, scale=1.0)"),
         ("the backward of attention without its scale", "scale = q.shape[2] ** -0.5", "scale = 1.0"),
@@ -183,10 +186,9 @@ DATA = [
 ]  # fmt: skip
 
 CHECKPOINTS = [
-    *room("mae/checkpoint.py", "test_checkpoint.py -k 'round or encoder_only or mismatch'",
+    *room("mae/checkpoint.py", "test_checkpoint.py -k 'round or encoder or mismatch'",
         ("keys and shapes that are not checked", "_check(file, weights, to_layout(expected, weights.layout))", "pass"),
-        ("pictures by a decoder of random weights", "network.encoder_only = checkpoint.encoder_only",
-         "network.encoder_only, network.decoder_embed = False, network.decoder_embed"),
+        ("a decoder of random weights", "VisionTransformer(config) if encoder_only else ", ""),
         ("a loaded model in training mode", "return network.eval()", "return network")),
     *room("mae/saving.py", "test_checkpoint.py -k 'failing or leftovers'",
         ("a crash that leaves half a file", "path = stage / name", "path = folder / name"),

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mae.attention import attention
-from mae.block import Block, gelu_linear, norm_linear
+from mae.model.attention import attention
+from mae.model.block import Block, gelu_linear, norm_linear
 from mae.profile import saved_bytes
 from mae_kernels import gather_tokens, reference
 
@@ -191,7 +191,7 @@ def heads(parts: int, dtype: torch.dtype, tokens: int = 23):
 @pytest.mark.parametrize("chunk", [1, 2 * 2 * 7 * 23 * 2, 2**20], ids=["head by head", "two at a time", "at once"])
 def test_attention(fewer, dtype, chunk, monkeypatch):
     """Values and gradients against float64; the error is at most twice that of the explicit formula."""
-    monkeypatch.setattr("mae.attention.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("mae.model.attention.CHUNK_BYTES", chunk)
     inputs = [heads(2, dtype), heads(1, dtype, 7)[:, :, 0].detach().requires_grad_()] if fewer else [heads(3, dtype)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     gold = explicit(*exact)

@@ -14,7 +14,15 @@ import torch
 from safetensors.torch import save_file
 
 import mae
-from mae import CheckpointError, MAEConfig, MaskedAutoencoder, load_checkpoint, mae_vit_tiny_patch16, save_checkpoint
+from mae import (
+    CheckpointError,
+    MAEConfig,
+    MaskedAutoencoder,
+    VisionTransformer,
+    load_checkpoint,
+    mae_vit_tiny_patch16,
+    save_checkpoint,
+)
 
 SMALL = MAEConfig(
     image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=16, decoder_depth=1,
@@ -163,22 +171,21 @@ def test_published_checkpoints_load(tmp_path, tiny, layout):
     torch.save(content, tmp_path / "mae_full.pth")
     loaded = load_checkpoint(tmp_path / "mae_full.pth", "mae_vit_tiny_patch16")
     assert same_weights(loaded, tiny)
-    assert not loaded.encoder_only
+    assert type(loaded) is MaskedAutoencoder
 
 
-def test_encoder_only_checkpoints_give_features_and_refuse_to_reconstruct(tmp_path, tiny):
+def test_a_checkpoint_of_the_encoder_alone_is_one(tmp_path, tiny):
     state = {k: v for k, v in tiny.state_dict().items() if not k.startswith(("decoder_", "mask_token"))}
     torch.save({"model": state}, tmp_path / "mae_pretrain_vit_tiny.pth")
     loaded = load_checkpoint(tmp_path / "mae_pretrain_vit_tiny.pth", "mae_vit_tiny_patch16")
     images = torch.rand(1, 3, 224, 224)
     assert torch.equal(loaded.forward_features(images), tiny.forward_features(images))
-    for use in (loaded.reconstruct, loaded):
-        with pytest.raises(RuntimeError) as error:
-            use(images)
-        assert str(error.value) == (
-            "MaskedAutoencoder: the checkpoint held the encoder alone, so there is nothing to reconstruct with; "
-            "load a checkpoint that includes the decoder (published ones are called *_full or mae_visualize_*)"
-        )
+    assert type(loaded) is VisionTransformer
+    assert torch.equal(loaded(images), tiny.forward_features(images))
+    save_checkpoint(loaded, tmp_path / "run")
+    again = load_checkpoint(tmp_path / "run")
+    assert type(again) is VisionTransformer
+    assert same_weights(again, loaded)
 
 
 def test_every_mismatch_is_named(tmp_path):

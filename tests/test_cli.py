@@ -15,7 +15,7 @@ from pictures import good_folder, readable_oddities, unreadable_files
 from PIL import Image
 from safetensors.torch import save_file
 
-from mae import load_checkpoint
+from mae import load_checkpoint, mae_vit_demo_patch7
 from mae.__main__ import main
 from mae.demo import DemoConfig, fashion_mnist, run_demo
 from mae.step import TrainingStep
@@ -93,7 +93,10 @@ def test_reconstruct_refuses_a_checkpoint_without_a_decoder_in_one_sentence(run,
     save_file(encoder, tmp_path / "model.safetensors")
     with pytest.raises(SystemExit) as stop:
         main(["reconstruct", "--checkpoint", str(tmp_path), "--images", str(good_folder(tmp_path / "x", 1))])
-    assert stop.value.code.startswith("mae: MaskedAutoencoder: the checkpoint held the encoder alone")
+    assert stop.value.code == (
+        f"mae: {tmp_path} holds the encoder alone, so there is nothing to reconstruct with; take a checkpoint "
+        "that holds the decoder too (published ones are called *_full or mae_visualize_*)"
+    )
 
 
 def test_linprobe_refuses_classes_of_broken_files_in_one_sentence(run, tmp_path):
@@ -325,10 +328,8 @@ def test_control_c_leaves_a_usable_checkpoint(tmp_path):
     assert load_checkpoint(out).config.image_size == (32, 32)
 
 
-def small_run(batches, tmp_path, **options):
-    from mae import mae_vit_demo_patch7
-
-    model = mae_vit_demo_patch7()
+def small_run(batches, tmp_path, residual_dtype=None, **options):
+    model = mae_vit_demo_patch7(residual_dtype=residual_dtype)
     config = TrainConfig(device="cpu", log_every=1, **options)
     return train(model, batches, config, tmp_path)
 
@@ -346,23 +347,23 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 
 def test_bfloat16_residuals_are_refused_in_float32(tmp_path):
     with pytest.raises(ValueError) as error:
-        small_run([], tmp_path, residual="bfloat16")
+        small_run([], tmp_path, residual_dtype=torch.bfloat16)
     assert str(error.value) == "residual bfloat16 needs precision bfloat16: in float32 nothing is computed in bfloat16"
 
 
-def test_precision_residuals_and_parts_reach_the_step(tmp_path, monkeypatch):
+def test_precision_and_parts_reach_the_step(tmp_path, monkeypatch):
     seen = {}
 
     class Step(TrainingStep):
         def __init__(self, model, optimizer, **options):
-            seen.update(options, residual=model.residual_dtype)
+            seen.update(options)
             super().__init__(model, optimizer, **options)
 
     monkeypatch.setattr("mae.train.TrainingStep", Step)
-    options = {"precision": "bfloat16", "residual": "bfloat16", "micro_batches": 2, "clip_grad": 0.5, "mask_ratio": 0.5}
+    options = {"precision": "bfloat16", "micro_batches": 2, "clip_grad": 0.5, "mask_ratio": 0.5}
     small_run([torch.rand(4, 1, 28, 28)], tmp_path, steps=1, **options)
     assert seen == {
-        "bfloat16": True, "residual": torch.bfloat16, "micro_batches": 2, "clip_grad": 0.5, "mask_ratio": 0.5,
+        "bfloat16": True, "micro_batches": 2, "clip_grad": 0.5, "mask_ratio": 0.5,
         "execution": "eager",
     }  # fmt: skip
 

@@ -84,7 +84,7 @@ GRADIENTS = {
 @pytest.mark.parametrize(("op", "args"), [call for call in CALLS if call.values[0] in GRADIENTS])
 def test_opcheck_with_gradients(op, args):
     if op is OPS.linear_masked_mse:
-        args = [*args[:-1], [True, True, args[2] is not None]]  # needs
+        args = [*args[:7], [True, True, args[2] is not None], *args[8:]]  # needs
     leaves = [
         x.detach().requires_grad_() if i in GRADIENTS[op] and x is not None and x.is_floating_point() else x
         for i, x in enumerate(on_device(args))

@@ -15,7 +15,7 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 
 from mae import MAEConfig, MaskedAutoencoder, TrainingStep
-from mae.block import Block
+from mae.model import Block
 
 SMALL = MAEConfig(
     image_size=(16, 32), patch_size=8, embed_dim=32, depth=1, num_heads=4, decoder_embed_dim=16, decoder_depth=1,

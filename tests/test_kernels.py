@@ -80,7 +80,8 @@ def guarded_empty(monkeypatch):
 CALLS = [
     pytest.param(op._qualified_op_name.split("::")[1], args, id=f"{i} {op._qualified_op_name.split('::')[1]}")
     for i, (op, *args) in enumerate(dispatcher_calls())
-    if not any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in args)
+    if hasattr(kernels, op._qualified_op_name.split("::")[1])
+    and not any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in args)
 ]
 
 
@@ -123,24 +124,23 @@ def test_ids_out_of_range_stay_inside_memory(bad, guarded_empty):
     assert all(g.isfinite().all() for g in grads[1:])
 
     pixels, pred = images(2, 3, 16, 16), tokens(2, 3, 192)
-    loss, residual, _ = kernels.masked_mse(
-        pred, pixels, None, chosen, [8, 8], True, None, None, 1e-6, "channels_last", True
-    )
+    pixels, target = pixels[:, :, None], ([1, 8, 8], "patch", 1e-6, "channels_last")
+    loss, residual, _ = kernels.masked_mse(pred, pixels, chosen, None, True, *target)
     assert loss.isfinite()
     assert torch.equal(residual.count_nonzero(dim=2) > 0, is_good)
 
     inputs = patch_embed_inputs(2, (2, 2), (8, 8), 3, 5, k=3, r=1)
     inputs["ids_keep"] = chosen
+    inputs["images"] = inputs["images"][:, :, None]
     arguments = [inputs[key] for key in ("images", "weight", "bias", "pos_embed", "ids_keep", "prefix")]
-    embedded = kernels.patch_embed(*arguments, None, None, F32, F32)
-    assert torch.equal(embedded[:, 1:][~is_good], inputs["bias"].expand(int((~is_good).sum()), 5))
+    embedded = kernels.patch_embed(*arguments, None, F32, F32)
+    nothing = torch.zeros(5) if bad < 0 else inputs["bias"]
+    assert torch.equal(embedded[:, 1:][~is_good], nothing.expand(int((~is_good).sum()), 5))
     needs = [True] * 5
     grad, weight = tokens(2, 4, 5), inputs["weight"]
-    g_images, *_, g_pos, _ = kernels.patch_embed_backward(
-        grad, inputs["images"], weight, chosen, None, None, 1, F32, needs
-    )
+    g_images, *_, g_pos, _ = kernels.patch_embed_backward(grad, inputs["images"], weight, chosen, None, 1, F32, needs)
     in_use = (chosen[:, :, None] == torch.arange(4)).any(dim=1)
-    assert torch.equal(reference.patchify(g_images, 8).count_nonzero(dim=2) > 0, in_use)
+    assert torch.equal(reference.patchify(g_images[:, :, 0], 8).count_nonzero(dim=2) > 0, in_use)
     assert g_pos.isfinite().all()
     assert guarded_empty()
 
@@ -200,7 +200,7 @@ def test_noise_of_any_value_is_ordered_as_by_pytorch():
 @pytest.mark.parametrize(("layout", "by"), [("channels_last", "mask"), ("channels_first", "ids_mask")])
 @pytest.mark.parametrize("norm_pix", [False, True])
 def test_patches_larger_than_the_registers(c, turns, layout, by, norm_pix):
-    tiles = loss_kernels.loss_tiles(4, c, [40, 64])
+    tiles = loss_kernels.loss_tiles(4, c * 40 * 64)
     assert -(-c * 40 * 64 // tiles.values) == turns
     inputs = loss_inputs(2, (1, 2), (40, 64), c, layout=layout, by=by, masked=1, norm_pix=norm_pix, norm=True)
     compare(masked_mse, reference.masked_mse, inputs, torch.tensor(1.0), ("pred",))
@@ -220,16 +220,6 @@ def test_channels_more_than_32_bits_apart(layout):
     far = torch.empty(2**32 + 128, dtype=U8).as_strided((1, 3, 8, 16), (0, 2**31, 16, 1))
     near = inputs.pop("images")
     assert torch.equal(masked_mse(images=far.copy_(near), **inputs), masked_mse(images=near, **inputs))
-
-
-def test_a_residual_in_place_of_its_prediction():
-    pixels, pred, mask = images(3, 3, 16, 24), tokens(3, 6, 192, BF16), torch.rand(3, 6) < 0.5
-    arguments = (pixels, mask, None, [8, 8], True, None, None, 1e-6, "channels_last", True)
-    expected = kernels.masked_mse(pred.clone(), *arguments)
-    loss, residual, _ = kernels.masked_mse(pred, *arguments, in_place=True)
-    assert residual is pred
-    assert torch.equal(residual, expected[1])
-    assert torch.equal(loss, expected[0])
 
 
 @pytest.mark.parametrize(

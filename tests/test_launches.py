@@ -120,7 +120,7 @@ def test_narrow_patches_compile_under_the_oldest_triton(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert [line.split()[:4] for line in result.stdout.splitlines()[1:]] == [
-        [launches.OLDEST, chip, "3", "0"] for chip in ("sm_90", "sm_100")
+        [launches.OLDEST, chip, "4", "0"] for chip in ("sm_90", "sm_100")
     ]
 
 

@@ -1,5 +1,7 @@
 """Head and loss in one: what the two ops give, gradients included, without predictions of full width."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,18 +20,19 @@ from cases import (
 from conftest import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mae_kernels import chunks, linear_masked_mse, masked_mse, reference
+from mae_kernels import linear_masked_mse, masked_mse, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "backend")
 
 U8 = torch.uint8
 ALL = ("hidden", "weight", "bias")
+MODULE = sys.modules["mae_kernels.linear_masked_mse"]  # in the package the function has its name
 
 
 @pytest.fixture
 def chunks_of(monkeypatch):
     """Sets the number of samples in a chunk: the library's own is far larger than a test can afford."""
-    return lambda step: monkeypatch.setattr(chunks, "chunk_samples", lambda *sizes: step)
+    return lambda step: monkeypatch.setattr(MODULE, "chunk_samples", lambda *sizes: step)
 
 
 def two_ops(hidden, weight, bias, images, ids_mask, **options):
@@ -318,17 +321,11 @@ def test_predictions_never_exist_at_full_width(chunks_of):
     assert max(allocations(lambda: run(two_ops, inputs, torch.tensor(1.0), ALL))) >= full  # this test would notice
 
 
-def test_kernels_write_the_residual_over_the_predictions(backend):
-    inputs = head_inputs(8, (3, 4), (8, 8), 3, 24, pixels=U8)
-    sizes = allocations(lambda: run(linear_masked_mse, inputs, torch.tensor(1.0), ALL))
-    assert (sizes.count(8 * 9 * 192 * 4) == 1) == (backend == "triton")
-
-
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @pytest.mark.parametrize(("m", "values"), [(147, 768), (147, 588), (1412, 768), (1, 4), (20000, 4096)])
 @pytest.mark.parametrize("n", [1, 2, 9, 10, 32, 257, 4096])
 def test_chunks(n, m, values, device_type):
-    step = chunks.chunk_samples(n, m, values, device_type)
+    step = MODULE.chunk_samples(n, m, values, device_type)
     number = -(-n // step)
     assert 1 <= step <= n
     assert step == 1 or step * m * values <= (2**20 if device_type == "cpu" else 2**25)

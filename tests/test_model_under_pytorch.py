@@ -134,7 +134,7 @@ def test_autocast(model, dtype):
         zip(parameters, torch.autograd.grad(ours, list(parameters.values())), strict=True), grads.values(), strict=True
     ):
         assert g.dtype == torch.float32
-        assert (g - expected).norm() <= 6 * eps * max(expected.norm(), 1e-2 * loss), name
+        assert (g - expected).norm() <= 6 * eps * max(expected.norm(), 2e-2 * loss), name
 
 
 def functional_loss(model):

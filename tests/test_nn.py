@@ -11,7 +11,7 @@ from torch import nn
 
 import mae_kernels
 from mae import MAEConfig, MaskedAutoencoder
-from mae.block import Block
+from mae.model import Block
 from mae_kernels import masked_mse, patch_embed, random_masking, scatter_mask_tokens
 from mae_kernels.nn import MaskedMSELoss, MaskedPatchEmbed, MaskTokenScatter, learned_token
 
@@ -37,7 +37,7 @@ class Published(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = learned_token(decoder_dim)
-        self.unshuffle = MaskTokenScatter()
+        self.scatter = MaskTokenScatter()
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, rows, decoder_dim), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_dim, config.decoder_num_heads, config.mlp_ratio) for _ in range(config.decoder_depth)
@@ -51,7 +51,7 @@ class Published(nn.Module):
         x = self.patch_embed(images, m.ids_keep, prefix=self.cls_token, pos_embed=self.pos_embed)
         for block in self.blocks:
             x = block(x)
-        x = self.unshuffle(self.decoder_embed(self.norm(x)), self.mask_token, m.ids_restore, self.decoder_pos_embed)
+        x = self.scatter(self.decoder_embed(self.norm(x)), self.mask_token, m.ids_restore, self.decoder_pos_embed)
         for block in self.decoder_blocks:
             x = block(x)
         return self.loss(self.decoder_pred(self.decoder_norm(x))[:, 1:], images, mask=m.mask)

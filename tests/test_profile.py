@@ -24,7 +24,7 @@ def test_flops_are_those_that_pytorch_counts(monkeypatch):
         q, k, v = packed.unbind(2) if queries is None else (queries, *packed.unbind(2))
         return reference.attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
-    monkeypatch.setattr("mae.block.attention", explicit)
+    monkeypatch.setattr("mae.model.block.attention", explicit)
     with FlopCounterMode(display=False) as counter:
         MaskedAutoencoder(SMALL)(torch.randn(2, 3, 32, 32)).loss.backward()
     visible, hidden, dim, decoder_dim, values = 4, 12, 64, 32, 3 * 8 * 8

@@ -54,7 +54,7 @@ def test_whatever_waits_for_a_call_gets_it(model, name, kind):
     expected, ran = train(model), []
     layer = model.get_submodule(name)
     if kind == "own forward":
-        layer.forward = lambda *args, run=layer.forward: (ran.append(name), run(*args))[1]
+        layer.forward = lambda *args, run=layer.forward, **options: (ran.append(name), run(*args, **options))[1]
     else:
         getattr(layer, f"register_{kind}_hook")(lambda *_: ran.append(name))
     assert_close(train(model), expected, rtol=1e-5, atol=1e-6)
@@ -123,7 +123,7 @@ def test_lora_of_peft(model, name):
         merged.get_submodule(name).weight += layer.get_delta_weight("default")
     assert_close(loss, train(merged)[0], rtol=1e-5, atol=1e-6)
     images, noise = batch()
-    assert (loss - adapted.unload()(images, noise=noise).loss).abs() > 1e-4
+    assert (loss - adapted.unload()(images, noise=noise).loss).abs() > 5e-6
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -1,7 +1,6 @@
 """The Triton implementations of the ops, under the ops' names. Imported when an op first takes one, never before."""
 
 from mae_kernels.kernels.gather_tokens import gather_tokens, gather_tokens_backward
-from mae_kernels.kernels.linear_masked_mse import linear_masked_mse
 from mae_kernels.kernels.masked_mse import masked_mse, masked_mse_backward, masked_mse_recomputed_backward
 from mae_kernels.kernels.masking import masking
 from mae_kernels.kernels.patch_embed import patch_embed, patch_embed_backward
@@ -11,7 +10,6 @@ from mae_kernels.kernels.scatter_mask_tokens import scatter_mask_tokens, scatter
 __all__ = [
     "gather_tokens",
     "gather_tokens_backward",
-    "linear_masked_mse",
     "masked_mse",
     "masked_mse_backward",
     "masked_mse_recomputed_backward",

@@ -31,7 +31,7 @@ def gather_tokens_kernel(
 
 
 @triton.jit
-def places(p_ids, i, num_ids, s_ik, BLOCK_ROWS: tl.constexpr, BLOCK_IDS: tl.constexpr):
+def inverse_ids(p_ids, i, num_ids, s_ik, BLOCK_ROWS: tl.constexpr, BLOCK_IDS: tl.constexpr):
     """The k with ids[k] = i for each i [BLOCK_ROWS], or -1: the inverse of a selection, without memory for it."""
     k = tl.full([BLOCK_ROWS], -1, tl.int32)
     for block in range(0, num_ids, BLOCK_IDS):
@@ -54,7 +54,7 @@ def gather_tokens_backward_kernel(
     n = (pid // blocks_per_sample).to(tl.int64)
     i = pid % blocks_per_sample * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BR], token l
     m_i = i < num_tokens
-    k = places(p_ids + n * s_in, i, num_ids, s_ik, BLOCK_ROWS, BLOCK_IDS)
+    k = inverse_ids(p_ids + n * s_in, i, num_ids, s_ik, BLOCK_ROWS, BLOCK_IDS)
     o_row = n * s_gn + k.to(tl.int64) * s_gk
     o_out = (n * num_tokens + i) * D
     for block in tl.static_range(0, D, BLOCK_D):

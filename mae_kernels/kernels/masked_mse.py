@@ -1,6 +1,6 @@
 """The loss: targets are read from the images into registers, and at most their difference from pred is written."""
 
-from math import gcd, prod
+from math import gcd
 
 import torch
 import triton
@@ -11,17 +11,17 @@ from mae_kernels.kernels.host import cdiv, next_power_of_2
 from mae_kernels.kernels.numerics import rounded
 from mae_kernels.kernels.pixels import decoded_values, load_values, patch_offsets
 from mae_kernels.kernels.tiles import BlockTiles, LossTiles
-from mae_kernels.patchify import patch_grid
+from mae_kernels.masked_mse import Target
 
 
 @triton.jit
 def _write_residual(
     p_pred, p_out, target, factor, first, o_pred, o_out, m_row, m_pred, s_pe,
-    E: tl.constexpr, VALUES: tl.constexpr,
+    E: tl.constexpr, STEP: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    # Sum of (pred - target)^2 over values [B]; what is written is zero where m_pred is not set.
-    e = first + tl.arange(0, VALUES)
-    m_e = (e < E)[None, :]
+    # Sum of (pred - target)^2 over every STEP-th value [B]; what is written is zero where m_pred is not set.
+    m_e = (first + tl.arange(0, VALUES) < E)[None, :]
+    e = (first + tl.arange(0, VALUES)) * STEP
     m_value = m_pred[:, None] & m_e
     pred = tl.load(p_pred + o_pred[:, None] + (e.to(tl.int64) * s_pe)[None, :], mask=m_value, other=0)
     residual = tl.where(m_value, pred.to(tl.float32) - target, 0)  # [B, VALUES]
@@ -42,27 +42,36 @@ def _moment(x, mean, first, POWER: tl.constexpr, E: tl.constexpr, VALUES: tl.con
 
 @triton.jit
 def masked_mse_kernel(
-    p_pred, p_images, p_mean, p_std, p_mask, p_ids_mask, p_grad, p_scale, p_out, p_sums, p_counts,
-    num_rows, rows_per_sample, num_patches, grid_width, blocks_per_program, eps,
-    s_pn, s_pl, s_pe, s_xn, s_xc, s_xh, s_xw, s_in, s_il,
-    C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    p_pred, p_images, p_statistics, p_selected, p_grad, p_scale, p_out, p_sums, p_counts,
+    num_rows, rows_per_sample, num_patches, grid_h, grid_w, blocks_per_program, eps_of_variance, eps_of_deviation,
+    s_pn, s_pl, s_pe, s_xn, s_xc, s_xt, s_xh, s_xw, s_in, s_il,
+    C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, GROUPS: tl.constexpr,
     NORM_PIX: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
     BLOCK: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """residual = pred - target on masked patches; partial sums of residual^2, and of the mask.
+    """residual = pred - target on masked patches; partial sums of residual^2, and of the patches.
 
-    out = residual, or its product with grad * scale where these are given: the gradient of pred.
+    out = residual, or its product with grad * scale where these are given: the gradient of pred. The channels of an
+    image make GROUPS groups of C, normalised each by itself: to a program the patches of one group are all there are.
     """
-    E: tl.constexpr = C * PH * PW
-    pid = tl.program_id(0)
+    E: tl.constexpr = C * PT * PH * PW
+    STEP: tl.constexpr = GROUPS if CHANNELS_LAST else 1
+    pid = tl.program_id(0) // GROUPS
+    group = tl.program_id(0) % GROUPS
+    p_images += group.to(tl.int64) * C * s_xc
+    first_value = group if CHANNELS_LAST else group * E
+    if p_statistics is not None:
+        p_statistics += group * C
     factor = 1.0
     if p_grad is not None:
         factor = tl.load(p_grad).to(tl.float32) * tl.load(p_scale)
     # All patches share these. The compiler does not move loads out of a loop that stores.
     o_pivot, mean_pivot, inverse_pivot = decoded_values(
-        p_mean, p_std, 0, s_xc, s_xh, s_xw, C, PH, PW, CHANNELS_LAST, WIDE, 1
+        p_statistics, 0, C * GROUPS, s_xc, s_xt, s_xh, s_xw, C, PT, PH, PW, CHANNELS_LAST, WIDE, 1
     )
-    o_e, mean_e, inverse_e = decoded_values(p_mean, p_std, 0, s_xc, s_xh, s_xw, C, PH, PW, CHANNELS_LAST, WIDE, VALUES)
+    o_e, mean_e, inverse_e = decoded_values(
+        p_statistics, 0, C * GROUPS, s_xc, s_xt, s_xh, s_xw, C, PT, PH, PW, CHANNELS_LAST, WIDE, VALUES
+    )
     total = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.int32)
     for turn in range(blocks_per_program):
@@ -70,16 +79,17 @@ def masked_mse_kernel(
         m_i = i < num_rows
         n = (i // rows_per_sample).to(tl.int64)
         j = (i % rows_per_sample).to(tl.int64)
-        if p_ids_mask is not None:
-            patch = tl.load(p_ids_mask + n * s_in + j * s_il, mask=m_i, other=0)
+        selected = tl.load(p_selected + n * s_in + j * s_il, mask=m_i, other=0)
+        if p_selected.dtype.element_ty == tl.int64:
+            patch = selected
             m_pred = m_i & (patch >= 0) & (patch < num_patches)
         else:
             patch = j
-            m_pred = m_i & (tl.load(p_mask + n * s_in + j * s_il, mask=m_i, other=0) != 0)
-            count += m_pred.to(tl.int32)
-        o_patch = n * s_xn + patch_offsets(patch, grid_width, s_xh, s_xw, PH, PW)
-        o_pred = (n * s_pn + j * s_pl) * UNIT
-        o_out = i.to(tl.int64) * E
+            m_pred = m_i & (selected != 0)
+        count += m_pred.to(tl.int32)
+        o_patch = n * s_xn + patch_offsets(patch, grid_h, grid_w, s_xt, s_xh, s_xw, PT, PH, PW)
+        o_pred = (n * s_pn + j * s_pl) * UNIT + first_value * s_pe
+        o_out = i.to(tl.int64) * (E * GROUPS) + first_value
 
         x = load_values(p_images, o_patch, m_pred, 0, o_e, mean_e, inverse_e, E)  # [B, VALUES]
         pivot = tl.zeros([BLOCK, 1], tl.float32)
@@ -95,33 +105,35 @@ def masked_mse_kernel(
                 moment = _moment(x, mean, 0, power, E, VALUES)
                 for first in range(VALUES, E, VALUES):
                     o, m, inverse = decoded_values(
-                        p_mean, p_std, first, s_xc, s_xh, s_xw, C, PH, PW, CHANNELS_LAST, WIDE, VALUES
-                    )
+                        p_statistics, first, C * GROUPS, s_xc, s_xt, s_xh, s_xw, C, PT, PH, PW,
+                        CHANNELS_LAST, WIDE, VALUES,
+                    )  # fmt: skip
                     more = load_values(p_images, o_patch, m_pred, first, o, m, inverse, E) - pivot
                     moment += _moment(more, mean, first, power, E, VALUES)
                 if power == 1:
                     mean = moment / E
                 else:
-                    scale = 1 / tl.sqrt_rn(moment / (E - 1) + eps)
+                    scale = 1 / (tl.sqrt_rn(moment / (E - 1) + eps_of_variance) + eps_of_deviation)
         target = (x - mean[:, None]) * scale[:, None]
-        total += _write_residual(p_pred, p_out, target, factor, 0, o_pred, o_out, m_i, m_pred, s_pe, E, VALUES)
+        total += _write_residual(p_pred, p_out, target, factor, 0, o_pred, o_out, m_i, m_pred, s_pe, E, STEP, VALUES)
         for first in range(VALUES, E, VALUES):
             o, m, inverse = decoded_values(
-                p_mean, p_std, first, s_xc, s_xh, s_xw, C, PH, PW, CHANNELS_LAST, WIDE, VALUES
+                p_statistics, first, C * GROUPS, s_xc, s_xt, s_xh, s_xw, C, PT, PH, PW, CHANNELS_LAST, WIDE, VALUES
             )
             more = load_values(p_images, o_patch, m_pred, first, o, m, inverse, E) - pivot
             target = (more - mean[:, None]) * scale[:, None]
-            total += _write_residual(p_pred, p_out, target, factor, first, o_pred, o_out, m_i, m_pred, s_pe, E, VALUES)
+            total += _write_residual(
+                p_pred, p_out, target, factor, first, o_pred, o_out, m_i, m_pred, s_pe, E, STEP, VALUES
+            )
     if p_sums is not None:
-        tl.store(p_sums + pid, tl.sum(total))
-    if p_counts is not None:
-        tl.store(p_counts + pid, tl.sum(count))
+        tl.store(p_sums + tl.program_id(0), tl.sum(total))
+        tl.store(p_counts + tl.program_id(0), tl.sum(count))
 
 
 @triton.jit
 def loss_and_scale_kernel(
     p_sums, p_counts, p_loss, p_scale,
-    num_sums, count,
+    num_sums,
     E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """loss = sum / (count * E); scale = 2 / (count * E), the factor from the residual to the gradient."""
@@ -130,13 +142,10 @@ def loss_and_scale_kernel(
     counts = tl.zeros([BLOCK], tl.int64)
     for first in range(0, num_sums, BLOCK):
         total += tl.load(p_sums + first + i, mask=first + i < num_sums, other=0)
-        if p_counts is not None:
-            counts += tl.load(p_counts + first + i, mask=first + i < num_sums, other=0).to(tl.int64)
-    values = tl.full([], count, tl.int64) * E
-    if p_counts is not None:
-        values = tl.maximum(tl.sum(counts), 1) * E
-    tl.store(p_loss, tl.sum(total) / values.to(tl.float32))
-    tl.store(p_scale, 2 / values.to(tl.float32))
+        counts += tl.load(p_counts + first + i, mask=first + i < num_sums, other=0).to(tl.int64)
+    values = (tl.maximum(tl.sum(counts), 1) * E).to(tl.float32)
+    tl.store(p_loss, tl.sum(total) / values)
+    tl.store(p_scale, 2 / values)
 
 
 @triton.jit
@@ -152,14 +161,14 @@ def masked_mse_backward_kernel(
     tl.store(p_out + i, rounded(factor * residual, p_out.dtype.element_ty), mask=i < num_values)
 
 
-def loss_tiles(num_patches: int, channels: int, patch: list[int]) -> LossTiles:
+def loss_tiles(num_patches: int, patch_values: int) -> LossTiles:
     """A warp for up to 1024 values; several turns, so that decoding the values costs a patch little.
 
     From the inspector for sm_90, not raced on a GPU: a patch of 3 x 16 x 16 takes one warp 610 to 700 instructions,
     without a barrier, in 80 registers, or 128 where pixels are normalised; two warps take 890 to 1000.
     Blocks of 8192 values spill; patches of more than 4096 are read three times.
     """
-    values = min(next_power_of_2(channels * prod(patch)), 4096)
+    values = min(next_power_of_2(patch_values), 4096)
     patches = max(1, 512 // values)
     turns = min(max(num_patches // (4096 * patches), 1), 8)
     return LossTiles(patches, values, turns, num_warps=1 if values <= 1024 else values // 512)
@@ -170,64 +179,51 @@ def backward_tiles() -> BlockTiles:
 
 
 def masked_mse(
-    pred: Tensor,
-    images: Tensor,
-    mask: Tensor | None,
-    ids_mask: Tensor | None,
-    patch: list[int],
-    norm_pix: bool,
-    mean: Tensor | None,
-    std: Tensor | None,
-    eps: float,
-    layout: str,
-    keep_residual: bool,
-    *,
-    in_place: bool = False,
+    pred: Tensor, images: Tensor, selected: Tensor, statistics: Tensor | None, keep_residual: bool, *target
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # In place a kept residual takes the memory of a contiguous pred.
-    residual = pred if keep_residual and in_place else pred.new_empty(pred.shape if keep_residual else 0)
-    sums, counts = _residuals(
-        pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, out=residual if keep_residual else None
-    )
+    residual = pred.new_empty(pred.shape if keep_residual else 0)
+    out = residual if keep_residual else None
+    sums, counts, values = _residuals(pred, images, selected, statistics, None, None, out, Target(*target))
     loss, scale = (pred.new_empty((), dtype=torch.float32) for _ in range(2))
-    programs, (n, rows, values) = len(sums), pred.shape
     loss_and_scale_kernel[(1,)](
-        sums, counts, loss, scale, programs, n * rows,
-        E=values, BLOCK=min(max(next_power_of_2(programs), 16), 4096), num_warps=8,
+        sums, counts, loss, scale, len(sums),
+        E=values, BLOCK=min(max(next_power_of_2(len(sums)), 16), 4096), num_warps=8,
     )  # fmt: skip
     return loss, residual, scale
 
 
-def masked_mse_recomputed_backward(pred: Tensor, *args) -> Tensor:
-    *inputs, grad, scale = args  # those of masked_mse, and what its backward got
+def masked_mse_recomputed_backward(
+    pred: Tensor, images: Tensor, selected: Tensor, statistics: Tensor | None, grad: Tensor, scale: Tensor, *target
+) -> Tensor:
     out = pred.new_empty(pred.shape)
-    _residuals(pred, *inputs, grad, scale, out)
+    _residuals(pred, images, selected, statistics, grad, scale, out, Target(*target))
     return out
 
 
-def _residuals(
-    pred, images, mask, ids_mask, patch, norm_pix, mean, std, eps, layout, grad=None, scale=None, out=None
-):  # fmt: skip
+def _residuals(pred, images, selected, statistics, grad, scale, out, target):
     # Launches the kernel: partial sums and counts of the loss, or, where grad and scale are given, the gradient alone.
-    mean, std = (x if x is None else x.contiguous() for x in (mean, std))  # read without strides
-    (n, rows, values), channels, (ph, pw) = pred.shape, images.shape[1], patch
+    statistics = None if statistics is None else statistics.contiguous()  # read without strides
+    (n, rows, values), grid = pred.shape, target.grid(images)
+    (pt, ph, pw), (_, grid_h, grid_w) = grid.patch, grid.grid
+    groups = grid.channels if target.norm_pix == "channel" else 1
     s_pn, s_pl, s_pe = pred.stride()
     unit = gcd(values, s_pn, s_pl)  # known to the compiler, so that rows of any multiple of 4 values are read widely
-    s_xn, s_xc, s_xh, s_xw = images.stride()
-    last = (channels - 1) * s_xc + (ph - 1) * s_xh + (pw - 1) * s_xw  # pixel of a patch
-    grid = patch_grid(images, patch)
-    tiles = loss_tiles(n * rows, channels, patch)
-    programs = cdiv(n * rows, tiles.patches * tiles.turns)
+    strides = images.stride()
+    sides = (grid.channels, *grid.patch)
+    last = sum((side - 1) * stride for side, stride in zip(sides, strides[1:], strict=True))  # pixel of a patch
+    tiles = loss_tiles(n * rows, values // groups)
+    programs = cdiv(n * rows, tiles.patches * tiles.turns) * groups
     sums = pred.new_empty(programs, dtype=torch.float32) if grad is None else None
-    counts = pred.new_empty(programs, dtype=torch.int32) if grad is None and mask is not None else None
+    counts = pred.new_empty(programs, dtype=torch.int32) if grad is None else None
     masked_mse_kernel[(programs,)](
-        pred, images, mean, std, mask, ids_mask, grad, scale, out, sums, counts,
-        n * rows, rows, prod(grid), grid[1], tiles.turns, eps,
-        s_pn // unit, s_pl // unit, s_pe, s_xn, s_xc, s_xh, s_xw, *(ids_mask if mask is None else mask).stride(),
-        C=channels, PH=ph, PW=pw, NORM_PIX=norm_pix, CHANNELS_LAST=layout == "channels_last", WIDE=last >= 2**31, UNIT=unit,
-        BLOCK=tiles.patches, VALUES=tiles.values, num_warps=tiles.num_warps,
+        pred, images, statistics, selected, grad, scale, out, sums, counts,
+        n * rows, rows, grid.num_patches, grid_h, grid_w, tiles.turns, *target.eps_of_variance_and_deviation,
+        s_pn // unit, s_pl // unit, s_pe, *strides, *selected.stride(),
+        C=grid.channels // groups, PT=pt, PH=ph, PW=pw, GROUPS=groups,
+        NORM_PIX=target.norm_pix != "none", CHANNELS_LAST=target.layout == "channels_last", WIDE=last >= 2**31,
+        UNIT=unit, BLOCK=tiles.patches, VALUES=tiles.values, num_warps=tiles.num_warps,
     )  # fmt: skip
-    return sums, counts
+    return sums, counts, values // groups
 
 
 def masked_mse_backward(residual: Tensor, grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,29 +1,27 @@
 """What surrounds the vendor's matrix product of the patch embedding: patches read from the images, positions added."""
 
-from math import prod
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mae_kernels.kernels.gather_tokens import gather_tokens_backward, id_block, places
+from mae_kernels.kernels.gather_tokens import gather_tokens_backward, id_block, inverse_ids
 from mae_kernels.kernels.host import cdiv
 from mae_kernels.kernels.numerics import rounded
 from mae_kernels.kernels.pixels import decoded_values, load_values, patch_offsets
 from mae_kernels.kernels.rows import row_tiles, split_samples
 from mae_kernels.patch_embed import Steps
-from mae_kernels.patchify import patch_grid
 
 
 @triton.jit
 def gather_patches_kernel(
-    p_images, p_mean, p_std, p_ids, p_out,
-    num_rows, num_visible, num_patches, grid_width,
-    s_xn, s_xc, s_xh, s_xw, s_in, s_ik,
-    C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+    p_images, p_statistics, p_ids, p_out,
+    num_rows, num_visible, num_patches, grid_h, grid_w,
+    s_xn, s_xc, s_xt, s_xh, s_xw, s_in, s_ik,
+    C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """out[n, k] = patch(images[n], ids[n, k]), normalised; a row of zeros for an id out of range."""
-    E: tl.constexpr = C * PH * PW
+    E: tl.constexpr = C * PT * PH * PW
     i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BR], row n * K + k
     m_i = i < num_rows
     n = (i // num_visible).to(tl.int64)
@@ -32,13 +30,14 @@ def gather_patches_kernel(
     if p_ids is not None:
         patch = tl.load(p_ids + n * s_in + k * s_ik, mask=m_i, other=0)
     m_patch = m_i & (patch >= 0) & (patch < num_patches)
-    o_patch = n * s_xn + patch_offsets(patch, grid_width, s_xh, s_xw, PH, PW)
+    o_patch = n * s_xn + patch_offsets(patch, grid_h, grid_w, s_xt, s_xh, s_xw, PT, PH, PW)
     o_out = i.to(tl.int64) * E
     for block in tl.static_range(0, E, BLOCK_E):
         e = block + tl.arange(0, BLOCK_E)  # [BE]
         o_e, mean, inverse = decoded_values(
-            p_mean, p_std, block, s_xc, s_xh, s_xw, C, PH, PW, CHANNELS_LAST=False, WIDE=True, VALUES=BLOCK_E
-        )
+            p_statistics, block, C, s_xc, s_xt, s_xh, s_xw,
+            C, PT, PH, PW, CHANNELS_LAST=False, WIDE=True, VALUES=BLOCK_E,
+        )  # fmt: skip
         x = load_values(p_images, o_patch, m_patch, block, o_e, mean, inverse, E)
         x = rounded(tl.where(m_patch[:, None], x, 0), p_out.dtype.element_ty)
         tl.store(p_out + o_out[:, None] + e[None, :], x, mask=m_i[:, None] & (e < E)[None, :])
@@ -51,7 +50,7 @@ def add_positions_kernel(
     s_in, s_ik, s_pl, s_pd, s_rl, s_rd,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[n, R + k] = tokens[n, k] + pos_embed[ids[n, k]]; out[n, r] = prefix[r]."""
+    """out[n, R + k] = tokens[n, k] + pos_embed[ids[n, k]], zeros for an id of -1; out[n, r] = prefix[r]."""
     i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BR], row n * (R + K) + j
     m_i = i < num_rows
     n = (i // num_out).to(tl.int64)
@@ -62,7 +61,8 @@ def add_positions_kernel(
     o_token = (n * (num_out - num_prefix) + patch) * D
     if p_ids is not None:
         patch = tl.load(p_ids + n * s_in + patch * s_ik, mask=is_patch, other=-1)
-    m_pos = is_patch & (patch >= 0) & (patch < num_patches)
+    is_patch = is_patch & (patch >= 0)
+    m_pos = is_patch & (patch < num_patches)
     o_out = i.to(tl.int64) * D
     for block in tl.static_range(0, D, BLOCK_D):
         d = block + tl.arange(0, BLOCK_D).to(tl.int64)  # [BD]
@@ -93,7 +93,7 @@ def position_gradient_kernel(
     first = split * samples_per_split
     for sample in range(first, tl.minimum(first + samples_per_split, num_samples)):
         n = tl.cast(sample, tl.int64)
-        k = places(p_ids + n * s_in, i, num_visible, s_ik, BLOCK_ROWS, BLOCK_IDS)
+        k = inverse_ids(p_ids + n * s_in, i, num_visible, s_ik, BLOCK_ROWS, BLOCK_IDS)
         o_grad = n * s_gn + k.to(tl.int64) * s_gk
         m_grad = (k >= 0)[:, None] & m_d[None, :]
         acc += tl.load(p_grad + o_grad[:, None] + (d * s_gd)[None, :], mask=m_grad, other=0).to(tl.float32)
@@ -101,18 +101,16 @@ def position_gradient_kernel(
     tl.store(p_pos_embed + o_out[:, None] + d[None, :], acc, mask=(i < num_patches)[:, None] & m_d[None, :])
 
 
-def _gather_patches(images, ids, patch, mean, std, dtype):
-    n, c, ph, pw = *images.shape[:2], *patch
-    grid = patch_grid(images, patch)
-    visible = prod(grid) if ids is None else ids.shape[1]
-    mean, std = (x if x is None else x.contiguous() for x in (mean, std))  # read without strides
-    out = images.new_empty((n * visible, c * ph * pw), dtype=dtype)
-    tiles = row_tiles(out.shape[1])
+def _gather_patches(images, ids, grid, statistics, dtype):
+    visible = grid.num_patches if ids is None else ids.shape[1]
+    statistics = None if statistics is None else statistics.contiguous()  # read without strides
+    out = images.new_empty((len(images) * visible, grid.patch_values), dtype=dtype)
+    (pt, ph, pw), (_, grid_h, grid_w), tiles = grid.patch, grid.grid, row_tiles(grid.patch_values)
     gather_patches_kernel[(cdiv(len(out), tiles.rows),)](
-        images, mean, std, ids, out,
-        len(out), visible, prod(grid), grid[1],
+        images, statistics, ids, out,
+        len(out), visible, grid.num_patches, grid_h, grid_w,
         *images.stride(), *_strides(ids),
-        C=c, PH=ph, PW=pw, BLOCK_ROWS=tiles.rows, BLOCK_E=tiles.width, num_warps=tiles.num_warps,
+        C=grid.channels, PT=pt, PH=ph, PW=pw, BLOCK_ROWS=tiles.rows, BLOCK_E=tiles.width, num_warps=tiles.num_warps,
     )  # fmt: skip
     return out
 

@@ -50,7 +50,11 @@ def scatter_mask_tokens_backward_kernel(
     s_gn, s_gl, s_gd, s_in, s_il,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """g_tokens[n, R + r] = grad[n, R + l] for r < K; partial sums of the other rows, and of each row over n."""
+    """g_tokens[n, R + r] = grad[n, R + l] for r < K; partial sums of the other rows, and of each row over n.
+
+    A row with K - k visible patches numbers as many hidden ones from L on as it has tokens that nobody reads: hidden
+    patch L + i writes the zeros of token K - 1 - i. So every row of g_tokens is written once.
+    """
     j = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)  # [BR]
     d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)  # [BD]
     split = tl.program_id(2)
@@ -65,6 +69,9 @@ def scatter_mask_tokens_backward_kernel(
         rank = tl.load(p_ids_restore + n * s_in + (j - num_prefix) * s_il, mask=is_patch, other=0)
         target = tl.where(is_patch, num_prefix + rank, j)
         is_token = m_j & (rank >= 0) & (target < num_tokens)
+        unread = num_tokens - 1 - rank + num_out - num_prefix
+        is_unread = is_patch & (rank >= num_out - num_prefix) & (unread >= num_prefix)
+        target = tl.where(is_unread, unread, target)
         m_row = m_j
         if p_mask_token is None and p_pos_embed is None:
             m_row = is_token
@@ -74,8 +81,9 @@ def scatter_mask_tokens_backward_kernel(
         )  # [BR, BD]
         if p_tokens is not None:
             o_token = (n * num_tokens + target) * D
-            row = rounded(g, p_tokens.dtype.element_ty)
-            tl.store(p_tokens + o_token[:, None] + d[None, :], row, mask=is_token[:, None] & m_d[None, :])
+            row = rounded(tl.where(is_token[:, None], g, 0), p_tokens.dtype.element_ty)
+            m_token = (is_token | is_unread)[:, None] & m_d[None, :]
+            tl.store(p_tokens + o_token[:, None] + d[None, :], row, mask=m_token)
         if p_mask_token is not None:
             g_mask_token += tl.where(is_token[:, None], 0, g.to(tl.float32))
         if p_pos_embed is not None:

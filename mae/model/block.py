@@ -5,7 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mae.attention import attention
+from mae.model.attention import attention
 from mae_kernels import gather_tokens
 from mae_kernels.untouched import untouched
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mae_kernels.registration import once
+from mae_kernels.registration import once_differentiable
 
 # Scores of one chunk stay in the cores' L2 caches.
 CHUNK_BYTES = 2 * 2**20
@@ -106,7 +106,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         packed, queries = ctx.saved_tensors
-        g_packed, g_queries = once(torch.ops.mae.attention_backward.default, grad, packed, queries)
+        g_packed, g_queries = once_differentiable(torch.ops.mae.attention_backward.default, grad, packed, queries)
         return g_packed, None if queries is None else g_queries
 
 

@@ -1,0 +1,170 @@
+"""The masked autoencoder of He et al. 2021: a Vision Transformer and a decoder, around the ops of mae_kernels.
+
+State-dict keys are those of the published code, so its checkpoints load with ``strict=True``.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from mae.model.block import Block, of_some
+from mae.model.sizes import MAEConfig
+from mae.model.vit import VisionTransformer, fill_positions, initialize
+from mae_kernels import Masking, gather_tokens, linear_masked_mse, masked_mse, patchify, random_masking, unpatchify
+from mae_kernels.nn import MaskTokenScatter
+from mae_kernels.untouched import untouched
+
+
+class MAEOutput(NamedTuple):
+    loss: Tensor  # scalar float32
+    pred: Tensor | None  # [N, L, E] with return_pred, else None
+    mask: Tensor  # [N, L] bool, True = removed
+
+
+class Reconstruction(NamedTuple):
+    """Pictures of the same images, ``[N, C, H, W]`` float32 in [0, 1]."""
+
+    masked: Tensor  # the model's input, hidden patches grey
+    reconstruction: Tensor  # hidden patches as predicted, visible patches as they were
+    original: Tensor
+    uses_true_statistics: bool  # predictions un-normalised by the mean and variance of the hidden patches themselves
+
+
+class MaskedAutoencoder(VisionTransformer):
+    """Encoder for visible patches, decoder for all of them, squared error on the hidden ones.
+
+    Images and arguments: as of :class:`VisionTransformer`.
+    """
+
+    def __init__(self, config: MAEConfig, residual_dtype: torch.dtype | None = None):
+        super().__init__(config, residual_dtype)
+        dim = config.decoder_embed_dim
+        self.decoder_embed = nn.Linear(config.embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.mask_token_scatter = MaskTokenScatter(out_dtype=residual_dtype)
+        self.decoder_pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, dim), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            Block(dim, config.decoder_num_heads, config.mlp_ratio) for _ in range(config.decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(dim, config.patch_values)
+        self._initialize_decoder()
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self._initialize_decoder()
+
+    def _initialize_decoder(self) -> None:
+        initialize(self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred)
+        nn.init.normal_(self.mask_token, std=0.02)
+        fill_positions(self.decoder_pos_embed, self.config)
+
+    def forward(
+        self,
+        images: Tensor,
+        mask_ratio: float = 0.75,
+        *,
+        noise: Tensor | None = None,
+        masking: Masking | None = None,
+        return_pred: bool = False,
+    ) -> MAEOutput:
+        """One pre-training pass.
+
+        Args:
+            images: ``[N, C, H, W]``, uint8 or normalised floating.
+            mask_ratio: share of hidden patches.
+            noise: ``[N, L]`` that fixes the mask, see :func:`mae_kernels.random_masking`.
+            masking: the mask itself, from any source; mask_ratio and noise are then not used.
+            return_pred: predict the visible patches as well and return them all. Costs time and memory.
+
+        Returns:
+            :class:`MAEOutput`; the loss is the same number with and without return_pred.
+        """
+        masking = self._masking(images, mask_ratio, noise, masking)
+        latent = self.encode(self.embed(images, masking.ids_keep))  # [N, 1 + K, D]
+        tokens = self.scatter_mask_tokens(latent, masking.ids_restore)  # [N, 1 + L, D']
+        if return_pred:
+            hidden = self.decoder_norm(self.decode(tokens))  # [N, 1 + L, D']
+            pred = self.decoder_pred(hidden)[:, 1:]  # [N, L, E]
+            loss = masked_mse(pred, images, mask=masking.mask, **self._target(images))
+            return MAEOutput(loss, pred, masking.mask)
+        hidden = self.decode(tokens, masking.ids_mask)  # [N, M, D']
+        return MAEOutput(self.loss(hidden, images, masking.ids_mask), None, masking.mask)
+
+    def scatter_mask_tokens(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """The decoder's input, mask tokens in place: ``[N, 1 + K, D]`` -> ``[N, 1 + L, D']``."""
+        tokens = self.decoder_embed(latent)
+        return self.mask_token_scatter(tokens, self.mask_token, ids_restore, self.decoder_pos_embed)
+
+    def decode(self, x: Tensor, ids_mask: Tensor | None = None) -> Tensor:
+        """Hidden states before the final norm, of all tokens ``[N, 1 + L, D']``, or of the patches ids_mask ``[N, M]``.
+
+        For the latter the last block computes keys and values of all tokens, and everything else for these alone.
+        """
+        ids = None if ids_mask is None else ids_mask + 1  # behind the class token
+        last = len(self.decoder_blocks) - 1
+        for i, block in enumerate(self.decoder_blocks):
+            x = of_some(block, x, ids if i == last else None)
+        return gather_tokens(x, ids) if last < 0 and ids is not None else x
+
+    def loss(self, hidden: Tensor, images: Tensor, ids_mask: Tensor) -> Tensor:
+        """Norm, head and squared error of the hidden patches ``[N, M, D']``: scalar float32."""
+        head, target = self.decoder_pred, self._target(images)
+        hidden = self.decoder_norm(hidden)
+        if untouched(head, nn.Linear):
+            return linear_masked_mse(hidden, head.weight, head.bias, images, ids_mask, **target)
+        return masked_mse(head(hidden), images, ids_mask=ids_mask, **target)
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        images: Tensor,
+        mask_ratio: float = 0.75,
+        *,
+        noise: Tensor | None = None,
+        masking: Masking | None = None,
+    ) -> Reconstruction:
+        """Hide patches of images, predict them, and return pictures.
+
+        A model trained on normalised pixels (``norm_pix_loss``) predicts neither the mean nor the contrast of a patch.
+        Its pictures borrow both from the hidden patch itself, and ``uses_true_statistics`` says so.
+
+        Args: as of :meth:`forward`.
+
+        Returns:
+            :class:`Reconstruction`.
+        """
+        masking = self._masking(images, mask_ratio, noise, masking)
+        patches = self.forward(images, masking=masking, return_pred=True).pred.float()  # [N, L, E]
+        embed = self.patch_embed
+        mean, std = embed.pixel_mean[:, None, None], embed.pixel_std[:, None, None]
+        pixels = embed.floating_pixels(images).float()  # [N, C, H, W]
+        patch_size, image_size = self.config.patch_size, self.config.image_size
+        if self.config.norm_pix_loss:
+            truth = patchify(pixels, patch_size)
+            patches = patches * (truth.var(2, keepdim=True) + 1e-6).sqrt() + truth.mean(2, keepdim=True)
+        hidden = masking.mask[..., None].expand(-1, -1, patches.shape[2])
+        hidden = unpatchify(hidden, patch_size, image_size)  # [N, C, H, W]
+        original = (pixels * std + mean).clamp(0, 1)
+        predicted = (unpatchify(patches, patch_size, image_size) * std + mean).clamp(0, 1)
+        return Reconstruction(
+            masked=original.masked_fill(hidden, 0.5),
+            reconstruction=torch.where(hidden, predicted, original),
+            original=original,
+            uses_true_statistics=self.config.norm_pix_loss,
+        )
+
+    def _masking(self, images: Tensor, mask_ratio: float, noise: Tensor | None, masking: Masking | None) -> Masking:
+        if masking is not None:
+            if noise is not None:
+                raise ValueError("MaskedAutoencoder: pass either noise or masking, got both")
+            return masking
+        device = images.device if noise is None else None
+        return random_masking(images.shape[0], self.config.num_patches, mask_ratio, noise=noise, device=device)
+
+    def _target(self, images: Tensor) -> dict:
+        config = self.config
+        normalization = self.patch_embed.normalization(images)
+        return {"patch_size": config.patch_size, "norm_pix": config.norm_pix_loss, **normalization}

@@ -1,0 +1,91 @@
+"""The Vision Transformer of Dosovitskiy et al. 2020, as He et al. 2021 pre-train it.
+
+State-dict keys are those of the published code.
+"""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from mae.model.block import Block
+from mae.model.positions import sincos_pos_embed
+from mae.model.sizes import MAEConfig
+from mae_kernels.nn import MaskedPatchEmbed
+
+
+class VisionTransformer(nn.Module):
+    """The encoder: patches and a class token through blocks, and a norm behind them.
+
+    Images are ``[N, C, H, W]``: uint8 as they come from a file (normalised inside the ops by the config's pixel_mean
+    and pixel_std), or floating and already normalised.
+
+    Args:
+        config: sizes and the meaning of pixels; what it says of a decoder is not used here.
+        residual_dtype: dtype in which tokens travel between the blocks. None promotes as the published code does:
+            float32 under autocast, since the position embeddings are. ``torch.bfloat16`` halves that traffic, and is
+            not exact.
+    """
+
+    def __init__(self, config: MAEConfig, residual_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config, self.residual_dtype = config, residual_dtype
+        dim = config.embed_dim
+        self.patch_embed = MaskedPatchEmbed(
+            config.patch_size,
+            config.in_chans,
+            dim,
+            pixel_mean=config.pixel_mean,
+            pixel_std=config.pixel_std,
+            out_dtype=residual_dtype,
+        )
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, dim), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        VisionTransformer.initialize_weights(self)  # a subclass has parts that are made behind this
+
+    def initialize_weights(self) -> None:
+        """Initial values as published."""
+        self.patch_embed.reset_parameters()
+        initialize(self.blocks, self.norm)
+        nn.init.normal_(self.cls_token, std=0.02)
+        fill_positions(self.pos_embed, self.config)
+
+    def embed(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Class token and visible patches (all of them for None): ``[N, 1 + K, D]``."""
+        if tuple(images.shape[2:]) != self.config.image_size:
+            height, width = self.config.image_size
+            raise ValueError(
+                f"{type(self).__name__}: images must be [N, {self.config.in_chans}, {height}, {width}], "
+                f"got shape {tuple(images.shape)}; resize them or build the model with another image_size"
+            )
+        return self.patch_embed(images, ids_keep, prefix=self.cls_token, pos_embed=self.pos_embed)
+
+    def encode(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, D]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Features of whole images for downstream use, nothing masked: ``[N, 1 + L, D]``, class token first."""
+        return self.encode(self.embed(images))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_features(images)
+
+
+def initialize(*modules: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for linear layers, ones and zeros for norms."""
+    for layer in (layer for module in modules for layer in module.modules()):
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.LayerNorm):
+            layer.reset_parameters()
+
+
+def fill_positions(table: nn.Parameter, config: MAEConfig) -> None:
+    """Sines and cosines, and zeros for the class token."""
+    table.data[0, 0] = 0
+    table.data[0, 1:] = sincos_pos_embed(table.shape[2], config.grid_size)
