@@ -3,7 +3,7 @@
 from mae.data.errors import DataError, DataWarning, counted, printable
 from mae.data.loader import Batches, Crops, TrainingImages, on_device, random_box, read_pictures
 from mae.data.pictures import Picture, read_image, resize_and_crop, to_tensor
-from mae.data.readers import Reading, Wanted
+from mae.data.readers import Reading, Wanted, is_sound
 from mae.data.sources import find_images, find_labelled_images
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "counted",
     "find_images",
     "find_labelled_images",
+    "is_sound",
     "on_device",
     "printable",
     "random_box",

@@ -503,6 +503,11 @@ def suffixes() -> frozenset[str]:
     return frozenset().union(*(reader.suffixes() for reader in READERS if not reader.missing()))
 
 
+def is_sound(file: Path) -> bool:
+    """Whether the file would be seen as a spectrogram, by its suffix."""
+    return any(file.suffix.lower() in r.suffixes() for r in READERS if r.read in (_read_wav, _read_sound))
+
+
 def missing_for(suffix: str) -> str:
     """The package that files of this suffix wait for, and how to install it; empty where there is none."""
     return next((reader.missing() for reader in READERS if suffix in reader.suffixes()), "")

@@ -36,6 +36,11 @@ def spectrogram(samples: np.ndarray, bands: int, columns: int) -> np.ndarray:
     return 10 * np.log10(powers.clip(min=10 ** (_LOWEST / 10)))[::-1]
 
 
+def row_of(frequency: float, bands: int) -> float:
+    """Where a frequency in Hz lies in a spectrogram of so many bands, in rows from the middle of row 0 on."""
+    return bands - (bands + 1) * np.log1p(frequency / 700) / np.log1p(RATE / 2 / 700)
+
+
 def below_loudest(levels: np.ndarray) -> np.ndarray:
     """Levels in dB brought to [0, 1], of which 0 is 80 dB below the loudest one, and never below -100 dB."""
     loudest = max(np.nanmax(levels), _LOWEST + _RANGE)
