@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +15,12 @@ from mae.fields import check_fields, unknown_statistics
 from mae.files import listed, shorten
 from mae.foreign import Weights, read_weights
 from mae.layouts import CheckpointError, from_layout, is_decoder, published_names, to_layout
-from mae.model import MODELS, MAEConfig, MaskedAutoencoder, VisionTransformer
+from mae.model import MODELS, MAEConfig, MaskedAutoencoder, VisionTransformer, pos_embed_for
 from mae.saving import write_folder
 from mae.shapes import blocks_in, from_settings, from_weights
+from mae_kernels.patch_grid import Sizes
 
+_TABLES = ("pos_embed", "decoder_pos_embed")
 _WEIGHTS, _CONFIG, _PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 
 
@@ -44,7 +47,9 @@ def save_checkpoint(model: VisionTransformer, folder: str | Path) -> None:
     write_folder(Path(folder), state, {_CONFIG: dataclasses.asdict(model.config)})
 
 
-def load_checkpoint(path: str | Path, model: str | None = None, *, ema: bool = False, **overrides) -> VisionTransformer:
+def load_checkpoint(
+    path: str | Path, model: str | None = None, *, ema: bool = False, image_size: Sizes | None = None, **overrides
+) -> VisionTransformer:
     """Build the model of a checkpoint and load its weights, every key and shape checked.
 
     Args: as of :func:`read_checkpoint`.
@@ -55,7 +60,7 @@ def load_checkpoint(path: str | Path, model: str | None = None, *, ema: bool = F
 
     Raises: as :func:`read_checkpoint`.
     """
-    checkpoint = read_checkpoint(path, model, ema=ema, **overrides)
+    checkpoint = read_checkpoint(path, model, ema=ema, image_size=image_size, **overrides)
     network = _network(checkpoint.config, checkpoint.encoder_only)
     network.load_state_dict(checkpoint.state)
     if checkpoint.mask_ratio != 0.75:
@@ -67,7 +72,9 @@ def load_checkpoint(path: str | Path, model: str | None = None, *, ema: bool = F
     return network.eval()
 
 
-def read_checkpoint(path: str | Path, model: str | None = None, *, ema: bool = False, **overrides) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, model: str | None = None, *, ema: bool = False, image_size: Sizes | None = None, **overrides
+) -> Checkpoint:
     """The weights of a checkpoint under their published names, and the configuration of their model.
 
     Args:
@@ -77,6 +84,9 @@ def read_checkpoint(path: str | Path, model: str | None = None, *, ema: bool = F
         model: the factory's name, such as ``"mae_vit_base_patch16"``, for files without a ``config.json`` beside them
             whose settings and shapes do not tell it.
         ema: take the averaged weights, where the file holds them beside the plain ones.
+        image_size: pixels of the images that the model is to take, where they are others than those of its training:
+            position embeddings are resampled, or computed anew where they are of sines and cosines. Frames that are not
+            given stay as many as they were. It also says the size of a file whose positions are those of no square.
         overrides: fields of :class:`MAEConfig` that the checkpoint does not fix, such as ``norm_pix_loss=False`` for
             the published ``mae_visualize_*`` files.
 
@@ -109,7 +119,7 @@ def read_checkpoint(path: str | Path, model: str | None = None, *, ema: bool = F
             fields, mask_ratio, more = _fields(description, described.parent / _PREPROCESSOR, encoder_only)
             fields |= overrides
         else:
-            fields, more = from_weights(shaped, settings, model, overrides)
+            fields, more = from_weights(shaped, settings, model, overrides, image_size)
             mask_ratio = settings.get("mask_ratio", 0.75)
             if weights.layout.startswith("huggingface"):
                 more.append("no config.json was read: norms get the epsilon 1e-06, blocks gelu and no dropout")
@@ -121,6 +131,7 @@ def read_checkpoint(path: str | Path, model: str | None = None, *, ema: bool = F
     except ValueError as error:
         what = "is not the configuration of a model" if described else "is not a model that can be built"
         raise CheckpointError(f"{described or file} {what}: {error}") from error
+    asked = _resized(config, image_size, file)
     with torch.device("meta"):
         expected = _network(config, encoder_only).state_dict()
     _check(file, weights, to_layout(expected, weights.layout))
@@ -130,11 +141,27 @@ def read_checkpoint(path: str | Path, model: str | None = None, *, ema: bool = F
         more.append(f"there is NaN or infinity in {listed(broken, 3)}")
     if notes := [*weights.notes, *notes, *more, *pixels]:
         warnings.warn(f"{path}: {'; '.join(notes)}", CheckpointWarning, stacklevel=3)
-    return Checkpoint({name: published[name] for name in expected}, config, encoder_only, mask_ratio)
+    state = {name: published[name] for name in expected}
+    for name in [name for name in _TABLES if name in state]:
+        state[name] = pos_embed_for(state[name], config.sides, asked.sides)
+    return Checkpoint(state, asked, encoder_only, mask_ratio)
 
 
 def _network(config: MAEConfig, encoder_only: bool) -> VisionTransformer:
     return VisionTransformer(config) if encoder_only else MaskedAutoencoder(config)
+
+
+def _resized(config: MAEConfig, image_size: Sizes | None, file: Path) -> MAEConfig:
+    """The same model for images of another size; frames that are not given stay as many as they were."""
+    if image_size is None:
+        return config
+    size = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    try:
+        if len(size) > len(config.image_size):
+            raise ValueError("its patches have no frames")
+        return replace(config, image_size=(*config.image_size[: -len(size)], *size))
+    except ValueError as error:
+        raise CheckpointError(f"{file} cannot take images of size {shorten(image_size)}: {error}") from error
 
 
 def _find(folder: Path) -> Path:

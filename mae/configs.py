@@ -48,14 +48,17 @@ def to_hugging_face_config(config: MAEConfig, mask_ratio: float = 0.75) -> dict:
     """Arguments of ``transformers.ViTMAEConfig``, 4.x and 5.x, for the same model.
 
     Raises:
-        ValueError: images or patches that are not square, which theirs does not take.
+        ValueError: images or patches that are not square, or a target that theirs does not have.
     """
     for name in ("image_size", "patch_size"):
-        height, width = getattr(config, name)
-        if height != width:
+        sides = getattr(config, name)
+        if sides != sides[:1] * 2:
             raise ValueError(
-                f"Hugging Face's ViTMAE takes square images and patches alone, this {name} is {height}x{width}"
+                f"Hugging Face's ViTMAE takes square images and patches alone, this {name} is "
+                f"{'x'.join(map(str, sides))}"
             )
+    if config.norm_pix_loss == "channel":
+        raise ValueError("Hugging Face's ViTMAE normalises whole patches, this norm_pix_loss is 'channel'")
     values = {theirs: getattr(config, ours) for ours, theirs in _HUGGING_FACE_FIELDS.items()}
     return values | {
         "image_size": config.image_size[0],
@@ -145,7 +148,12 @@ def to_timm_config(config: MAEConfig) -> dict:
     """A ``config.json`` with which ``timm.create_model("local-dir:FOLDER")`` builds the encoder, without a head.
 
     ``num_classes=10`` there puts one on the class token.
+
+    Raises:
+        ValueError: video or volumes, which theirs does not take.
     """
+    if len(config.patch_size) != 2:
+        raise ValueError(f"timm's ViT takes images, this image_size is {'x'.join(map(str, config.image_size))}")
     return {
         "architecture": "vit_base_patch16_224",
         "num_classes": 0,

@@ -23,18 +23,18 @@ class Conversion(NamedTuple):
 
 
 def convert_checkpoint(
-    source: str | Path, to: str, out: str | Path, model: str | None = None, *, ema: bool = False, **overrides
+    source: str | Path, to: str, out: str | Path, model: str | None = None, *, ema: bool = False, **options
 ) -> Conversion:
     """Write a checkpoint as another system lays it out; tensors keep their dtype and every bit.
 
     Args:
-        source, model, ema, overrides: as of :func:`mae.checkpoint.read_checkpoint`.
+        source, model, ema, options: as of :func:`mae.checkpoint.read_checkpoint`.
         to: ``"mae"`` (a run folder), ``"published"``, ``"huggingface-4"`` (loads with transformers 4.x and 5.x),
             ``"huggingface-5"`` (its own names, which 4.x does not know), or ``"timm"`` (the encoder alone).
         out: a folder for ``model.safetensors`` and what describes the model (``from_pretrained(out)``,
             ``timm.create_model("local-dir:out")``); or one file, ``.pth`` or ``.safetensors``, with the weights alone.
             The published code knows only files; its ``.pth`` holds them under ``"model"``, and a ``norm_pix_loss``
-            of False under ``"args"``.
+            that is not True under ``"args"``.
 
     Raises:
         CheckpointError: the source cannot be used, or the target cannot hold it or be written.
@@ -52,7 +52,7 @@ def convert_checkpoint(
         raise CheckpointError(f"a published checkpoint is one file; let the name {out} end in .pth")
     if out.is_dir() if is_file else out.is_file():
         raise CheckpointError(f"{out} is a {'folder, not a file' if is_file else 'file, not a folder'}")
-    checkpoint = read_checkpoint(source, model, ema=ema, **overrides)
+    checkpoint = read_checkpoint(source, model, ema=ema, **options)
     try:
         descriptions = {} if is_file else _descriptions(checkpoint, to)
     except ValueError as error:
@@ -66,8 +66,9 @@ def convert_checkpoint(
         )
     state = to_layout(checkpoint.state, "published" if to == "mae" else to)
     # No shape tells it, and True is what is taken for a file that does not say it.
-    untold = to == "published" and not (checkpoint.config.norm_pix_loss or checkpoint.encoder_only)
-    settings = {"args": {"norm_pix_loss": False}} if untold else {}
+    norm_pix_loss = checkpoint.config.norm_pix_loss
+    untold = to == "published" and norm_pix_loss is not True and not checkpoint.encoder_only
+    settings = {"args": {"norm_pix_loss": norm_pix_loss}} if untold else {}
     files = _write(out, state, descriptions, settings, under_model=to == "published")
     left_out = [name for name in checkpoint.state if to == "timm" and is_decoder(name)]
     return Conversion(files, left_out, checkpoint.encoder_only or bool(left_out))

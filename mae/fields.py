@@ -20,8 +20,8 @@ def are_all(values: Any, test: Callable[..., bool], *arguments) -> bool:
 
 
 SIZE = (
-    lambda x: is_whole(x) or (are_all(x, is_whole) and len(x) == 2),
-    f"a whole number of 1 to {_LARGEST}, or a list of two",
+    lambda x: is_whole(x) or (are_all(x, is_whole) and len(x) in (2, 3)),
+    f"a whole number of 1 to {_LARGEST}, or a list of two or three",
 )
 SHARE = (lambda x: is_number(x) and 0 <= x < 1, "a number from 0 to below 1")
 RATIO = (lambda x: is_number(x, 0) and x < 1, "a number between 0 and 1")
@@ -33,7 +33,7 @@ RULES = {
     "image_size": SIZE, "patch_size": SIZE, "in_chans": WIDTH, "embed_dim": WIDTH, "depth": BLOCKS,
     "num_heads": WIDTH, "decoder_embed_dim": WIDTH, "decoder_depth": BLOCKS, "decoder_num_heads": WIDTH,
     "mlp_ratio": (lambda x: is_number(x, 0) and x < _LARGEST, "a number above 0"),
-    "norm_pix_loss": (lambda x: isinstance(x, bool), "true or false"),
+    "norm_pix_loss": (lambda x: isinstance(x, bool) or x == "channel", "true, false or \"channel\""),
     "pixel_mean": (lambda x: are_all(x, is_number), "a list of numbers"),
     "pixel_std": (lambda x: are_all(x, is_number, 0), "a list of numbers above 0"),
 }  # fmt: skip

@@ -91,15 +91,16 @@ def training_flops(config: MAEConfig, mask_ratio: float = 0.75) -> int:
         return int(linears * dim**2 + 4 * leave * tokens * dim)
 
     dim, decoder_dim = config.embed_dim, config.decoder_embed_dim
-    visible = int(config.num_patches * (1 - mask_ratio))
-    hidden, all_tokens = config.num_patches - visible, 1 + config.num_patches
+    num_patches, values = config.num_patches, config.grid.patch_values
+    visible = int(num_patches * (1 - mask_ratio))
+    hidden, all_tokens = num_patches - visible, 1 + num_patches
     forward = config.depth * block(1 + visible, dim, 1 + visible)
     forward += 2 * (1 + visible) * dim * decoder_dim  # decoder_embed
     if config.decoder_depth:
         forward += (config.decoder_depth - 1) * block(all_tokens, decoder_dim, all_tokens)
         forward += block(all_tokens, decoder_dim, hidden)
-    embed = 2 * visible * config.patch_values * dim
-    return 3 * (forward + embed + 2 * hidden * decoder_dim * config.patch_values) - embed
+    embed = 2 * visible * values * dim
+    return 3 * (forward + embed + 2 * hidden * decoder_dim * values) - embed
 
 
 def profile_step(
@@ -115,7 +116,7 @@ def profile_step(
 
     Args:
         model: trained by it.
-        images: ``[N, C, H, W]`` on the host, as the data loader delivers them.
+        images: ``[N, C, H, W]`` or ``[N, C, T, H, W]`` on the host, as the data loader delivers them.
         optimizer: of the model, updated ``rounds + 2`` times.
         mask_ratio: share of hidden patches.
         bfloat16: autocast to it.
@@ -157,14 +158,15 @@ def _cut_step(model, images, optimizer, mask_ratio, autocast, meter, inputs: lis
     device = next(model.parameters()).device
     with meter("input", "forward"):
         images = images.to(device, non_blocking=True)
+    grid = model.patch_grid(images)
     with meter("masking", "forward"):
-        masking = random_masking(len(images), model.config.num_patches, mask_ratio, device=device)
+        masking = random_masking(len(images), grid.num_patches, mask_ratio, device=device)
     inputs[:] = [images, *masking]
     x, ends = None, []
     for name, run in {
         "embed": lambda x: model.embed(images, masking.ids_keep),
         "encoder": model.encode,
-        "scatter": lambda x: model.scatter_mask_tokens(x, masking.ids_restore),
+        "scatter": lambda x: model.scatter_mask_tokens(x, masking.ids_restore, grid),
         "decoder": lambda x: model.decode(x, masking.ids_mask),
         "loss": lambda x: model.loss(x, images, masking.ids_mask),
     }.items():

@@ -13,12 +13,14 @@ from mae.configs import mlp_ratio
 from mae.fields import are_all, is_number, is_whole
 from mae.layouts import CheckpointError, is_decoder
 from mae.model import MODELS, MAEConfig
+from mae_kernels.patch_grid import Sizes
 
 # Settings of other people's trainings: ours -> what they call it.
 _SETTINGS = {
     "model": ("model", "model_name", "arch"),
     "norm_pix_loss": ("norm_pix_loss", "norm_pix"),
     "image_size": ("input_size", "img_size", "image_size"),
+    "num_frames": ("num_frames",),
     "mask_ratio": ("mask_ratio",),
     "num_heads": ("num_heads",),
     "decoder_num_heads": ("decoder_num_heads",),
@@ -34,7 +36,8 @@ def from_settings(places: dict[str, dict]) -> tuple[dict, list[str]]:
 
     Returns:
         Any of ``"model"`` (a name of :data:`mae.model.MODELS`), ``"mask_ratio"``, and the fields
-        ``"norm_pix_loss"``, ``"image_size"``, ``"num_heads"`` and ``"decoder_num_heads"``.
+        ``"norm_pix_loss"``, ``"image_size"`` (height and width), ``"num_frames"``, ``"num_heads"`` and
+        ``"decoder_num_heads"``.
     """
     result, notes = {}, []
     for ours, names in _SETTINGS.items():
@@ -71,14 +74,14 @@ def _sides(value: Any) -> tuple[int, int] | None:
 
 _READ = {
     "model": _model_name,
-    "norm_pix_loss": lambda x: bool(x) if isinstance(x, int) and x in (0, 1) else None,
+    "norm_pix_loss": lambda x: x if x == "channel" else bool(x) if isinstance(x, int) and x in (0, 1) else None,
     "image_size": _sides,
     "mask_ratio": lambda x: float(x) if is_number(x, 0) and x < 1 else None,
-} | dict.fromkeys(_HEADS, lambda x: x if is_whole(x) else None)
+} | dict.fromkeys((*_HEADS, "num_frames"), lambda x: x if is_whole(x) else None)
 
 
 def from_weights(
-    state: dict[str, Tensor], settings: dict, model: str | None, overrides: dict
+    state: dict[str, Tensor], settings: dict, model: str | None, overrides: dict, image_size: Sizes | None = None
 ) -> tuple[dict, list[str]]:
     """Fields of :class:`MAEConfig` for weights without a configuration.
 
@@ -89,6 +92,7 @@ def from_weights(
         settings: as of :func:`from_settings`.
         model: a name of :data:`mae.model.MODELS`, to whose sizes the weights will be held.
         overrides: fields that are not to be looked up.
+        image_size: what the size is where nothing else tells it.
 
     Returns:
         The fields, and a clause for each that is a choice.
@@ -113,8 +117,8 @@ def from_weights(
         if base and any(shapes[name] != _factory(base)[name] for name in fixed):
             told = ", ".join(f"{name} {_text(shapes[name])}" for name in fixed if shapes[name] != _factory(base)[name])
             notes.append(f"its settings say {base} and its shapes {told}, which are taken")
-        if not base or _factory(base)["embed_dim"] != shapes["embed_dim"]:
-            base = next((name for name in MODELS if _factory(name)["embed_dim"] == shapes["embed_dim"]), None)
+        if not base or not _is_like(_factory(base), shapes):
+            base = next((name for name in MODELS if _is_like(_factory(name), shapes)), None)
             heads = [name for name in _HEADS if name not in overrides and name not in said]
             if base is None and heads:
                 raise CheckpointError(f"it has no config.json beside it; {NAME_THE_MODEL}")
@@ -125,9 +129,8 @@ def from_weights(
     # No shape tells whether these are right.
     notes += [f"its settings say {name} {x}" for name, x in said.items() if x != known.get(name, x)]
     result = known | ({} if model else {k: x for k, x in shapes.items() if k != "tokens"}) | said | overrides
-    if "image_size" not in overrides:
-        result["image_size"], more = _image_size(result, shapes.get("tokens"), settings)
-        notes += more
+    result["image_size"], more = _image_size(result, shapes.get("tokens"), settings, image_size)
+    notes += more
     if "norm_pix_loss" not in overrides:
         result["norm_pix_loss"] = settings.get("norm_pix_loss", True)
         if settings.get("norm_pix_loss") is False:
@@ -156,7 +159,7 @@ def _shapes(state: dict[str, Tensor]) -> dict:
     """Fields that the shapes of weights fix, and ``tokens``, the rows of the position embedding."""
     shape = {name: tuple(x.shape) for name, x in state.items()}
     result = {}
-    if len(shape.get("patch_embed.proj.weight", ())) == 4:
+    if len(shape.get("patch_embed.proj.weight", ())) in (4, 5):
         dim, channels, *patch = shape["patch_embed.proj.weight"]
         result |= {"embed_dim": dim, "in_chans": channels, "patch_size": tuple(patch)}
     if len(shape.get("pos_embed", ())) == 3:
@@ -178,18 +181,37 @@ def blocks_in(state: dict[str, Tensor], blocks: str) -> int:
     return len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
 
 
-def _image_size(known: dict, tokens: int | None, settings: dict) -> tuple[tuple[int, ...], list[str]]:
-    """Of the settings if as many patches fit as there are positions, else a square of that many."""
-    said, usual, patch = settings.get("image_size"), known.get("image_size"), _sides(known["patch_size"])
-    if tokens is None or patch is None:
+def _is_like(model: dict, shapes: dict) -> bool:
+    return model["embed_dim"] == shapes["embed_dim"] and len(model["patch_size"]) == len(shapes["patch_size"])
+
+
+def _image_size(
+    known: dict, tokens: int | None, settings: dict, asked: Sizes | None
+) -> tuple[tuple[int, ...], list[str]]:
+    """Of the settings if as many patches fit as there are positions, else a square of that many, else what is asked."""
+    said, usual, patch = settings.get("image_size"), known.get("image_size"), known["patch_size"]
+    patch = (patch, patch) if is_whole(patch) else patch
+    if tokens is None or not are_all(patch, is_whole):
         return said or usual or MAEConfig.image_size, []
+    if said and len(patch) == 3:
+        said = (settings.get("num_frames", 16), *said)
     for size in filter(None, (said, usual)):
-        cut = [divmod(x, p) for x, p in zip(size, patch, strict=True)]
-        if not any(rest for _, rest in cut) and math.prod(count for count, _ in cut) == tokens - 1:
+        if _patches(size, patch) == tokens - 1:
             return size, [] if size == usual else [f"its settings say image_size {_text(said)}"]
     edge = math.isqrt(max(tokens - 1, 0))
-    if edge < 1 or edge**2 != tokens - 1:
-        raise CheckpointError(f"its {tokens - 1} positions are those of no square image; pass image_size")
-    size = tuple(edge * p for p in patch)
-    note = f"its positions are those of image_size {_text(size)}"
-    return size, [note + (f", and not {_text(said)} as its settings say" if said else "")]
+    if len(patch) == 2 and edge >= 1 and edge**2 == tokens - 1:
+        size = tuple(edge * p for p in patch)
+        note = f"its positions are those of image_size {_text(size)}"
+        return size, [note + (f", and not {_text(said)} as its settings say" if said else "")]
+    asked = (asked, asked) if isinstance(asked, int) else asked
+    if asked and _patches(asked, patch) == tokens - 1:
+        return tuple(asked), []
+    kind = "clip" if len(patch) == 3 else "square image"
+    raise CheckpointError(f"its {tokens - 1} positions are those of no {kind}; pass image_size")
+
+
+def _patches(size: tuple[int, ...], patch: tuple[int, ...]) -> int | None:
+    """How many patches fit, None where some are cut."""
+    if len(size) != len(patch) or any(x % p for x, p in zip(size, patch, strict=True)):
+        return None
+    return math.prod(x // p for x, p in zip(size, patch, strict=True))

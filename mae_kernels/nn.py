@@ -25,9 +25,9 @@ from torch import Tensor
 
 from mae_kernels import checks
 from mae_kernels.gather_tokens import gather_tokens
-from mae_kernels.masked_mse import masked_mse
+from mae_kernels.masked_mse import NormPix, masked_mse
 from mae_kernels.patch_embed import patch_embed
-from mae_kernels.patch_grid import PatchGrid
+from mae_kernels.patch_grid import PatchGrid, Sizes, as_video
 from mae_kernels.patchify import Layout
 from mae_kernels.precision import accumulation_dtype
 from mae_kernels.scatter_mask_tokens import scatter_mask_tokens
@@ -42,14 +42,14 @@ def learned_token(dim: int) -> nn.Parameter:
 
 
 class _ReadsPixels(nn.Module):
-    """Holds the patch size, and mean and standard deviation of pixels in [0, 1], by which uint8 images are normalised.
+    """Holds the patch size, and mean and standard deviation of pixels, by which uint8 and uint16 images are normalised.
 
     They lie beside the parameters, so that no call copies them to a GPU, and are not part of the state dict.
     """
 
     def __init__(
         self,
-        patch_size: int | tuple[int, int],
+        patch_size: Sizes,
         pixel_mean: Sequence[float] | Tensor | None,
         pixel_std: Sequence[float] | Tensor | None,
     ):
@@ -94,7 +94,7 @@ class _ReadsPixels(nn.Module):
 
     def normalization(self, images: Tensor) -> dict[str, Tensor]:
         """Arguments ``mean`` and ``std`` of the ops for such images: floating ones are normalised already."""
-        if self._pixel_stats is None or images.dtype != torch.uint8:
+        if self._pixel_stats is None or images.is_floating_point():
             return {}
         if self.pixel_mean.is_meta and not images.is_meta:  # load_state_dict(assign=True) fills only parameters
             self._write_statistics(torch.empty(0, device=images.device))
@@ -102,9 +102,10 @@ class _ReadsPixels(nn.Module):
 
     def floating_pixels(self, images: Tensor) -> Tensor:
         """Images as the ops read them: uint8 as ``x / 255``, normalised where there are mean and standard deviation."""
-        x = images / 255 if images.dtype == torch.uint8 else images
+        x = images if images.is_floating_point() else images.to(torch.get_default_dtype())
+        x = x / 255 if images.dtype == torch.uint8 else x
         if stats := self.normalization(images):
-            mean, std = (values[:, None, None] for values in stats.values())
+            mean, std = (values.view(-1, *[1] * (images.ndim - 2)) for values in stats.values())
             x = (x - mean) / std
         return x
 
@@ -127,23 +128,23 @@ class MaskedPatchEmbed(_ReadsPixels):
     """Embed the visible patches of a batch of images: :func:`mae_kernels.patch_embed` and its projection.
 
     Args:
-        patch_size: ``ph = pw``, or ``(ph, pw)``, in pixels.
+        patch_size: ``ph = pw``, ``(ph, pw)``, or ``(pt, ph, pw)`` for video and volumes, in pixels.
         in_chans: C.
         embed_dim: D.
         bias: whether the projection has one.
-        pixel_mean: C values of pixels in [0, 1]; uint8 images are normalised by them, floating ones are taken as they
-            are. None reads uint8 as ``x / 255``.
+        pixel_mean: C values, by which uint8 images (as numbers in [0, 1]) and uint16 ones (in their own units) are
+            normalised; floating ones are taken as they are. None reads uint8 as ``x / 255``, uint16 as it is.
         pixel_std: C values, likewise.
         out_dtype: dtype of the result; None promotes as the published code does.
 
-    ``proj`` is a convolution with weight ``[D, C, ph, pw]`` and bias ``[D]``. It is called itself, for all patches,
-    only where somebody would notice: with hooks on it, an adapter, a parametrisation. Published initial values:
-    xavier-uniform of the weight seen as ``[D, C ph pw]``.
+    ``proj`` is a convolution with weight ``[D, C, (pt,) ph, pw]`` and bias ``[D]``. It is called itself, for all
+    patches, only where somebody would notice: with hooks on it, an adapter, a parametrisation. Published initial
+    values: xavier-uniform of the weight seen as a matrix ``[D, E]``.
     """
 
     def __init__(
         self,
-        patch_size: int | tuple[int, int] = 16,
+        patch_size: Sizes = 16,
         in_chans: int = 3,
         embed_dim: int = 768,
         *,
@@ -158,7 +159,8 @@ class MaskedPatchEmbed(_ReadsPixels):
                 f"MaskedPatchEmbed: pixel_mean has {len(self._pixel_stats[0])} values for {in_chans} channels"
             )
         self.embed_dim, self.out_dtype = embed_dim, out_dtype
-        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
+        convolution = nn.Conv3d if len(self.patch_size) == 3 else nn.Conv2d
+        self.proj = convolution(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -176,7 +178,7 @@ class MaskedPatchEmbed(_ReadsPixels):
         """Embed the patches at ids_keep, or all of them in order.
 
         Args:
-            images: ``[N, C, H, W]``, uint8 or floating.
+            images: ``[N, C, H, W]`` or ``[N, C, T, H, W]``, uint8, uint16 or floating.
             ids_keep: ``[N, K]`` int64, see :class:`mae_kernels.Masking`.
             prefix: ``[R, D]`` or ``[1, R, D]``, class token or registers.
             pos_embed: ``[R + L, D]`` or ``[L, D]``, with or without a leading 1. With ``R + L`` rows, as published,
@@ -191,7 +193,9 @@ class MaskedPatchEmbed(_ReadsPixels):
         if projects_patches(proj):
             stats = self.normalization(images)
             return patch_embed(images, proj.weight, proj.bias, pos_embed, ids_keep, **options, **stats)
-        tokens = proj(self.floating_pixels(images)).flatten(2).transpose(1, 2)
+        pixels = self.floating_pixels(images)
+        pixels = as_video(pixels) if len(self.patch_size) == 3 else pixels
+        tokens = proj(pixels).flatten(2).transpose(1, 2)
         return _assemble(tokens, pos_embed, ids_keep, **options)
 
     def _split_positions(self, images: Tensor, prefix: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,8 +273,9 @@ class MaskedMSELoss(_ReadsPixels):
     """Mean squared error on the pixels of the masked patches: :func:`mae_kernels.masked_mse`. No parameters.
 
     Args:
-        patch_size: ``ph = pw``, or ``(ph, pw)``, in pixels.
-        norm_pix: normalise each target patch by its own mean and standard deviation.
+        patch_size: as of :class:`MaskedPatchEmbed`.
+        norm_pix: normalise each target patch by its own mean and standard deviation, or each channel of it
+            (``"channel"``).
         pixel_mean: as of :class:`MaskedPatchEmbed`.
         pixel_std: as of :class:`MaskedPatchEmbed`.
         eps: added to the variance of a patch, inside the root.
@@ -279,9 +284,9 @@ class MaskedMSELoss(_ReadsPixels):
 
     def __init__(
         self,
-        patch_size: int | tuple[int, int] = 16,
+        patch_size: Sizes = 16,
         *,
-        norm_pix: bool = True,
+        norm_pix: NormPix = True,
         pixel_mean: Sequence[float] | Tensor | None = None,
         pixel_std: Sequence[float] | Tensor | None = None,
         eps: float = 1e-6,
@@ -299,7 +304,7 @@ class MaskedMSELoss(_ReadsPixels):
 
         Args:
             pred: ``[N, L, E]`` with mask, ``[N, M, E]`` with ids_mask.
-            images: ``[N, C, H, W]``, uint8 or floating.
+            images: ``[N, C, H, W]`` or ``[N, C, T, H, W]``, uint8, uint16 or floating.
             mask: ``[N, L]`` bool, True = masked.
             ids_mask: ``[N, M]`` int64, see :class:`mae_kernels.Masking`.
 

@@ -48,11 +48,12 @@ def _every_call_is_watched() -> bool:
 
 
 def projects_patches(layer: nn.Module) -> bool:
-    """Whether the layer is an :func:`untouched` convolution, without padding, of patches that lie side by side."""
+    """Whether the layer is a :func:`quiet` convolution, without padding, of patches that lie side by side."""
     return (
-        untouched(layer, nn.Conv2d)
+        type(layer) in (nn.Conv2d, nn.Conv3d)
+        and quiet(layer)
         and layer.stride == layer.kernel_size
-        and layer.padding == (0, 0)
-        and layer.dilation == (1, 1)
+        and layer.padding == (0,) * len(layer.stride)
+        and layer.dilation == (1,) * len(layer.stride)
         and layer.groups == 1
     )

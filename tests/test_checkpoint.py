@@ -251,7 +251,7 @@ def test_pickled_code_is_not_run(tmp_path):
         load_checkpoint(tmp_path / "evil.pth", "mae_vit_tiny_patch16")
 
 
-WHOLE, SIZE = "a whole number of 1 to 65536", "a whole number of 1 to 65536, or a list of two"
+WHOLE, SIZE = "a whole number of 1 to 65536", "a whole number of 1 to 65536, or a list of two or three"
 
 
 @pytest.mark.parametrize(
@@ -263,9 +263,9 @@ WHOLE, SIZE = "a whole number of 1 to 65536", "a whole number of 1 to 65536, or 
         ({"num_heads": 0}, f"num_heads must be {WHOLE}, got 0"),
         ({"embed_dim": "32"}, f"embed_dim must be {WHOLE}, got '32'"),
         ({"patch_size": [0, 8, 8]}, f"patch_size must be {SIZE}, got [0, 8, 8]"),
-        ({"patch_size": [1, 8, 8]}, f"patch_size must be {SIZE}, got [1, 8, 8]"),
+        ({"patch_size": [1, 8, 8, 8]}, f"patch_size must be {SIZE}, got [1, 8, 8, 8]"),
         ({"mlp_ratio": float("nan")}, "mlp_ratio must be a number above 0, got nan"),
-        ({"norm_pix_loss": "no"}, "norm_pix_loss must be true or false, got 'no'"),
+        ({"norm_pix_loss": "no"}, "norm_pix_loss must be true, false or \"channel\", got 'no'"),
         ({"pixel_std": [1, 1, 0]}, "pixel_std must be a list of numbers above 0, got [1, 1, 0]"),
         ({"model_type": "vit_mae", "hidden_size": 0}, f"hidden_size must be {WHOLE}, got 0"),
         ({"model_type": "vit_mae", "layer_norm_eps": "x"}, "layer_norm_eps must be a number above 0, got 'x'"),

@@ -88,14 +88,23 @@ def test_what_the_model_cannot_be_is_refused(run, tmp_path, to, values, sentence
     assert str(error.value) == f"{tmp_path / 'config.json'}: {sentence}"
 
 
-def test_oblong_images_are_refused_for_hugging_face(tmp_path):
-    save_checkpoint(MaskedAutoencoder(replace(SMALL, image_size=(16, 32))), tmp_path / "run")
+@pytest.mark.parametrize(
+    ("to", "fields", "reason"),
+    [
+        ("huggingface-4", {"image_size": (16, 32)},
+         "Hugging Face's ViTMAE takes square images and patches alone, this image_size is 16x32"),
+        ("huggingface-5", {"image_size": (8, 32, 32)},
+         "Hugging Face's ViTMAE takes square images and patches alone, this image_size is 8x32x32"),
+        ("huggingface-4", {"norm_pix_loss": "channel"},
+         "Hugging Face's ViTMAE normalises whole patches, this norm_pix_loss is 'channel'"),
+        ("timm", {"image_size": (8, 32, 32)}, "timm's ViT takes images, this image_size is 8x32x32"),
+    ],
+)  # fmt: skip
+def test_models_without_a_counterpart_are_refused(tmp_path, to, fields, reason):
+    save_checkpoint(MaskedAutoencoder(replace(SMALL, **fields)), tmp_path / "run")
     with pytest.raises(CheckpointError) as error:
-        convert_checkpoint(tmp_path / "run", "huggingface-4", tmp_path / "out")
-    assert str(error.value) == (
-        f"{tmp_path / 'run'} has no counterpart in huggingface-4: Hugging Face's ViTMAE takes square images and "
-        "patches alone, this image_size is 16x32"
-    )
+        convert_checkpoint(tmp_path / "run", to, tmp_path / "out")
+    assert str(error.value) == f"{tmp_path / 'run'} has no counterpart in {to}: {reason}"
     assert not (tmp_path / "out").exists()
 
 

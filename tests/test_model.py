@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from mae import MODELS, MAEConfig, MaskedAutoencoder, mae_vit_demo_patch7
-from mae.model import sincos_pos_embed
 from mae_kernels import masking_from_mask, patchify, random_masking, reference
 
 TINY = MAEConfig(
@@ -16,11 +15,13 @@ TINY = MAEConfig(
 )  # fmt: skip
 
 
+CLIP = replace(TINY, image_size=(4, 16, 24), patch_size=(2, 8, 8))
 PIXEL_MEAN, PIXEL_STD = torch.tensor(TINY.pixel_mean), torch.tensor(TINY.pixel_std)
 
 
 def normalised(images: torch.Tensor) -> torch.Tensor:
-    return (images / 255 - PIXEL_MEAN[:, None, None]) / PIXEL_STD[:, None, None]
+    mean, std = (x.view(-1, *[1] * (images.ndim - 2)) for x in (PIXEL_MEAN, PIXEL_STD))
+    return (images / 255 - mean) / std
 
 
 @pytest.fixture
@@ -98,21 +99,11 @@ def test_initial_values(model):
     assert model.norm.eps == model.blocks[0].norm1.eps == 1e-6
 
 
-def test_position_embedding_encodes_the_column_first():
-    table = sincos_pos_embed(16, (2, 3))  # [6, 16]
-    for patch, (row, column) in enumerate((r, c) for r in range(2) for c in range(3)):
-        for half, position in ((0, column), (8, row)):
-            for i in range(4):
-                angle = position / 10000 ** (i / 4)
-                assert table[patch, half + i].item() == pytest.approx(math.sin(angle), abs=1e-7)
-                assert table[patch, half + 4 + i].item() == pytest.approx(math.cos(angle), abs=1e-7)
-
-
 def test_loss_is_the_same_with_and_without_predictions(model, images):
     noise = torch.rand(3, TINY.num_patches)
     short, full = model(images, noise=noise), model(images, noise=noise, return_pred=True)
     assert short.pred is None
-    assert full.pred.shape == (3, TINY.num_patches, TINY.patch_values)
+    assert full.pred.shape == (3, TINY.num_patches, TINY.grid.patch_values)
     torch.testing.assert_close(short.loss, full.loss, rtol=1e-6, atol=0)
     assert torch.equal(short.mask, full.mask)
     grads = []
@@ -184,39 +175,45 @@ def test_reconstruction(images, norm_pix):
         pred = model(images, masking=masking, return_pred=True).pred
         truth = patchify(normalised(images), 8)
         mean, std = truth.mean(2, keepdim=True), (truth.var(2, keepdim=True) + 1e-6).sqrt()
-        channel = torch.arange(TINY.patch_values) % 3
+        channel = torch.arange(TINY.grid.patch_values) % 3
         expected = (pred * std + mean) * PIXEL_STD[channel] + PIXEL_MEAN[channel]
         inside = hidden[..., None] & (expected > 0) & (expected < 1)
         torch.testing.assert_close(patches["reconstruction"][inside], expected[inside], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm_pix", [True, False])
-def test_reconstruction_of_a_perfect_prediction_is_the_original(images, norm_pix, monkeypatch):
+@pytest.mark.parametrize("norm_pix", [True, False, "channel"])
+@pytest.mark.parametrize("config", [TINY, CLIP], ids=["images", "clips"])
+def test_reconstruction_of_a_perfect_prediction_is_the_original(config, norm_pix, monkeypatch):
     """A head that outputs the true target must give the true picture back: order, statistics and scale undone."""
-    model = MaskedAutoencoder(MAEConfig(**{**vars(TINY), "norm_pix_loss": norm_pix}))
-    target = patchify(normalised(images), 8)
-    if norm_pix:
-        target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
-    monkeypatch.setattr(model, "decode", lambda x: torch.zeros(3, 1 + TINY.num_patches, 32))
+    model = MaskedAutoencoder(replace(config, norm_pix_loss=norm_pix))
+    images = torch.randint(256, (3, 3, *config.image_size), dtype=torch.uint8)
+    target = reference.pixel_target(normalised(images), config.patch_size, norm_pix)
+    monkeypatch.setattr(model, "decode", lambda x: torch.zeros(3, 1 + config.num_patches, 32))
     monkeypatch.setattr(model.decoder_pred, "forward", lambda x: torch.cat([target[:, :1], target], dim=1))
     pictures = model.reconstruct(images)
     torch.testing.assert_close(pictures.reconstruction, pictures.original, rtol=0, atol=1e-5)
+    torch.testing.assert_close(pictures.original, images / 255, rtol=0, atol=1e-6)
 
 
-def test_wrong_image_size_is_refused(model):
-    with pytest.raises(ValueError) as error:
-        model(torch.zeros(1, 3, 32, 32))
-    assert str(error.value) == (
-        "MaskedAutoencoder: images must be [N, 3, 32, 48], got shape (1, 3, 32, 32); "
-        "resize them or build the model with another image_size"
-    )
+def test_sizes_that_the_patch_does_not_divide_are_refused(model):
+    for shape, message in (
+        ((1, 3, 32, 36), "MaskedAutoencoder: images width 36 is not a multiple of the patch width 8"),
+        ((1, 1, 32, 48), "patch_embed: images have 1 channels, but weight expects 3"),
+    ):
+        with pytest.raises(ValueError) as error:
+            model(torch.zeros(shape))
+        assert str(error.value) == message
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 225}, "MAEConfig: image height 225 is not a multiple of the patch height 16"),
+        ({"image_size": 225}, "MAEConfig: images height 225 is not a multiple of the patch height 16"),
         ({"embed_dim": 770}, "MAEConfig: embed_dim 770 must be a multiple of 4 and of its 12 heads"),
+        (
+            {"image_size": (3, 32, 32), "patch_size": (2, 16, 16)},
+            "MAEConfig: images frames 3 is not a multiple of the patch frames 2",
+        ),
         (
             {"in_chans": 1},
             "MAEConfig: pixel_mean and pixel_std need 1 values, one per channel, got 3 and 3",
@@ -268,12 +265,26 @@ def test_it_learns():
     assert loss.item() < 0.05
 
 
-def test_the_loss_is_that_of_the_published_pass(images):
+@pytest.mark.parametrize("norm_pix", [True, "channel"])
+@pytest.mark.parametrize("config", [TINY, CLIP], ids=["images", "clips"])
+def test_the_loss_is_that_of_the_published_pass(config, norm_pix):
     """Every parameter random: an initial 0 or 1 would hide what is left out."""
-    model = MaskedAutoencoder(replace(TINY, decoder_depth=2)).double()
+    model = MaskedAutoencoder(replace(config, decoder_depth=2, norm_pix_loss=norm_pix)).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    floats = (images / 255.0).double()
-    noise = torch.rand(3, TINY.num_patches)
+    floats = torch.rand(3, 3, *config.image_size, dtype=torch.float64)
+    noise = torch.rand(3, config.num_patches)
     expected = reference.pretraining_loss(model, floats, noise)
     torch.testing.assert_close(model(floats, noise=noise).loss, expected, rtol=1e-10, atol=0)
+
+
+def test_uint16_images_are_normalised_in_their_own_units():
+    """Also where the projection is called, for a hook."""
+    model = MaskedAutoencoder(replace(CLIP, in_chans=2, pixel_mean=(900.0, 3e4), pixel_std=(250.0, 8e3))).double()
+    clips = torch.randint(2**16, (2, 2, 4, 16, 24)).to(torch.uint16)
+    noise = torch.rand(2, CLIP.num_patches)
+    mean, std = (torch.tensor(x).double().view(2, 1, 1, 1) for x in (model.config.pixel_mean, model.config.pixel_std))
+    expected = model((clips.double() - mean) / std, noise=noise).loss
+    torch.testing.assert_close(model(clips, noise=noise).loss, expected, rtol=1e-10, atol=0)
+    model.patch_embed.proj.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(model(clips, noise=noise).loss, expected, rtol=1e-10, atol=0)

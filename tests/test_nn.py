@@ -43,7 +43,7 @@ class Published(nn.Module):
             Block(decoder_dim, config.decoder_num_heads, config.mlp_ratio) for _ in range(config.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_dim, config.patch_values)
+        self.decoder_pred = nn.Linear(decoder_dim, config.grid.patch_values)
         self.loss = MaskedMSELoss(config.patch_size, norm_pix=config.norm_pix_loss, **stats)
 
     def forward(self, images, noise):
@@ -254,8 +254,8 @@ def test_repr():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: MaskedPatchEmbed((2, 8, 8)), ("MaskedPatchEmbed: patch_size (2, 8, 8) has three dimensions; "
-         "video and volumes are not supported yet")),
+        (lambda: MaskedPatchEmbed((2, 2, 8, 8)),
+         "MaskedPatchEmbed: patch_size must be a positive int, or two or three of them, got (2, 2, 8, 8)"),
         (lambda: MaskedPatchEmbed(8, pixel_mean=MEAN),
          "MaskedPatchEmbed: pixel_mean was given without pixel_std; pass both or neither"),
         (lambda: MaskedMSELoss(8, pixel_std=STD),

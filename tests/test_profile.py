@@ -75,7 +75,7 @@ def test_phases_of_a_step(bfloat16):
     assert all(phase.forward_ms > 0 for phase in phases.values())
     trained = {name for name, phase in phases.items() if phase.backward_ms > 0}
     assert trained == {"embed", "encoder", "scatter", "decoder", "loss"}
-    assert phases["encoder"].saved_bytes > 0 == phases["embed"].saved_bytes
+    assert phases["encoder"].saved_bytes > 24 == phases["embed"].saved_bytes  # mean and deviation of three channels
     with LaunchCounter() as counter:
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = model(images).loss

@@ -2,7 +2,7 @@
 
 from mae.model.autoencoder import MAEOutput, MaskedAutoencoder, Reconstruction
 from mae.model.block import Block
-from mae.model.positions import sincos_pos_embed
+from mae.model.positions import pos_embed_for, resample_pos_embed, sincos_pos_embed
 from mae.model.presets import (
     MODELS,
     mae_vit_base_patch16,
@@ -29,5 +29,7 @@ __all__ = [
     "mae_vit_large_patch16",
     "mae_vit_small_patch16",
     "mae_vit_tiny_patch16",
+    "pos_embed_for",
+    "resample_pos_embed",
     "sincos_pos_embed",
 ]

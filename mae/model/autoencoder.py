@@ -14,6 +14,7 @@ from mae.model.sizes import MAEConfig
 from mae.model.vit import VisionTransformer, fill_positions, initialize
 from mae_kernels import Masking, gather_tokens, linear_masked_mse, masked_mse, patchify, random_masking, unpatchify
 from mae_kernels.nn import MaskTokenScatter
+from mae_kernels.patch_grid import PatchGrid
 from mae_kernels.untouched import untouched
 
 
@@ -24,7 +25,7 @@ class MAEOutput(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """Pictures of the same images, ``[N, C, H, W]`` float32 in [0, 1]."""
+    """Pictures of the same images, ``[N, C, H, W]`` or ``[N, C, T, H, W]`` float32 in [0, 1]."""
 
     masked: Tensor  # the model's input, hidden patches grey
     reconstruction: Tensor  # hidden patches as predicted, visible patches as they were
@@ -49,7 +50,7 @@ class MaskedAutoencoder(VisionTransformer):
             Block(dim, config.decoder_num_heads, config.mlp_ratio) for _ in range(config.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(dim, config.patch_values)
+        self.decoder_pred = nn.Linear(dim, config.grid.patch_values)
         self._initialize_decoder()
 
     def initialize_weights(self) -> None:
@@ -73,7 +74,7 @@ class MaskedAutoencoder(VisionTransformer):
         """One pre-training pass.
 
         Args:
-            images: ``[N, C, H, W]``, uint8 or normalised floating.
+            images: ``[N, C, H, W]`` or ``[N, C, T, H, W]``, uint8, uint16 or normalised floating.
             mask_ratio: share of hidden patches.
             noise: ``[N, L]`` that fixes the mask, see :func:`mae_kernels.random_masking`.
             masking: the mask itself, from any source; mask_ratio and noise are then not used.
@@ -82,9 +83,10 @@ class MaskedAutoencoder(VisionTransformer):
         Returns:
             :class:`MAEOutput`; the loss is the same number with and without return_pred.
         """
-        masking = self._masking(images, mask_ratio, noise, masking)
+        grid = self.patch_grid(images)
+        masking = _masking(images, grid.num_patches, mask_ratio, noise, masking)
         latent = self.encode(self.embed(images, masking.ids_keep))  # [N, 1 + K, D]
-        tokens = self.scatter_mask_tokens(latent, masking.ids_restore)  # [N, 1 + L, D']
+        tokens = self.scatter_mask_tokens(latent, masking.ids_restore, grid)  # [N, 1 + L, D']
         if return_pred:
             hidden = self.decoder_norm(self.decode(tokens))  # [N, 1 + L, D']
             pred = self.decoder_pred(hidden)[:, 1:]  # [N, L, E]
@@ -93,10 +95,10 @@ class MaskedAutoencoder(VisionTransformer):
         hidden = self.decode(tokens, masking.ids_mask)  # [N, M, D']
         return MAEOutput(self.loss(hidden, images, masking.ids_mask), None, masking.mask)
 
-    def scatter_mask_tokens(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+    def scatter_mask_tokens(self, latent: Tensor, ids_restore: Tensor, grid: PatchGrid) -> Tensor:
         """The decoder's input, mask tokens in place: ``[N, 1 + K, D]`` -> ``[N, 1 + L, D']``."""
-        tokens = self.decoder_embed(latent)
-        return self.mask_token_scatter(tokens, self.mask_token, ids_restore, self.decoder_pos_embed)
+        positions = self.positions(self.decoder_pos_embed, grid)
+        return self.mask_token_scatter(self.decoder_embed(latent), self.mask_token, ids_restore, positions)
 
     def decode(self, x: Tensor, ids_mask: Tensor | None = None) -> Tensor:
         """Hidden states before the final norm, of all tokens ``[N, 1 + L, D']``, or of the patches ids_mask ``[N, M]``.
@@ -136,35 +138,45 @@ class MaskedAutoencoder(VisionTransformer):
         Returns:
             :class:`Reconstruction`.
         """
-        masking = self._masking(images, mask_ratio, noise, masking)
+        config, embed = self.config, self.patch_embed
+        masking = _masking(images, self.patch_grid(images).num_patches, mask_ratio, noise, masking)
         patches = self.forward(images, masking=masking, return_pred=True).pred.float()  # [N, L, E]
-        embed = self.patch_embed
-        mean, std = embed.pixel_mean[:, None, None], embed.pixel_std[:, None, None]
-        pixels = embed.floating_pixels(images).float()  # [N, C, H, W]
-        patch_size, image_size = self.config.patch_size, self.config.image_size
-        if self.config.norm_pix_loss:
-            truth = patchify(pixels, patch_size)
-            patches = patches * (truth.var(2, keepdim=True) + 1e-6).sqrt() + truth.mean(2, keepdim=True)
-        hidden = masking.mask[..., None].expand(-1, -1, patches.shape[2])
-        hidden = unpatchify(hidden, patch_size, image_size)  # [N, C, H, W]
+        mean, std = (x.view(-1, *[1] * (images.ndim - 2)) for x in (embed.pixel_mean, embed.pixel_std))
+        pixels = embed.floating_pixels(images).float()  # [N, C, (T,) H, W]
+        sizes = config.patch_size, tuple(images.shape[2:])
+        if config.norm_pix_loss:
+            truth = patchify(pixels, config.patch_size)
+            patches = _denormalized(patches, truth, config.in_chans if config.norm_pix_loss == "channel" else 1)
+        hidden = unpatchify(masking.mask[..., None].expand(patches.shape), *sizes)  # as pixels
         original = (pixels * std + mean).clamp(0, 1)
-        predicted = (unpatchify(patches, patch_size, image_size) * std + mean).clamp(0, 1)
+        predicted = (unpatchify(patches, *sizes) * std + mean).clamp(0, 1)
         return Reconstruction(
             masked=original.masked_fill(hidden, 0.5),
             reconstruction=torch.where(hidden, predicted, original),
             original=original,
-            uses_true_statistics=self.config.norm_pix_loss,
+            uses_true_statistics=bool(config.norm_pix_loss),
         )
-
-    def _masking(self, images: Tensor, mask_ratio: float, noise: Tensor | None, masking: Masking | None) -> Masking:
-        if masking is not None:
-            if noise is not None:
-                raise ValueError("MaskedAutoencoder: pass either noise or masking, got both")
-            return masking
-        device = images.device if noise is None else None
-        return random_masking(images.shape[0], self.config.num_patches, mask_ratio, noise=noise, device=device)
 
     def _target(self, images: Tensor) -> dict:
         config = self.config
         normalization = self.patch_embed.normalization(images)
         return {"patch_size": config.patch_size, "norm_pix": config.norm_pix_loss, **normalization}
+
+
+def _masking(
+    images: Tensor, num_patches: int, mask_ratio: float, noise: Tensor | None, masking: Masking | None
+) -> Masking:
+    if masking is not None:
+        if noise is not None:
+            raise ValueError("MaskedAutoencoder: pass either noise or masking, got both")
+        return masking
+    device = images.device if noise is None else None
+    return random_masking(images.shape[0], num_patches, mask_ratio, noise=noise, device=device)
+
+
+def _denormalized(patches: Tensor, truth: Tensor, groups: int) -> Tensor:
+    """Predictions ``[N, L, E]`` with the mean and deviation of the true patches, or of each of their channels."""
+    patches, truth = (x.unflatten(2, (-1, groups)) for x in (patches, truth))
+    variance, eps = truth.var(2, keepdim=True), 1e-6
+    deviation = (variance + eps).sqrt() if groups == 1 else variance.sqrt() + eps
+    return (patches * deviation + truth.mean(2, keepdim=True)).flatten(2)

@@ -1,18 +1,24 @@
 """What fixes a model: its sizes, and the meaning of its pixels."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mae.fields import check_fields
+from mae_kernels.patch_grid import PatchGrid, Sizes
 
 _MOST_PATCHES = 2**20  # whose positions alone take gigabytes, and their attention years
 
 
 @dataclass(frozen=True)
 class MAEConfig:
-    """Everything that fixes the architecture and the meaning of pixels. The defaults are ViT-B/16."""
+    """Everything that fixes the architecture and the meaning of pixels. The defaults are ViT-B/16.
 
-    image_size: int | tuple[int, int] = 224  # pixels, H = W or (H, W)
-    patch_size: int | tuple[int, int] = 16  # pixels, ph = pw or (ph, pw)
+    Video and volumes have three sizes: frames (slices), height and width. An int as patch_size is then the patch's size
+    along all three, and a pair is a patch of one frame.
+    """
+
+    image_size: Sizes = 224  # pixels, H = W, (H, W) or (T, H, W); the model takes other sizes too
+    patch_size: Sizes = 16  # pixels, one number for all sides, (ph, pw) or (pt, ph, pw)
     in_chans: int = 3
     embed_dim: int = 768
     depth: int = 12
@@ -21,8 +27,11 @@ class MAEConfig:
     decoder_depth: int = 8
     decoder_num_heads: int = 16
     mlp_ratio: float = 4.0
-    norm_pix_loss: bool = True  # targets normalised per patch: better features, but pictures need the true statistics
-    pixel_mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of pixels in [0, 1], applied to uint8 images by the ops
+    # Targets normalised per patch, or per patch and channel ("channel", as VideoMAE): better features, but pictures
+    # need the true statistics.
+    norm_pix_loss: bool | Literal["channel"] = True
+    # Of uint8 pixels as numbers in [0, 1], of uint16 ones in their own units; the ops apply them to both.
+    pixel_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self):
@@ -30,14 +39,14 @@ class MAEConfig:
             check_fields(vars(self))
         except ValueError as error:
             raise ValueError(f"MAEConfig: {error}") from None
-        for name in ("image_size", "patch_size"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value, value) if isinstance(value, int) else tuple(value))
+        size, patch = self.image_size, self.patch_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        patch = (patch,) * len(size) if isinstance(patch, int) else tuple(patch)
+        sides = max(len(size), len(patch))
+        for name, value in (("image_size", size), ("patch_size", patch)):
+            object.__setattr__(self, name, (1,) * (sides - len(value)) + value)
         for name in ("pixel_mean", "pixel_std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for size, patch, side in zip(self.image_size, self.patch_size, ("height", "width"), strict=True):
-            if size % patch:
-                raise ValueError(f"MAEConfig: image {side} {size} is not a multiple of the patch {side} {patch}")
         for name, width, heads in (
             ("embed_dim", self.embed_dim, self.num_heads),
             ("decoder_embed_dim", self.decoder_embed_dim, self.decoder_num_heads),
@@ -53,13 +62,15 @@ class MAEConfig:
             )
 
     @property
-    def grid_size(self) -> tuple[int, int]:
-        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+    def grid(self) -> PatchGrid:
+        """How an image of this size is cut."""
+        return PatchGrid.of_sizes("MAEConfig", self.image_size, self.patch_size, self.in_chans)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Patches along height and width, or along time, height and width."""
+        return self.grid.grid[-len(self.image_size) :]
 
     @property
     def num_patches(self) -> int:
-        return self.grid_size[0] * self.grid_size[1]
-
-    @property
-    def patch_values(self) -> int:
-        return self.in_chans * self.patch_size[0] * self.patch_size[1]
+        return self.grid.num_patches

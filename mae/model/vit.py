@@ -8,16 +8,19 @@ import torch.nn as nn
 from torch import Tensor
 
 from mae.model.block import Block
-from mae.model.positions import sincos_pos_embed
+from mae.model.positions import pos_embed_for, sincos_pos_embed
 from mae.model.sizes import MAEConfig
 from mae_kernels.nn import MaskedPatchEmbed
+from mae_kernels.patch_grid import PatchGrid
 
 
 class VisionTransformer(nn.Module):
     """The encoder: patches and a class token through blocks, and a norm behind them.
 
-    Images are ``[N, C, H, W]``: uint8 as they come from a file (normalised inside the ops by the config's pixel_mean
-    and pixel_std), or floating and already normalised.
+    Images are ``[N, C, H, W]``, or ``[N, C, T, H, W]`` where the config's image_size has frames: uint8 or uint16 as
+    they come from a file (normalised inside the ops by the config's pixel_mean and pixel_std), or floating and already
+    normalised. They may have any size that the patch divides: position embeddings of another grid than the config's
+    are made in the call, see :func:`mae.model.pos_embed_for`.
 
     Args:
         config: sizes and the meaning of pixels; what it says of a decoder is not used here.
@@ -53,13 +56,16 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Class token and visible patches (all of them for None): ``[N, 1 + K, D]``."""
-        if tuple(images.shape[2:]) != self.config.image_size:
-            height, width = self.config.image_size
-            raise ValueError(
-                f"{type(self).__name__}: images must be [N, {self.config.in_chans}, {height}, {width}], "
-                f"got shape {tuple(images.shape)}; resize them or build the model with another image_size"
-            )
-        return self.patch_embed(images, ids_keep, prefix=self.cls_token, pos_embed=self.pos_embed)
+        positions = self.positions(self.pos_embed, self.patch_grid(images))
+        return self.patch_embed(images, ids_keep, prefix=self.cls_token, pos_embed=positions)
+
+    def patch_grid(self, images: Tensor) -> PatchGrid:
+        return PatchGrid.of(type(self).__name__, images, self.config.patch_size)
+
+    def positions(self, table: Tensor, grid: PatchGrid) -> Tensor:
+        """The model's position embedding ``[1, 1 + L, D]`` for a grid, which is the table itself for the config's."""
+        sides = self.config.sides
+        return pos_embed_for(table, sides, grid.grid[-len(sides) :])
 
     def encode(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, D]
         for block in self.blocks:
@@ -88,4 +94,4 @@ def initialize(*modules: nn.Module) -> None:
 def fill_positions(table: nn.Parameter, config: MAEConfig) -> None:
     """Sines and cosines, and zeros for the class token."""
     table.data[0, 0] = 0
-    table.data[0, 1:] = sincos_pos_embed(table.shape[2], config.grid_size)
+    table.data[0, 1:] = sincos_pos_embed(table.shape[2], config.sides)
