@@ -36,7 +36,7 @@ from mae.data import (
 )
 from mae.demo import DemoConfig, run_demo
 from mae.fields import COUNT, RATIO, SEED, check, is_whole, unknown_statistics
-from mae.figures import View, picture_file, save_loss, save_reconstructions
+from mae.figures import View, default_count, picture_file, save_loss, save_reconstructions
 from mae.model import MODELS, MAEConfig, MaskedAutoencoder, VisionTransformer
 from mae.probe import extract_features, linear_probe
 from mae.profile import Phase, profile_step, training_flops
@@ -134,7 +134,7 @@ def pretrain(config: PretrainConfig) -> None:
     choose_device(config.train.device)
     decoder = {"decoder_depth": config.decoder_depth, "decoder_embed_dim": config.decoder_width}
     sizes = config.sizes.config(config.model, norm_pix_loss=config.norm_pix_loss, **decoder)
-    config.train.strategy(0, sizes.grid_size)  # refuses a ratio that this grid cannot have
+    config.train.strategy(0, sizes.grid.grid)  # refuses a ratio that this grid cannot have
     files = find_images(config.data)
     torch.manual_seed(config.train.seed)
     model = MaskedAutoencoder(sizes, torch.bfloat16 if config.residual == "bfloat16" else None)
@@ -201,13 +201,13 @@ class ReconstructConfig:
     ema: bool = False
     """Take the averaged weights, of a file that holds them beside the plain ones."""
     image_size: Sizes | None = None
-    """Sides of the images where they are not those of the training, as in MAEConfig; positions are resampled."""
+    """Height and width, one number for both, or frames, height and width, where they are not those of the training."""
     masking: StrategyName = "random"
     """Which patches are hidden, as in pretrain."""
     mask_ratio: float = 0.75
     """Share of hidden patches."""
-    most: int = 18
-    """Take only this many images, spread over all files."""
+    most: int | None = None
+    """Take only this many images, spread over all files; by default 18, of clips and wide pictures 6."""
     view: View = "frames"
     """How clips and volumes are drawn: eight frames side by side, or the three central slices."""
     seed: int = 0
@@ -218,7 +218,7 @@ class ReconstructConfig:
 
 
 def reconstruct(config: ReconstructConfig) -> None:
-    check(vars(config), {"mask_ratio": RATIO, "most": COUNT, "seed": SEED})
+    check(vars(config), {"mask_ratio": RATIO, "most": (lambda x: x is None or COUNT[0](x), COUNT[1]), "seed": SEED})
     config.reading.reading()
     out = picture_file(config.out)
     model = _loaded(config)
@@ -230,10 +230,12 @@ def reconstruct(config: ReconstructConfig) -> None:
     model = model.to(choose_device(config.device))
     reading = config.reading.reading(model.config)
     files = [f for path in config.images for f in (find_images(path) if path.is_dir() else [path])]
-    pictures, indices = zip(*read_pictures(files, reading, config.most), strict=True)
+    pictures, indices = zip(
+        *read_pictures(files, reading, config.most or default_count(reading.image_size)), strict=True
+    )
     images = torch.stack(pictures).to(model.cls_token.device)
     strategy, generator = MaskStrategy(config.masking, config.mask_ratio), torch.Generator().manual_seed(config.seed)
-    masking = strategy(len(images), model.config.grid_size, generator=generator)
+    masking = strategy(len(images), model.config.grid.grid, generator=generator)
     result = model.reconstruct(images, masking=Masking(*(x.to(images.device) for x in masking)))
     out.parent.mkdir(parents=True, exist_ok=True)
     save_reconstructions(result, out, view="sound" if all(is_sound(files[i]) for i in indices) else config.view)
@@ -263,7 +265,7 @@ class LinprobeConfig:
     ema: bool = False
     """Take the averaged weights, of a file that holds them beside the plain ones."""
     image_size: Sizes | None = None
-    """Sides of the images where they are not those of the training, as in MAEConfig; positions are resampled."""
+    """Height and width, one number for both, or frames, height and width, where they are not those of the training."""
     batch_size: int = 64
     """Images per forward pass."""
     out: Path | None = None

@@ -1,5 +1,6 @@
 """Pictures for a run folder."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,12 @@ def picture_file(file: Path) -> Path:
     return file
 
 
+def default_count(image_size: tuple[int, ...]) -> int:
+    """How many samples of this size, ``(H, W)`` or ``(T, H, W)``, are enough for one picture."""
+    *frames, height, width = image_size
+    return 6 if min(math.prod(frames), _MOST_FRAMES) * width >= _WIDE * height else 18
+
+
 def save_reconstructions(
     pictures: Reconstruction, file: str | Path, per_row: int = 3, view: View | Literal["sound"] = "frames"
 ) -> None:
@@ -53,7 +60,8 @@ def save_reconstructions(
     columns = per_row * 4 - 1
     widths = [0.15 if c % 4 == 3 else 1 for c in range(columns)]
     if is_wide:
-        figure = Figure(figsize=(6.6, sum(widths) * (6.6 * height / width + 0.25) + 0.6), layout="constrained")
+        size = min(6.6, 1.1 * width / height)
+        figure = Figure(figsize=(size, sum(widths) * (size * height / width + 0.25) + 0.6), layout="constrained")
         axes = figure.subplots(columns, rows, squeeze=False, height_ratios=widths).T
     else:
         figure = Figure(figsize=(1.1 * sum(widths), 1.1 * rows * height / width + 0.6), layout="constrained")

@@ -11,6 +11,7 @@ import torch._functorch.config
 from torch import Tensor, nn
 
 from mae_kernels import Masking, axis_masking, block_masking, grid_masking, random_masking, tube_masking
+from mae_kernels.patch_grid import PatchGrid
 
 Execution = Literal["eager", "compile", "graph"]
 
@@ -96,7 +97,7 @@ class TrainingStep:
         self.strategy, self.bfloat16 = strategy, bfloat16
         self.micro_batches, self.clip_grad = micro_batches, clip_grad
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._grid = (model.module if _is_distributed(model) else model).config.grid_size
+        self._patch_size = (model.module if _is_distributed(model) else model).config.patch_size
         device = self._parameters[0].device
         if execution == "graph" and device.type != "cuda":
             raise ValueError(f"TrainingStep: execution 'graph' replays CUDA graphs, but the model is on {device}")
@@ -117,7 +118,8 @@ class TrainingStep:
         if n % self.micro_batches:
             raise ValueError(f"TrainingStep: {n} images cannot be cut into {self.micro_batches} equal micro-batches")
         if masking is None:
-            masking = self.strategy(n, self._grid, device=images.device)
+            grid = PatchGrid.of("TrainingStep", images, self._patch_size).grid
+            masking = self.strategy(n, grid, device=images.device)
         if self._replayed:  # what the step before left in the graphs' memory may be overwritten; its micro-batches not
             torch.compiler.cudagraph_mark_step_begin()
         parts = zip(*(x.chunk(self.micro_batches) for x in (images, *masking)), strict=True)
