@@ -100,10 +100,14 @@ def takes_triton(op: str, *args) -> bool:
     """
     if is_eager(args[0]):
         return False
-    reasons = why_not_triton(*(x for x in args if isinstance(x, Tensor)))
-    if reasons and _selected == "triton":
-        raise RuntimeError(f"{op}: use_backend('triton') was asked for, but {'; '.join(reasons)}")
-    return not reasons
+    first, tensors = args[0], [x for x in args if isinstance(x, Tensor)]
+    others = [x for x in tensors if x.dtype == torch.float64 or x.device != first.device]
+    if not why_not_triton(first, *others):  # those that are like the first need no look
+        return True
+    if _selected == "triton":
+        reasons = "; ".join(why_not_triton(*tensors))
+        raise RuntimeError(f"{op}: use_backend('triton') was asked for, but {reasons}")
+    return False
 
 
 @cache

@@ -83,8 +83,9 @@ def pair(op: str, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
 def sizes(op: str, name: str, value: int | Sequence[int], sides: int) -> tuple[int, ...]:
     """Two or three sizes, of height and width or of frames too; one for all sides is repeated."""
     result = tuple(value) if isinstance(value, tuple | list) else (value,) * sides
-    if len(result) not in (2, 3) or not all(isinstance(side, int | torch.SymInt) and side > 0 for side in result):
-        raise ValueError(f"{op}: {name} must be a positive int, or two or three of them, got {value!r}")
+    for side in result:
+        if not isinstance(side, int | torch.SymInt) or side <= 0 or len(result) not in (2, 3):
+            raise ValueError(f"{op}: {name} must be a positive int, or two or three of them, got {value!r}")
     return result
 
 
@@ -175,7 +176,7 @@ def id_values(op: str, name: str, x: Tensor, num_patches: int, lowest: int = -1)
     """In range, and unique in each row but for -1. Runs inside the op: on the CPU, elsewhere if MAE_KERNELS_DEBUG=1."""
     if x.device.type != "cpu" and not backend.DEBUG:
         return
-    low, high = x.aminmax()
+    low, high = (value.item() for value in x.aminmax())
     if low < lowest or high >= num_patches:
         n, k = ((x < lowest) | (x >= num_patches)).nonzero()[0].tolist()
         value, last = x[n, k].item(), num_patches - 1
@@ -183,13 +184,15 @@ def id_values(op: str, name: str, x: Tensor, num_patches: int, lowest: int = -1)
         raise ValueError(
             f"{op}: {name}[{n}, {k}] is {value}, out of range for {num_patches} patches, 0 to {last}{none}"
         )
-    seen = x.new_zeros(x.shape[0], 1 + num_patches, dtype=torch.bool).scatter_(1, x + 1, True)[:, 1:]
-    expected = x.shape[1] if low >= 0 else (x >= 0).sum(dim=1)
-    repeats = seen.sum(dim=1) < expected
-    if repeats.any():
-        n = repeats.nonzero()[0].item()
-        values, counts = x[n][x[n] >= 0].unique(return_counts=True)
-        raise ValueError(f"{op}: {name}[{n}] holds the id {values[counts > 1][0].item()} more than once")
+    is_token = None if low >= 0 else x >= 0
+    seen = x.new_zeros(x.shape[0], num_patches - min(low, 0), dtype=torch.bool)
+    seen.scatter_(1, x - min(low, 0), True)
+    seen = seen if is_token is None else seen[:, 1:]
+    if seen.count_nonzero().item() < (x.numel() if is_token is None else is_token.count_nonzero().item()):
+        for n, row in enumerate(x):
+            values, counts = row[row >= 0].unique(return_counts=True)
+            if (counts > 1).any():
+                raise ValueError(f"{op}: {name}[{n}] holds the id {values[counts > 1][0].item()} more than once")
 
 
 def restore_values(op: str, name: str, x: Tensor, num_keep: int) -> None:
@@ -197,7 +200,7 @@ def restore_values(op: str, name: str, x: Tensor, num_keep: int) -> None:
     if x.device.type != "cpu" and not backend.DEBUG:
         return
     num_patches = x.shape[1]
-    if x.amax() >= num_patches:  # rows with fewer visible patches leave numbers out
+    if x.amax().item() >= num_patches:  # rows with fewer visible patches leave numbers out
         is_visible = x < num_keep
         dense = torch.where(is_visible, x, x - num_keep + is_visible.sum(dim=1, keepdim=True))
         is_order = dense.sort(dim=1).values == torch.arange(num_patches, device=x.device)

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mae_kernels import checks
-from mae_kernels.masked_mse import SCHEMA_OF_TARGET, NormPix, Target, masked_mse_backward, masked_mse_op
+from mae_kernels.masked_mse import SCHEMA_OF_TARGET, NormPix, Target, masked_mse_backward, masked_mse_eager
 from mae_kernels.patch_grid import PatchGrid, Sizes, as_video
 from mae_kernels.patchify import Layout
 from mae_kernels.precision import accumulation_dtype
-from mae_kernels.registration import differentiable, once_differentiable, register_op, wants_gradient
+from mae_kernels.registration import differentiable, implementation, once_differentiable, register_op, wants_gradient
+from mae_kernels.rows import without_padding
 
 
 def linear_masked_mse(
@@ -128,7 +129,9 @@ def _in_chunks(hidden, weight, bias, images, ids_mask, statistics, compute_dtype
     sum_dtype = accumulation_dtype(compute_dtype)
     weight, bias = weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype)
     loss = hidden.new_zeros((), dtype=sum_dtype)
-    scale = 2 / (ids_mask >= 0).sum(dtype=sum_dtype).clamp_(min=1)
+    padding = without_padding(ids_mask)[1]
+    count = torch.full_like(loss, n * m) if padding is None else padding.logical_not().sum(dtype=sum_dtype)
+    scale = count.clamp_(min=1).reciprocal_().mul_(2)
     g_hidden = hidden.new_empty(hidden.shape if needs_hidden else 0, dtype=compute_dtype)
     g_weight = hidden.new_zeros(weight.shape if needs_weight else 0, dtype=sum_dtype)
     g_bias = hidden.new_zeros(values if needs_bias else 0, dtype=sum_dtype)
@@ -138,7 +141,7 @@ def _in_chunks(hidden, weight, bias, images, ids_mask, statistics, compute_dtype
         chunk = slice(first, min(first + step, n))
         rows = hidden[chunk].reshape(-1, d).to(compute_dtype)  # [B, D]
         pred = F.linear(rows, weight, bias).view(-1, m, values)
-        chunk_loss, residual, chunk_scale = masked_mse_op(
+        chunk_loss, residual, chunk_scale = _score(
             pred, images[chunk], ids_mask[chunk], statistics, any(needs), *target
         )
         del pred
@@ -182,6 +185,7 @@ def _fake(hidden, weight, bias, images, ids_mask, statistics, compute_dtype, nee
     return loss, *grads, torch.empty_like(loss)
 
 
+_score = implementation("masked_mse", masked_mse_eager)  # whose ids have been checked
 _linear_masked_mse = register_op(
     "linear_masked_mse(Tensor hidden, Tensor weight, Tensor? bias, Tensor images, Tensor ids_mask, "
     f"Tensor? statistics, ScalarType compute_dtype, bool[3] needs, {SCHEMA_OF_TARGET}) "

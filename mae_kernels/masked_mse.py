@@ -166,7 +166,7 @@ def _check(pred, images, selected, statistics, keep_residual, *target):
         checks.mask_values("masked_mse", "mask", selected)
 
 
-def _masked_mse_eager(pred, images, selected, statistics, keep_residual, *target):
+def masked_mse_eager(pred, images, selected, statistics, keep_residual, *target):
     (n, rows, values), target = pred.shape, Target(*target)
     grid, dtype, padding = target.grid(images), accumulation_dtype(pred.dtype), None
     if selected.dtype == torch.int64:
@@ -180,14 +180,15 @@ def _masked_mse_eager(pred, images, selected, statistics, keep_residual, *target
     if padding is None:
         scale = torch.full((), 2 / (max(len(flat_ids), 1) * values), dtype=dtype, device=pred.device)
     else:
-        scale = 2 / (padding.logical_not().sum(dtype=dtype).clamp_(min=1) * values)
+        scale = padding.logical_not().sum(dtype=dtype).clamp_(min=1).mul_(values / 2).reciprocal_()
 
     patches = gather_patches(images, flat_ids, grid, target.layout)  # [masked, E]
     patches = normalize_pixels(patches, statistics, dtype, target.layout)
     if target.norm_pix != "none":
         groups = grid.channels if target.norm_pix == "channel" else 1
-        by_group = (-1, groups) if target.layout == "channels_last" else (groups, -1)
-        _normalize(patches.unflatten(1, by_group), by_group.index(-1) + 1, *target.eps_of_variance_and_deviation)
+        dim, shape = (1, (-1, groups)) if target.layout == "channels_last" else (2, (groups, -1))
+        shape = [values // groups if size == -1 else size for size in shape]
+        _normalize(patches.view(-1, *shape), dim, *target.eps_of_variance_and_deviation)
     patches = patches.view(pred_rows.shape)  # [N, M, E] or [masked, E]
     residual = torch.sub(pred_rows, patches, out=patches)
     if padding is not None:
@@ -224,7 +225,7 @@ def _masked_mse_backward_fake(residual, grad, scale, dtype):
 
 
 def _masked_mse_recomputed_backward_eager(pred, images, selected, statistics, grad, scale, *target):
-    _, residual, _ = _masked_mse_eager(pred, images, selected, statistics, True, *target)
+    _, residual, _ = masked_mse_eager(pred, images, selected, statistics, True, *target)
     return _masked_mse_backward_eager(residual, grad, scale, residual.dtype)
 
 
@@ -234,10 +235,10 @@ def _masked_mse_recomputed_backward_fake(pred, *_):
 
 SCHEMA_OF_TARGET = "int[3] patch, str norm_pix, float eps, str layout"
 
-masked_mse_op = register_op(
+_masked_mse = register_op(
     "masked_mse(Tensor pred, Tensor images, Tensor selected, Tensor? statistics, bool keep_residual, "
     f"{SCHEMA_OF_TARGET}) -> (Tensor loss, Tensor residual, Tensor scale)",
-    eager=_masked_mse_eager,
+    eager=masked_mse_eager,
     fake=_masked_mse_fake,
     check=_check,
 )
@@ -252,4 +253,4 @@ _masked_mse_recomputed_backward = register_op(
     eager=_masked_mse_recomputed_backward_eager,
     fake=_masked_mse_recomputed_backward_fake,
 )
-_call = differentiable(masked_mse_op, _setup_context, _backward)
+_call = differentiable(_masked_mse, _setup_context, _backward)

@@ -90,8 +90,8 @@ def patch_embed(
             out_dtype = out_dtype if table is None else torch.promote_types(out_dtype, table.dtype)
     else:
         checks.out_dtype(op, out_dtype)
-    inputs = _Inputs(as_video(images), weight, bias, pos_embed, ids_keep, prefix, statistics, compute_dtype, out_dtype)
-    return _call(*inputs)
+    images = as_video(images)
+    return _call(images, weight, bias, pos_embed, ids_keep, prefix, statistics, compute_dtype, out_dtype)
 
 
 def _compute_dtype(op: str, images: Tensor, weight: Tensor) -> torch.dtype:
@@ -119,10 +119,9 @@ class _Inputs(NamedTuple):
 
 
 def _setup_context(ctx, inputs, output):
-    x = _Inputs(*inputs)
-    ctx.save_for_backward(x.images, x.weight, x.ids_keep, x.statistics)
-    ctx.num_prefix = 0 if x.prefix is None else x.prefix.shape[0]
-    ctx.compute_dtype = x.compute_dtype
+    images, weight, _, _, ids_keep, prefix, statistics, ctx.compute_dtype, _ = inputs
+    ctx.save_for_backward(images, weight, ids_keep, statistics)
+    ctx.num_prefix = 0 if prefix is None else prefix.shape[0]
 
 
 def _backward(ctx, grad):
@@ -139,10 +138,9 @@ def _grid(images: Tensor, weight: Tensor) -> PatchGrid:
     return PatchGrid.inside(images.shape[2:], weight.shape[2:], images.shape[1])
 
 
-def _check(*inputs):
-    x = _Inputs(*inputs)
-    if x.ids_keep is not None:
-        checks.id_values("patch_embed", "ids_keep", x.ids_keep, _grid(x.images, x.weight).num_patches)
+def _check(images, weight, bias, pos_embed, ids_keep, *_):
+    if ids_keep is not None:
+        checks.id_values("patch_embed", "ids_keep", ids_keep, _grid(images, weight).num_patches)
 
 
 class Steps(NamedTuple):

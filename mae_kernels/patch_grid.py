@@ -38,21 +38,25 @@ class PatchGrid(NamedTuple):
         """
         checks.tensor(op, "images", images, ("N", "C", "H", "W"), ("N", "C", "T", "H", "W"))
         checks.pixels(op, "images", images)
-        if 0 in images.shape[1:]:
-            side = ("channel dimension", *_SIDES[5 - images.ndim :])[tuple(images.shape[1:]).index(0)]
+        _, channels, *sizes = images.shape
+        if channels == 0 or 0 in sizes:
+            side = ("channel dimension", *_SIDES[-len(sizes) :])[[channels, *sizes].index(0)]
             raise ValueError(f"{op}: the {side} of images is empty, got shape {tuple(images.shape)}")
-        return cls.of_sizes(op, images.shape[2:], patch_size, images.shape[1])
+        return cls._cut(op, sizes, patch_size, channels)
 
     @classmethod
     def of_sizes(cls, op: str, image_size: Sizes, patch_size: Sizes, channels: int) -> "PatchGrid":
         """The grid of images of such a size: an int for ``H = W``, a pair, or three numbers."""
-        sizes = checks.sizes(op, "image_size", image_size, 2)
-        patch = checks.sizes(op, "patch_size", patch_size, len(sizes))
-        sizes, patch = _three(sizes), _three(patch)
-        for size, p, side in zip(sizes, patch, _SIDES, strict=True):
-            if size % p:
-                raise ValueError(f"{op}: images {side} {size} is not a multiple of the patch {side} {p}")
-        return cls.inside(sizes, patch, channels)
+        return cls._cut(op, checks.sizes(op, "image_size", image_size, 2), patch_size, channels)
+
+    @classmethod
+    def _cut(cls, op: str, sizes: Sequence[int], patch_size: Sizes, channels: int) -> "PatchGrid":
+        patch, sizes = _three(checks.sizes(op, "patch_size", patch_size, len(sizes))), _three(sizes)
+        (t, h, w), (pt, ph, pw) = sizes, patch
+        if t % pt or h % ph or w % pw:
+            side, size, p = next(x for x in zip(_SIDES, sizes, patch, strict=True) if x[1] % x[2])
+            raise ValueError(f"{op}: images {side} {size} is not a multiple of the patch {side} {p}")
+        return cls(patch, (t // pt, h // ph, w // pw), channels)
 
     @classmethod
     def inside(cls, sizes: Sequence[int], patch: Sequence[int], channels: int) -> "PatchGrid":

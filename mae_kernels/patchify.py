@@ -91,16 +91,14 @@ def gather_patches(images: Tensor, flat_ids: Tensor | None, grid: PatchGrid, lay
     if flat_ids is None:
         return _cut(images, grid, layout).reshape(-1, grid.patch_values)
     (_, c, frames, height, _), (pt, ph, pw), (gt, gh, gw) = images.shape, grid.patch, grid.grid
-    numbers = torch.arange(frames * height * gw, device=images.device).view(gt, pt, gh, ph, gw)
-    lines = rearrange(numbers, "t r h p w -> (t h w) (r p)")  # [L, pt ph], of one channel
     if images.stride(1) == 1 and c > 1:
-        stored, pixels = "channels_last", images.permute(0, 2, 3, 4, 1).contiguous().view(-1, pw * c)
+        stored, planes, pixels = "channels_last", 1, images.permute(0, 2, 3, 4, 1).contiguous().view(-1, pw * c)
     else:
-        stored, pixels = "channels_first", images.contiguous().view(-1, pw)
-        starts = torch.arange(0, c * numbers.numel(), numbers.numel(), device=images.device)
-        lines = (lines[:, None] + starts[:, None]).flatten(1)  # [L, C pt ph]
+        stored, planes, pixels = "channels_first", c, images.contiguous().view(-1, pw)
+    lines = torch.arange(planes * frames * height * gw, device=images.device).view(planes, gt, pt, gh, ph, gw)
+    lines = lines.permute(1, 3, 5, 0, 2, 4).reshape(grid.num_patches, -1)  # [L, rows of a patch]
     sample, patch = flat_ids // grid.num_patches, flat_ids % grid.num_patches
-    index = lines[patch] + (sample * lines.numel())[:, None]  # [len(flat_ids), rows of a patch]
+    index = lines[patch] + (sample * lines.numel())[:, None]
     patches = pixels.index_select(0, index.flatten())
     if stored == layout or c == 1:
         return patches.view(-1, grid.patch_values)

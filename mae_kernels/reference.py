@@ -111,12 +111,17 @@ def _patch(patch_size, sides):
 def pixel_target(images, patch_size, norm_pix=True, eps=1e-6, layout="channels_last"):
     """Section 3, "Reconstruction target": the pixels of every patch, normalised by its own mean and variance."""
     target = patchify(images, patch_size, layout)
-    if norm_pix == "channel":  # as VideoMAE does
-        by_channel = {"channels_last": "n l (e c)", "channels_first": "n l (c e)"}[layout]
-        target = rearrange(target, f"{by_channel} -> n l c e", c=images.shape[1])
-        target = (target - target.mean(dim=-1, keepdim=True)) / (target.std(dim=-1, keepdim=True) + eps)
-        target = rearrange(target, f"n l c e -> {by_channel}")
-    elif norm_pix:
+    if norm_pix != "channel":
+        return normalize_target(target, norm_pix, eps)
+    by_channel = {"channels_last": "n l (e c)", "channels_first": "n l (c e)"}[layout]  # as VideoMAE does
+    target = rearrange(target, f"{by_channel} -> n l c e", c=images.shape[1])
+    target = (target - target.mean(dim=-1, keepdim=True)) / (target.std(dim=-1, keepdim=True) + eps)
+    return rearrange(target, f"n l c e -> {by_channel}")
+
+
+def normalize_target(target, norm_pix=True, eps=1e-6):
+    """Every token of [N, L, E] by its own mean and variance."""
+    if norm_pix:
         patch_mean = target.mean(dim=-1, keepdim=True)
         patch_var = target.var(dim=-1, keepdim=True)
         target = (target - patch_mean) / (patch_var + eps).sqrt()
@@ -128,7 +133,9 @@ def masked_mse(
     eps=1e-6, layout="channels_last",
 ):  # fmt: skip
     """Section 3, "Reconstruction target": squared error per patch, averaged over the masked patches."""
-    if target is None:
+    if target is not None:
+        target = normalize_target(target, norm_pix, eps)
+    else:
         images = normalize(images, mean, std, pred.dtype)
         target = pixel_target(images, patch_size, True if norm_pix is None else norm_pix, eps, layout)
     if ids_mask is not None:

@@ -17,28 +17,40 @@ def register_op(
 ) -> torch._ops.OpOverload:
     """Register ``mae_kernels::<name>`` and return its overload.
 
-    Each call takes the function of that name in ``mae_kernels.kernels``, or the eager implementation, which serves
-    every device: see :func:`mae_kernels.backend.takes_triton`. Before either, ``check`` refuses wrong values. An op
-    without kernels of its own is made of other ops.
+    Before each call of :func:`implementation`, ``check`` refuses wrong values. An op without kernels of its own is made
+    of other ops.
 
-    The first argument holds the batch. Where that is empty neither runs: the results have the fake's shapes, and are
+    The first argument holds the batch. Where that is empty nothing runs: the results have the fake's shapes, and are
     the zeros that a sum over nothing gives.
     """
     name = schema.partition("(")[0]
+    chosen = implementation(name, eager) if has_kernels else lambda *args: _outside_autocast(eager, *args)
 
     def run(first: Tensor, *rest):
         if first.shape[0] == 0:
             return tree_map(Tensor.zero_, fake(first, *rest))
         if check is not None:
             check(first, *rest)
-        if has_kernels and backend.takes_triton(name, first, *rest):
-            return _run_kernels(name, first, *rest)
-        return _outside_autocast(eager, first, *rest)
+        return chosen(first, *rest)
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mae_kernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.mae_kernels, name).default
+
+
+def implementation(name: str, eager: Callable) -> Callable:
+    """The function of that name in ``mae_kernels.kernels`` where a call takes it, else the eager one, on any device.
+
+    See :func:`mae_kernels.backend.takes_triton`.
+    """
+
+    def run(first: Tensor, *rest):
+        if backend.takes_triton(name, first, *rest):
+            return _run_kernels(name, first, *rest)
+        return _outside_autocast(eager, first, *rest)
+
+    return run
 
 
 def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> Callable:

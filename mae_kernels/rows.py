@@ -29,6 +29,6 @@ def without_padding(ids: Tensor) -> tuple[Tensor, Tensor | None]:
 
     On a device that would have to be waited for nobody looks, and the second result is never None.
     """
-    if ids.device.type == "cpu" and (ids.numel() == 0 or ids.min() >= 0):
+    if ids.device.type == "cpu" and (ids.numel() == 0 or ids.min().item() >= 0):
         return ids, None
     return ids.clamp(min=0), (ids < 0)[:, :, None]

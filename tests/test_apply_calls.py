@@ -35,16 +35,17 @@ def test_calls_are_told_apart(args, kwargs, expected):
     assert given(args, kwargs, "x", "ratio", noise=None) == expected
 
 
-def test_hooks_on_a_part_that_the_ops_would_pass_over():
-    """Whoever asks for the projection's result gets it; without the hook the ops are back."""
+@pytest.mark.parametrize(("path", "shape"), [("patch_embed", (3, 36, 64)), ("patch_embed.proj", (3, 64, 6, 6))])
+def test_hooks_on_a_part_that_the_ops_would_pass_over(path, shape):
+    """Whoever asks for the part's result gets it; without the hook the ops are back."""
     model = published().to(DEVICE)
     expected = train(copy.deepcopy(model), batch := images(device=DEVICE))
     apply(model)
     seen = []
-    handle = model.patch_embed.proj.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    handle = model.get_submodule(path).register_forward_hook(lambda module, args, out: seen.append(out.shape))
     with Calls() as calls:
         result = train(model, batch)
-    assert seen == [(3, 64, 6, 6)]
+    assert seen == [shape]
     assert "mae_kernels::patch_embed" not in calls.names
     assert all(distance(result[name], expected[name]) < 1e-5 for name in expected)
     handle.remove()

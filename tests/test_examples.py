@@ -1,12 +1,14 @@
-"""The examples run as their readers run them, and train; the fused ops change no loss of Hugging Face's Trainer."""
+"""The examples run as their readers run them and train; the fused ops change no loss of Hugging Face's Trainer."""
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 # One process for all: to import PyTorch and transformers takes longer than to train.
@@ -21,7 +23,7 @@ for script in scripts:
 
 def test_the_loss_falls_and_is_that_of_the_model_without_apply(tmp_path):
     examples = sorted((ROOT / "examples").glob("*.py"))
-    assert [path.stem for path in examples] == ["custom_model", "hugging_face", "published_style"]
+    assert [path.stem for path in examples] == ["custom_model", "hugging_face", "published_style", "token_selection"]
     lines = examples[1].read_text(encoding="utf-8").splitlines(keepends=True)
     without = [line for line in lines if not re.match(r"\s*(import mae_kernels\b|print\(mae_kernels\.apply)", line)]
     assert len(lines) - len(without) == 2
@@ -37,6 +39,18 @@ def test_the_loss_falls_and_is_that_of_the_model_without_apply(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     _, *told = re.split(r"^script .+\n", result.stdout, flags=re.MULTILINE)
+    selected = told.pop(3)
     losses = [[float(loss) for loss in re.findall(r"^step +\d+  loss (\d+\.\d+)$", x, re.MULTILINE)] for x in told]
     assert all(found[-1] < 0.85 * found[0] for found in losses), losses
     assert losses[3] == pytest.approx(losses[1], abs=1e-3)
+    assert re.findall(r"^(\w+): equal; .+ times as fast$", selected, re.MULTILINE) == ["apply_masks", "restore"]
+
+
+def test_token_selection_tells_a_difference():
+    """In a result, and in a gradient alone."""
+    script = runpy.run_path(str(ROOT / "examples" / "token_selection.py"))
+    x = [torch.randn(2, 3)]
+    script["compare"]("same", lambda x: 2 * x, lambda x: x + x, x, 1)
+    for other in (lambda x: 2 * x + 1, lambda x: x + x.detach()):
+        with pytest.raises(AssertionError, match=r"^another: the results or the gradients differ"):
+            script["compare"]("another", lambda x: 2 * x, other, x, 1)

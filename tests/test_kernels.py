@@ -222,6 +222,16 @@ def test_channels_more_than_32_bits_apart(layout):
     assert torch.equal(masked_mse(images=far.copy_(near), **inputs), masked_mse(images=near, **inputs))
 
 
+def test_frames_more_than_32_bits_apart():
+    inputs = loss_inputs(1, (2, 1, 2), (1, 4, 8), 2, pixels=U8, norm_pix="channel")
+    far = torch.empty(3 * 2**31 + 256, dtype=U8).as_strided((1, 2, 2, 4, 16), (0, 64, 2**31 + 128, 16, 1))
+    near = inputs.pop("images")
+    assert torch.equal(masked_mse(images=far.copy_(near), **inputs), masked_mse(images=near, **inputs))
+    weight = torch.randn(5, 2, 2, 4, 8)
+    ours, expected = (patch_embed(x, weight, None, None, torch.tensor([[1]])) for x in (far, near))
+    assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize(
     "tiles",
     [

@@ -265,7 +265,8 @@ def test_repr():
          "MaskedMSELoss: pixel_mean has 3 values, but pixel_std has 1"),
         (lambda: MaskedMSELoss(8, pixel_mean=MEAN, pixel_std=(1.0, 0.0, 1.0)),
          "MaskedMSELoss: pixel_std must be positive, got [1.0, 0.0, 1.0]"),
-        (lambda: MaskedMSELoss(8, layout="chw"), "MaskedMSELoss: layout must be 'channels_last' or 'channels_first', got 'chw'"),
+        (lambda: MaskedMSELoss(8, layout="chw"),
+     "MaskedMSELoss: layout must be 'channels_last' or 'channels_first', got 'chw'"),
         (lambda: MaskedMSELoss(8, eps=-1.0), "MaskedMSELoss: eps must not be negative, got -1.0"),
         (lambda: embed(pos_embed=torch.zeros(200, 32)), ("MaskedPatchEmbed: pos_embed has 200 rows; "
          "it must have 24, one per patch, or 25 with those of the prefix")),

@@ -22,6 +22,7 @@ from cases import (
 
 from mae_kernels import patch_embed, reference
 from mae_kernels.backend import INTERPRETED
+from mae_kernels.patch_grid import PatchGrid
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "backend")
 
@@ -31,8 +32,8 @@ ALL = ("images", "weight", "bias", "pos_embed", "prefix")
 
 def check(inputs, grad_dtype=F32, grad_strides="contiguous", exact=()):
     """Value and every gradient that the inputs have, against the reference."""
-    n, (d, _, ph, pw) = len(inputs["images"]), inputs["weight"].shape
-    num_patches = inputs["images"].shape[2] // ph * (inputs["images"].shape[3] // pw)
+    n, d = len(inputs["images"]), len(inputs["weight"])
+    num_patches = PatchGrid.of("test", inputs["images"], tuple(inputs["weight"].shape[2:])).num_patches
     r = len(inputs["prefix"]) if inputs.get("prefix") is not None else 0
     k = num_patches if inputs["ids_keep"] is None else inputs["ids_keep"].shape[1]
     wrt = [name for name in ALL if inputs.get(name) is not None and inputs[name].is_floating_point()]

@@ -47,8 +47,9 @@ def apply(model: nn.Module) -> Report:
     """Make a model that you already have run on the fused ops, in place.
 
     Known are Hugging Face's ``ViTMAEForPreTraining`` and ``ViTMAEModel`` (transformers 4 and 5), models built like the
-    published class (by their parts, whatever their name), timm's ``VisionTransformer`` with patch dropout, and
-    lightly's ``MaskedVisionTransformerTIMM``; alone or anywhere inside a model, DistributedDataParallel included.
+    published class (by their parts, whatever their name; for images, clips or volumes), timm's ``VisionTransformer``
+    with patch dropout, and lightly's ``MaskedVisionTransformerTIMM``; alone or anywhere inside a model,
+    DistributedDataParallel included.
 
     Parameters, buffers, their names, hooks, modes and the random stream stay as they are: checkpoints load, optimizers
     made before keep working, the same seed gives the same masks. A module changes its class for a subclass of the same
@@ -110,7 +111,7 @@ def unapply(model: nn.Module) -> None:
 
 
 def _replace(name: str, module: nn.Module, replacements: list[Replacement]) -> list[Change]:
-    original, functions, changes = type(module), {}, []
+    original, functions, changes = type(module), {}, {}
     for new in replacements:
         why_not = new.obstacle(module)
         if not why_not:
@@ -123,10 +124,11 @@ def _replace(name: str, module: nn.Module, replacements: list[Replacement]) -> l
                 why_not = _difference(module, new, cls)
         if not why_not:
             functions = tried
-        changes.append(Change(name, new.method, new.ops, why_not))
+        if not why_not or new.method not in changes:  # of several for one method, the first one's reason stays
+            changes[new.method] = Change(name, new.method, new.ops, why_not)
     if functions:
         module.__class__ = fused_class(original, functions)
-    return changes
+    return list(changes.values())
 
 
 def _difference(module: nn.Module, new: Replacement, cls: type) -> str:

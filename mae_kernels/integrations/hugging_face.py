@@ -64,9 +64,7 @@ class _Shape(NamedTuple):
 
 
 def _options(config) -> str:
-    if _is_hiding(config):
-        return ""
-    return f"a mask ratio of {config.mask_ratio} hides none of the patches, or all"
+    return "" if _is_hiding(config) else f"a mask ratio of {config.mask_ratio} hides none of the patches, or all"
 
 
 def _of_embeddings(module: nn.Module) -> list[Replacement]:

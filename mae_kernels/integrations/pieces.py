@@ -26,7 +26,7 @@ def hides_some(num_patches: int, mask_ratio: float) -> bool:
 def embeds(images: Tensor, weight: Tensor) -> bool:
     """Whether the convolution of that weight takes the images too: floating, in its dtype, with its channels."""
     same = images.dtype == weight.dtype or torch.is_autocast_enabled(images.device.type)
-    return images.is_floating_point() and same and images.ndim == 4 and images.shape[1] == weight.shape[1]
+    return images.is_floating_point() and same and images.ndim == weight.ndim and images.shape[1] == weight.shape[1]
 
 
 def orders(noise: Tensor | None, n: int, num_patches: int) -> bool:
@@ -73,8 +73,8 @@ def keep_some(x: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tupl
     return gather_tokens(x, masking.ids_keep), masking.mask.to(torch.get_default_dtype()), masking.ids_restore
 
 
-def example_images(weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """``[2, C, H, W]``: noise, nearly flat in some patches, where the variance counts for less than its epsilon."""
+def example_images(weight: Tensor, size: tuple[int, ...]) -> Tensor:
+    """``[2, C, (T,) H, W]``: noise, in the second sample so faint that its variance counts for less than epsilon."""
     images = torch.randn(2, weight.shape[1], *size, dtype=weight.dtype, device=weight.device)
-    images[:, :, : size[0] // 2] *= 1e-3
+    images[1] *= 1e-3
     return images

@@ -1,6 +1,6 @@
 """Models that follow the published class: recognised by their parts, whatever they are called and derive from."""
 
-from math import isqrt, prod
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from mae_kernels.integrations.pieces import (
     restores,
     scores,
 )
-from mae_kernels.integrations.replacement import Replacement
+from mae_kernels.integrations.replacement import Replacement, reach
 from mae_kernels.masked_mse import masked_mse
 from mae_kernels.patch_embed import patch_embed
 from mae_kernels.scatter_mask_tokens import scatter_mask_tokens
@@ -29,7 +29,7 @@ LOOKED_FOR = f"a model with the published parts {', '.join(PARTS)} and the metho
 
 
 def missing(module: nn.Module) -> list[str]:
-    lacking = [name for name in PARTS if not _has(module, name)]
+    lacking = [name for name in PARTS if reach(module, name) is None]
     return lacking + [name for name in METHODS if not hasattr(type(module), name)]
 
 
@@ -58,8 +58,7 @@ def replacements(module: nn.Module) -> list[Replacement]:
         weight = module.patch_embed.proj.weight
         images = example_images(weight, image_size(module)).to(torch.promote_types(weight.dtype, torch.float32))
         pred = torch.randn(2, num_patches(), prod(weight.shape[1:]), dtype=images.dtype, device=images.device)
-        _, mask, _ = module.random_masking(patch_numbers(2, num_patches(), images.device), 0.75)
-        return images, pred, mask
+        return images, pred, module.random_masking(patch_numbers(2, num_patches(), images.device), 0.75)[1]
 
     proj, masking_ops = "patch_embed.proj", ("random_masking", "gather_tokens")
     return [
@@ -72,20 +71,21 @@ def replacements(module: nn.Module) -> list[Replacement]:
             "forward_decoder", _forward_decoder, ("scatter_mask_tokens",), decoder_example,
             tensors=("mask_token", "decoder_pos_embed"),
         ),
-        Replacement(
-            "forward_loss", _forward_loss, ("masked_mse",), loss_example, projection=proj, methods=("patchify",)
+        *(
+            Replacement("forward_loss", loss, ("masked_mse",), loss_example, projection=proj, methods=("patchify",))
+            for loss in (_loss_channels_last, _loss_channels_first)
         ),
     ]  # fmt: skip
 
 
-def image_size(module: nn.Module) -> tuple[int, int]:
-    """Height and width, as the patch embedding states them, else those of a square of patches."""
-    stated = getattr(module.patch_embed, "img_size", None)
-    if stated is not None:
-        return (stated, stated) if isinstance(stated, int) else tuple(stated)
-    side = isqrt(module.pos_embed.shape[1] - 1)
-    ph, pw = module.patch_embed.proj.kernel_size
-    return side * ph, side * pw
+def image_size(module: nn.Module) -> tuple[int, ...]:
+    """(Frames,) height and width, as the patch embedding states them; else of as many patches along each side."""
+    num_patches, patch = module.pos_embed.shape[1] - 1, module.patch_embed.proj.kernel_size
+    side = round(num_patches ** (1 / len(patch)))
+    stated = getattr(module.patch_embed, "img_size", None) or [side * p for p in patch]
+    size = (stated, stated) if isinstance(stated, int) else tuple(stated)
+    frames = prod(patch) * num_patches // prod(size)  # that a video model states elsewhere
+    return size if len(size) == len(patch) else (frames, *size)
 
 
 def _random_masking(self, *args, **kwargs):  # [N, L, D] -> [N, K, D], [N, L] with 1 = removed, [N, L]
@@ -95,14 +95,14 @@ def _random_masking(self, *args, **kwargs):  # [N, L, D] -> [N, K, D], [N, L] wi
     return keep_some(*call)
 
 
-def _forward_encoder(self, *args, **kwargs):  # [N, C, H, W] -> [N, 1 + K, D], [N, L], [N, L]
+def _forward_encoder(self, *args, **kwargs):  # [N, C, (T,) H, W] -> [N, 1 + K, D], [N, L], [N, L]
     call = given(args, kwargs, "x", "mask_ratio")
     if call is None or call[0].shape[2:] != image_size(self):
         return NotImplemented
     (x, mask_ratio), embed, num_patches = call, self.patch_embed, self.pos_embed.shape[1] - 1
     if not embeds(x, embed.proj.weight) or not hides_some(num_patches, mask_ratio):
         return NotImplemented
-    kept, mask, ids_restore = self.random_masking(patch_numbers(x.shape[0], num_patches, x.device), mask_ratio)
+    kept, mask, ids_restore, *_ = self.random_masking(patch_numbers(x.shape[0], num_patches, x.device), mask_ratio)
     prefix = self.cls_token + self.pos_embed[:, :1, :]
     ids_keep = kept[:, :, 0].long()
     x = patch_embed(x, embed.proj.weight, embed.proj.bias, self.pos_embed[:, 1:, :], ids_keep, prefix=prefix)
@@ -125,19 +125,20 @@ def _forward_decoder(self, *args, **kwargs):  # [N, 1 + K, D], [N, L] -> [N, L, 
     return self.decoder_pred(self.decoder_norm(x))[:, 1:, :]
 
 
-def _forward_loss(self, *args, **kwargs):  # [N, C, H, W], [N, L, E], [N, L] -> scalar
+def _loss_channels_last(self, *args, **kwargs):
+    return _loss(self, "channels_last", args, kwargs)
+
+
+def _loss_channels_first(self, *args, **kwargs):  # SatMAE's
+    return _loss(self, "channels_first", args, kwargs)
+
+
+def _loss(self, layout, args, kwargs):  # [N, C, (T,) H, W], [N, L, E], [N, L] -> scalar
     call = given(args, kwargs, "imgs", "pred", "mask")
     if call is None or not scores(*call):
         return NotImplemented
     images, pred, mask = call
     patch_size = self.patch_embed.proj.kernel_size
-    loss = masked_mse(pred, images, patch_size=patch_size, mask=mask, norm_pix=bool(self.norm_pix_loss))
+    norm_pix = bool(self.norm_pix_loss)
+    loss = masked_mse(pred, images, patch_size=patch_size, mask=mask, norm_pix=norm_pix, layout=layout)
     return loss / mask.any()  # where nothing is hidden theirs is 0 / 0, by which people notice
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    for name in path.split("."):
-        if not hasattr(module, name):
-            return False
-        module = getattr(module, name)
-    return True

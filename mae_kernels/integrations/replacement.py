@@ -13,7 +13,7 @@ from mae_kernels.untouched import projects_patches, quiet
 
 @dataclass(frozen=True)
 class Replacement:
-    """One method of a module that can run on fused ops.
+    """One method of a module that can run on fused ops, in one way; a family may offer several ways.
 
     Paths are those of ``get_submodule``, seen from the module.
     """
@@ -37,7 +37,7 @@ class Replacement:
         if missing:
             return f"it has no {missing[0]}"
         conv = reach(module, self.projection) if self.projection else None
-        if self.projection and getattr(type(conv), "forward", None) is not nn.Conv2d.forward:
+        if self.projection and getattr(type(conv), "forward", None) not in (nn.Conv2d.forward, nn.Conv3d.forward):
             what = "missing" if conv is None else f"a {type(conv).__name__}"
             return f"{self.projection} is {what}, not a convolution of patches"
         return self.options
@@ -48,7 +48,7 @@ class Replacement:
         methods = (("", self.method), *((path, "forward") for path in paths))
         methods += tuple(path.rpartition(".")[::2] for path in self.methods)
         stands_for = tuple((path, type(reach(module, path)), name) for path, name in methods)
-        return Guarded(self.function, stands_for, paths, self.projection, self.tensors)
+        return Guarded(self.function, stands_for, self.projection, self.tensors)
 
 
 class Guarded(NamedTuple):
@@ -56,7 +56,6 @@ class Guarded(NamedTuple):
 
     function: Callable
     stands_for: tuple[tuple[str, type, str], ...]  # paths of modules, their classes, and methods that it does not call
-    parts: tuple[str, ...]  # paths of modules that it does not call at all
     projection: str
     tensors: tuple[str, ...]
 
@@ -67,10 +66,8 @@ class Guarded(NamedTuple):
     def fits(self, module: nn.Module, replaced: tuple[Callable, ...]) -> bool:
         """Whether no part and no method was exchanged, hooked or emptied since those were replaced."""
         for (path, _, name), function in zip(self.stands_for, replaced, strict=True):
-            if _defined(reach(module, path), name) is not function:
-                return False
-        for path in self.parts:
-            if not quiet(reach(module, path)):
+            part = reach(module, path)
+            if _defined(part, name) is not function or (path and name == "forward" and not quiet(part)):
                 return False
         if self.projection and not projects_patches(reach(module, self.projection)):
             return False
