@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from mae_kernels import backend, checks
+from mae_kernels.patch_grid import Sizes
 from mae_kernels.registration import decomposed, in_onnx_export, register_op
-
-Grid = int | tuple[int, ...]  # (rows, columns) or (frames, rows, columns) of patches; an int for a square
 
 # Of a hundred thousand masks of 14 x 14 at a ratio of 0.9 none needed more.
 _RECTANGLES = 32
@@ -88,7 +87,7 @@ def random_masking(
 
 def tube_masking(
     batch_size: int,
-    grid: Grid,
+    grid: Sizes,
     mask_ratio: float = 0.9,
     *,
     generator: torch.Generator | None = None,
@@ -121,7 +120,7 @@ def tube_masking(
 
 def block_masking(
     batch_size: int,
-    grid: Grid,
+    grid: Sizes,
     mask_ratio: float = 0.4,
     *,
     generator: torch.Generator | None = None,
@@ -165,7 +164,7 @@ def _intervals(place: Tensor, length: Tensor, side: int) -> Tensor:
 
 def grid_masking(
     batch_size: int,
-    grid: Grid,
+    grid: Sizes,
     mask_ratio: float = 0.75,
     *,
     generator: torch.Generator | None = None,
@@ -197,7 +196,7 @@ def grid_masking(
 
 def axis_masking(
     batch_size: int,
-    grid: Grid,
+    grid: Sizes,
     mask_ratio: float = 0.75,
     *,
     share: float | Sequence[float] = 0.25,
@@ -314,7 +313,7 @@ def _num_keep(op: str, batch_size: int, num_patches: int, mask_ratio: float, cou
     return visible
 
 
-def _three_sides(op: str, grid: Grid) -> tuple[int, int, int]:
+def _three_sides(op: str, grid: Sizes) -> tuple[int, int, int]:
     sides = checks.sizes(op, "grid", grid, 2)
     return (1,) * (3 - len(sides)) + sides
 

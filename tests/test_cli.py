@@ -346,7 +346,7 @@ def test_fashion_mnist_is_what_it_says():
         ),
         (
             "pretrain --data {d}/good --num-frames 4",
-            "none of the 3 files can be read; first: cannot read {d}/good/photo_"
+            "none of the 3 files can be read; first: cannot read {d}/good/photo_",
         ),
         (
             "profile --num-frames 0",
