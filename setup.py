@@ -4,11 +4,12 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 
-model = ["filelock", "matplotlib", "pillow", "safetensors", "scikit-learn", "tqdm", "tyro"]
+model = ["filelock", "matplotlib", "pillow", "safetensors", "scikit-learn", "scipy", "tqdm", "tyro"]
 multiband = ["imagecodecs", "tifffile"]  # TIFFs beyond 8-bit grey and colour, compressed ones too
+video, audio = ["av>=14"], ["soundfile"]
 bench = [*model, "pytest", "pytest-benchmark"]
 test = [
-    *bench, *multiband, "accelerate", "hypothesis", "onnxruntime", "onnxscript", "peft", "pytest-xdist",
+    *bench, *multiband, *video, *audio, "accelerate", "hypothesis", "onnxruntime", "onnxscript", "peft", "pytest-xdist",
     "transformers>=5.17",
 ]  # fmt: skip
 
@@ -31,6 +32,8 @@ setup(
     extras_require={
         "demo": model,
         "multiband": multiband,
+        "video": video,
+        "audio": audio,
         "bench": bench,
         "test": test,
         "dev": [*test, "ruff"],

@@ -19,7 +19,7 @@ from mae.configs import to_hugging_face_config
 from mae.layouts import find_layout, from_layout, to_layout
 from mae.profile import LaunchCounter, saved_bytes
 from mae.step import TrainingStep, adamw
-from mae_kernels import apply, reference
+from mae_kernels import Masking, apply, random_masking, reference
 
 LABELS = {
     "a": "published pipeline as written",
@@ -128,8 +128,17 @@ def _ours(name: str, model: nn.Module, step: TrainingStep, images: Tensor, noise
     def ship() -> Tensor:
         return images.to(DEVICE, non_blocking=True)
 
+    def masking() -> Masking:
+        return random_masking(*noise.shape, noise=noise)
+
     return Contender(
-        name, model, lambda: step(ship(), noise), lambda: step.loss(ship(), noise), images, noise, step.optimizer
+        name,
+        model,
+        lambda: step(ship(), masking()),
+        lambda: step.loss(ship(), masking()),
+        images,
+        noise,
+        step.optimizer,
     )
 
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,22 +30,24 @@ from mae.data import (
     TrainingImages,
     find_images,
     find_labelled_images,
+    is_sound,
     printable,
     read_pictures,
 )
 from mae.demo import DemoConfig, run_demo
 from mae.fields import COUNT, RATIO, SEED, check, is_whole, unknown_statistics
-from mae.figures import picture_file, save_loss, save_reconstructions
+from mae.figures import View, default_count, picture_file, save_loss, save_reconstructions
 from mae.model import MODELS, MAEConfig, MaskedAutoencoder, VisionTransformer
 from mae.probe import extract_features, linear_probe
 from mae.profile import Phase, profile_step, training_flops
 from mae.run import RunError, open_run, refuse_file, refuse_run
 from mae.saving import write_json
-from mae.step import adamw
+from mae.step import MaskStrategy, StrategyName, adamw
 from mae.train import TrainConfig, TrainingStopped, choose_device, train, uses_bfloat16
-from mae_kernels import random_masking
+from mae_kernels import Masking
 
 ModelName = Literal[tuple(MODELS)]
+Sizes = int | tuple[int, int] | tuple[int, int, int]
 _RESULTS = "results.json"
 
 
@@ -58,10 +60,42 @@ class ReadingOptions:
     as they are, 16 bits as 0 to 65535 and floats between 0 and 1 as that; other values, and pictures that this leaves
     with fewer than 32 levels, are scaled by the picture's own range, and counted."""
     max_pixels: int = Reading.max_pixels
-    """Pictures of more pixels are passed over: decoding one takes a byte or more for each channel of each pixel."""
+    """Pictures and frames of more pixels are passed over: decoding takes a byte or more for each channel of each."""
 
-    def reading(self, channels: int | None = None) -> Reading:
-        return Reading(Reading.channels if channels is None else channels, self.value_range, self.max_pixels)
+    frame_stride: int = Reading.frame_stride
+    """For models of several frames: 2 takes every second frame of a file. In training a clip begins at a random frame,
+    elsewhere it lies in the middle of the file."""
+
+    def reading(self, model: MAEConfig | None = None) -> Reading:
+        """For that model; without one the options are only checked."""
+        taken = {} if model is None else {"channels": model.in_chans, "image_size": model.image_size}
+        return Reading(**taken, **vars(self))
+
+
+@dataclass(frozen=True)
+class SizeOptions:
+    """Sizes of a model that is built anew; what is left out is as its name says."""
+
+    image_size: int | tuple[int, int] | None = None
+    """Height and width in pixels, or one number for both: multiples of the patch."""
+    num_frames: int | None = None
+    """Frames of a clip, or slices of a volume: a multiple of the patch's."""
+    patch_size: Sizes | None = None
+    """Sides of a patch in pixels: one number for all, height and width, or frames, height and width."""
+    in_chans: int | None = None
+    """Channels of the images. Other numbers than 1 and 3 come from multi-band TIFFs and NumPy files, and are normalised
+    with mean 0.5 and standard deviation 0.5; sound has one."""
+
+    def config(self, model: ModelName, **fields) -> MAEConfig:
+        """The configuration of the model of that name with these sizes, and other fields that are not None."""
+        with torch.device("meta"):
+            own = MODELS[model]().config
+        *frames, height, width = own.image_size
+        frames = frames if self.num_frames is None else [self.num_frames]
+        if self.image_size is not None:
+            height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        fields |= {"image_size": (*frames, height, width), "patch_size": self.patch_size, **_channels(self.in_chans)}
+        return replace(own, **{name: value for name, value in fields.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -76,13 +110,9 @@ class PretrainConfig:
     """Run folder: model.safetensors, config.json, metrics.jsonl, loss.png, reconstructions.png."""
     overwrite: bool = False
     """Replace the run that the folder holds."""
-    image_size: int = 224
-    """Height and width in pixels, a multiple of the patch."""
-    in_chans: int | None = None
-    """Channels of the images, by default those of the model. Other numbers than 1 and 3 come from multi-band TIFFs and
-    .npy files, and are normalised with mean 0.5 and standard deviation 0.5."""
-    norm_pix_loss: bool = True
-    """Normalise target patches: better features. Without it the reconstructions are honest pictures."""
+    norm_pix_loss: bool | Literal["channel"] = True
+    """Normalise target patches, or each of their channels: better features. Without it the reconstructions are honest
+    pictures."""
     decoder_depth: int | None = None
     """Blocks of the decoder, published: 8. Fewer are another model, not the same one faster: 1 block gives 84.8 % and
     not 84.9 % fine-tuned, and 65.5 % and not 73.5 % by linear probe (ViT-L, He et al. 2021, table 1)."""
@@ -92,27 +122,22 @@ class PretrainConfig:
     """Tokens between the blocks under bfloat16 autocast: float32 as published; bfloat16 saves memory, not exact."""
     workers: int = 2
     """Processes that decode and crop images."""
+    sizes: Annotated[SizeOptions, tyro.conf.arg(name="")] = field(default_factory=SizeOptions)
     reading: Annotated[ReadingOptions, tyro.conf.arg(name="")] = field(default_factory=ReadingOptions)
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 
 def pretrain(config: PretrainConfig) -> None:
     check(vars(config), {"workers": (lambda x: is_whole(x, 0, 10**9), "a whole number from 0 on")})
-    config.reading.reading(config.in_chans)
+    config.reading.reading()
     refuse_run(config.out, config.overwrite)
     choose_device(config.train.device)
+    decoder = {"decoder_depth": config.decoder_depth, "decoder_embed_dim": config.decoder_width}
+    sizes = config.sizes.config(config.model, norm_pix_loss=config.norm_pix_loss, **decoder)
+    config.train.strategy(0, sizes.grid.grid)  # refuses a ratio that this grid cannot have
     files = find_images(config.data)
     torch.manual_seed(config.train.seed)
-    decoder = {"decoder_depth": config.decoder_depth, "decoder_embed_dim": config.decoder_width}
-    model = MODELS[config.model](
-        image_size=config.image_size,
-        norm_pix_loss=config.norm_pix_loss,
-        residual_dtype=torch.bfloat16 if config.residual == "bfloat16" else None,
-        **{name: value for name, value in decoder.items() if value is not None},
-        **_channels(config.in_chans),
-    )
-    with torch.random.fork_rng([]):  # refuses a ratio that hides nothing of so few patches, or all
-        random_masking(1, model.config.num_patches, config.train.mask_ratio)
+    model = MaskedAutoencoder(sizes, torch.bfloat16 if config.residual == "bfloat16" else None)
     with open_run(config.out, config.overwrite):
         _pretrain(config, files, model)
 
@@ -120,7 +145,7 @@ def pretrain(config: PretrainConfig) -> None:
 def _pretrain(config: PretrainConfig, files: list[Path], model: MaskedAutoencoder) -> None:
     print(f"Pre-training {config.model} on {len(files)} images from {printable(config.data)}")
     batches = Batches(
-        TrainingImages(files, model.config.image_size, config.reading.reading(model.config.in_chans)),
+        TrainingImages(files, config.reading.reading(model.config)),
         steps=config.train.steps,
         batch_size=config.train.batch_size,
         workers=_workers(config.workers),
@@ -134,8 +159,8 @@ def _pretrain(config: PretrainConfig, files: list[Path], model: MaskedAutoencode
     picture = config.out / "reconstructions.png"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # training has said them
-        shared = {"device": config.train.device, "reading": config.reading, "mask_ratio": config.train.mask_ratio}
-        reconstruct(ReconstructConfig(config.out, (config.data,), picture, **shared))
+        shared = {name: getattr(config.train, name) for name in ("device", "masking", "mask_ratio")}
+        reconstruct(ReconstructConfig(config.out, (config.data,), picture, reading=config.reading, **shared))
     print(f"The model is in {printable(config.out)}. Try it on images that it has not seen:")
     print(f"  python -m mae reconstruct --checkpoint {printable(config.out)} --images FOLDER")
 
@@ -171,14 +196,20 @@ class ReconstructConfig:
     """Picture to write, a .png unless its name ends otherwise."""
     model: ModelName | None = None
     """Architecture, for a checkpoint file that does not tell it by a config.json, its settings or its shapes."""
-    norm_pix_loss: bool | None = None
+    norm_pix_loss: bool | Literal["channel"] | None = None
     """Whether the model was trained on normalised pixels, for such a file."""
     ema: bool = False
     """Take the averaged weights, of a file that holds them beside the plain ones."""
+    image_size: Sizes | None = None
+    """Height and width, one number for both, or frames, height and width, where they are not those of the training."""
+    masking: StrategyName = "random"
+    """Which patches are hidden, as in pretrain."""
     mask_ratio: float = 0.75
     """Share of hidden patches."""
-    most: int = 18
-    """Take only this many images, spread over all files."""
+    most: int | None = None
+    """Take only this many images, spread over all files; by default 18, of clips and wide pictures 6."""
+    view: View = "frames"
+    """How clips and volumes are drawn: eight frames side by side, or the three central slices."""
     seed: int = 0
     """Of the masks."""
     device: str = "auto"
@@ -187,29 +218,36 @@ class ReconstructConfig:
 
 
 def reconstruct(config: ReconstructConfig) -> None:
-    check(vars(config), {"mask_ratio": RATIO, "most": COUNT, "seed": SEED})
+    check(vars(config), {"mask_ratio": RATIO, "most": (lambda x: x is None or COUNT[0](x), COUNT[1]), "seed": SEED})
     config.reading.reading()
     out = picture_file(config.out)
-    overrides = {} if config.norm_pix_loss is None else {"norm_pix_loss": config.norm_pix_loss}
-    model = load_checkpoint(config.checkpoint, config.model, ema=config.ema, **overrides)
+    model = _loaded(config)
     if not isinstance(model, MaskedAutoencoder):
         raise CheckpointError(
             f"{config.checkpoint} holds the encoder alone, so there is nothing to reconstruct with; take a checkpoint "
             "that holds the decoder too (published ones are called *_full or mae_visualize_*)"
         )
     model = model.to(choose_device(config.device))
-    reading = config.reading.reading(model.config.in_chans)
+    reading = config.reading.reading(model.config)
     files = [f for path in config.images for f in (find_images(path) if path.is_dir() else [path])]
-    pictures = [picture for picture, _ in read_pictures(files, model.config.image_size, reading, config.most)]
+    pictures, indices = zip(
+        *read_pictures(files, reading, config.most or default_count(reading.image_size)), strict=True
+    )
     images = torch.stack(pictures).to(model.cls_token.device)
-    generator = torch.Generator().manual_seed(config.seed)
-    noise = torch.rand(len(images), model.config.num_patches, generator=generator).to(images.device)
-    result = model.reconstruct(images, config.mask_ratio, noise=noise)
+    strategy, generator = MaskStrategy(config.masking, config.mask_ratio), torch.Generator().manual_seed(config.seed)
+    masking = strategy(len(images), model.config.grid.grid, generator=generator)
+    result = model.reconstruct(images, masking=Masking(*(x.to(images.device) for x in masking)))
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_reconstructions(result, out)
+    save_reconstructions(result, out, view="sound" if all(is_sound(files[i]) for i in indices) else config.view)
     print(f"Wrote {len(images)} reconstructions to {printable(out)}")
     if result.uses_true_statistics:
         print("The model was trained on normalised pixels: hidden patches take mean and contrast from the original.")
+
+
+def _loaded(config: "ReconstructConfig | LinprobeConfig") -> VisionTransformer:
+    fields = {name: getattr(config, name, None) for name in ("image_size", "norm_pix_loss")}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    return load_checkpoint(config.checkpoint, config.model, ema=config.ema, **fields)
 
 
 @dataclass(frozen=True)
@@ -226,6 +264,8 @@ class LinprobeConfig:
     """Architecture, for a checkpoint file that does not tell it by a config.json, its settings or its shapes."""
     ema: bool = False
     """Take the averaged weights, of a file that holds them beside the plain ones."""
+    image_size: Sizes | None = None
+    """Height and width, one number for both, or frames, height and width, where they are not those of the training."""
     batch_size: int = 64
     """Images per forward pass."""
     out: Path | None = None
@@ -241,7 +281,7 @@ def linprobe(config: LinprobeConfig) -> None:
     check(vars(config), {"batch_size": COUNT, "seed": SEED})
     config.reading.reading()
     device = choose_device(config.device)
-    trained = load_checkpoint(config.checkpoint, config.model, ema=config.ema).to(device)
+    trained = _loaded(config).to(device)
     torch.manual_seed(config.seed)
     untrained = MaskedAutoencoder(trained.config).to(device)
     *fit, classes = find_labelled_images(config.data)
@@ -286,9 +326,9 @@ def _features(model: VisionTransformer, files: list[Path], labels: list[int], co
     kept: list[int] = []
 
     def batches() -> Iterator[Tensor]:
-        reading = config.reading.reading(model.config.in_chans)
+        reading = config.reading.reading(model.config)
         waiting = []
-        for picture, index in read_pictures(files, model.config.image_size, reading):
+        for picture, index in read_pictures(files, reading):
             waiting.append(picture)
             kept.append(labels[index])
             if len(waiting) == config.batch_size:
@@ -344,13 +384,14 @@ class ProfileConfig:
     """Timed steps, of which the medians are shown."""
     device: str = "auto"
     """auto, cpu, cuda, mps."""
+    sizes: Annotated[SizeOptions, tyro.conf.arg(name="")] = field(default_factory=SizeOptions)
 
 
 def profile(config: ProfileConfig) -> None:
     check(vars(config), {"batch_size": COUNT, "rounds": COUNT})
     device = choose_device(config.device)
     bfloat16 = uses_bfloat16(config.precision, device)
-    model = MODELS[config.model]().to(device)
+    model = MaskedAutoencoder(config.sizes.config(config.model)).to(device)
     size = (config.batch_size, model.config.in_chans, *model.config.image_size)
     images = torch.randint(0, 256, size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     phases = profile_step(model, images, adamw(model, lr=1e-4), bfloat16=bfloat16, rounds=config.rounds)

@@ -1,13 +1,24 @@
 """Pictures for a run folder."""
 
+import math
 from pathlib import Path
+from typing import Literal
 
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from mae.data.sound import HOP, RATE, row_of
 from mae.model import Reconstruction
 
+View = Literal["frames", "slices"]
+
 _WAYS = ("masked", "reconstruction", "original")
+_MOST_FRAMES = 8  # of a clip in a picture
+_WIDE = 2  # times as wide as high, from which on the pictures of a triplet lie below each other
 
 
 def picture_file(file: Path) -> Path:
@@ -25,37 +36,77 @@ def picture_file(file: Path) -> Path:
     return file
 
 
-def save_reconstructions(pictures: Reconstruction, file: str | Path, per_row: int = 3) -> None:
+def default_count(image_size: tuple[int, ...]) -> int:
+    """How many samples of this size, ``(H, W)`` or ``(T, H, W)``, are enough for one picture."""
+    *frames, height, width = image_size
+    return 6 if min(math.prod(frames), _MOST_FRAMES) * width >= _WIDE * height else 18
+
+
+def save_reconstructions(
+    pictures: Reconstruction, file: str | Path, per_row: int = 3, view: View | Literal["sound"] = "frames"
+) -> None:
     """Triplets masked | reconstruction | original, per_row of them side by side, as in figure 2 of the paper.
 
-    Channels that are neither grey nor colours are drawn as their mean.
+    Channels that are neither grey nor colours are drawn as their mean. Of a clip eight frames lie side by side, spread
+    over all, or its central slices with ``view="slices"``: the middle frame, the middle row of all frames, and their
+    middle column. The three of a triplet lie below each other where they are wide. ``view="sound"`` draws axes.
     """
-    count = len(pictures.original)
-    per_row = min(per_row, count)
+    drawn = {way: _flat(getattr(pictures, way), view) for way in _WAYS}  # each [N, C, H, W]
+    count, channels, height, width = drawn["original"].shape
+    is_wide = width >= _WIDE * height
+    per_row = count if is_wide else min(per_row, count)
     rows = -(-count // per_row)
     # A narrow empty column between the triplets keeps them apart.
     columns = per_row * 4 - 1
     widths = [0.15 if c % 4 == 3 else 1 for c in range(columns)]
-    height, width = pictures.original.shape[2:]
-    figure = Figure(figsize=(1.1 * sum(widths), 1.1 * rows * height / width + 0.6), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, width_ratios=widths)
+    if is_wide:
+        size = min(6.6, 1.1 * width / height)
+        figure = Figure(figsize=(size, sum(widths) * (size * height / width + 0.25) + 0.6), layout="constrained")
+        axes = figure.subplots(columns, rows, squeeze=False, height_ratios=widths).T
+    else:
+        figure = Figure(figsize=(1.1 * sum(widths), 1.1 * rows * height / width + 0.6), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False, width_ratios=widths)
     for axis in axes.flat:
         axis.set_axis_off()
     for i in range(count):
-        for j, way in enumerate(_WAYS):
+        for j, (way, flat) in enumerate(drawn.items()):
             axis = axes[i // per_row, i % per_row * 4 + j]
-            picture = getattr(pictures, way)[i].permute(1, 2, 0).cpu().numpy()  # [H, W, C]
-            axis.imshow(picture if picture.shape[2] == 3 else picture.mean(2), cmap="gray", vmin=0, vmax=1)
+            picture = flat[i].permute(1, 2, 0).cpu().numpy()  # [H, W, C]
+            axis.imshow(picture if channels == 3 else picture.mean(2), cmap="gray", vmin=0, vmax=1)
             if i < per_row:
                 axis.set_title(way, fontsize=8)
+            if view == "sound":
+                _draw_scales(axis, height)
     notes = []
-    if (channels := pictures.original.shape[1]) not in (1, 3):
+    if channels not in (1, 3):
         notes.append(f"mean of {channels} channels")
     if pictures.uses_true_statistics:
         notes.append("hidden patches take their mean and contrast from the original (normalised-pixel targets)")
     if notes:
         figure.supxlabel("; ".join(notes), fontsize=8)
     figure.savefig(file, dpi=150)
+
+
+def _flat(pictures: Tensor, view: str) -> Tensor:
+    """``[N, C, H, W]`` of pictures, or of clips ``[N, C, T, H, W]``."""
+    if pictures.ndim == 4:
+        return pictures
+    frames, height, width = pictures.shape[2:]
+    if view == "slices":
+        middle = pictures[:, :, frames // 2], pictures[:, :, :, height // 2], pictures[:, :, :, :, width // 2]
+        highest = max(height, frames)
+        return torch.cat([F.pad(x, (0, 2, 0, highest - x.shape[2]), value=1) for x in middle], dim=3)
+    shown = torch.linspace(0, frames - 1, min(frames, _MOST_FRAMES)).round().long()
+    return torch.cat([F.pad(pictures[:, :, t], (0, 2), value=1) for t in shown], dim=3)
+
+
+def _draw_scales(axis: Axes, height: int) -> None:
+    """Of a spectrogram: seconds to the right, kHz upwards."""
+    axis.set_axis_on()
+    axis.tick_params(labelsize=5, length=2)
+    axis.xaxis.set_major_formatter(lambda column, _: f"{column * HOP / RATE:g} s")
+    kilohertz = (0.5, 1, 2, 4)
+    axis.set_yticks([row_of(1000 * x, height) for x in kilohertz], [f"{x} kHz" for x in kilohertz])
 
 
 def save_loss(history: list[dict], file: str | Path) -> None:

@@ -1,14 +1,17 @@
-"""One training step: noise, forward, backward, update, without waiting for the device."""
+"""One training step: masks, forward, backward, update, without waiting for the device."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
-from mae_kernels import random_masking
+from mae_kernels import Masking, axis_masking, block_masking, grid_masking, random_masking, tube_masking
+from mae_kernels.patch_grid import PatchGrid
 
 Execution = Literal["eager", "compile", "graph"]
 
@@ -35,6 +38,31 @@ def adamw(model: nn.Module, lr: float, weight_decay: float = 0.05) -> torch.opti
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
+def _random(batch_size: int, grid: tuple[int, ...], mask_ratio: float, **options) -> Masking:
+    return random_masking(batch_size, math.prod(grid), mask_ratio, **options)
+
+
+_STRATEGIES = {
+    "random": _random, "block": block_masking, "grid": grid_masking, "tube": tube_masking, "axis": axis_masking,
+}  # fmt: skip
+StrategyName = Literal[tuple(_STRATEGIES)]
+
+
+@dataclass(frozen=True)
+class MaskStrategy:
+    """Which patches are hidden, and what share of them; for other strategies pass masks of your own to the step."""
+
+    name: StrategyName = "random"
+    ratio: float = 0.75
+
+    def __call__(self, batch_size: int, grid: tuple[int, ...], **options) -> Masking:
+        """Masks of a grid of patches; options are ``generator`` and ``device``.
+
+        ``"random"`` draws what the published code draws and nothing else, so a seed gives its masks.
+        """
+        return _STRATEGIES[self.name](batch_size, grid, self.ratio, **options)
+
+
 class TrainingStep:
     """Callable: a batch of images in, the loss out, and the model updated.
 
@@ -43,7 +71,7 @@ class TrainingStep:
     Args:
         model: a :class:`mae.MaskedAutoencoder`, or one wrapped in DistributedDataParallel or sharded by fully_shard.
         optimizer: see :func:`adamw`.
-        mask_ratio: share of hidden patches.
+        strategy: which patches are hidden.
         bfloat16: autocast to it.
         execution: ``"eager"``; ``"compile"``, one graph by torch.compile; ``"graph"``, the same replayed as a CUDA
             graph, which pays where the host launches more slowly than the GPU computes: small models and batches.
@@ -59,29 +87,29 @@ class TrainingStep:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        mask_ratio: float = 0.75,
+        strategy: MaskStrategy = MaskStrategy(),
         bfloat16: bool = False,
         execution: Execution = "eager",
         micro_batches: int = 1,
         clip_grad: float | None = None,
     ):
         self.model, self.optimizer = model, optimizer
-        self.mask_ratio, self.bfloat16 = mask_ratio, bfloat16
+        self.strategy, self.bfloat16 = strategy, bfloat16
         self.micro_batches, self.clip_grad = micro_batches, clip_grad
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._num_patches = (model.module if _is_distributed(model) else model).config.num_patches
+        self._patch_size = (model.module if _is_distributed(model) else model).config.patch_size
         device = self._parameters[0].device
         if execution == "graph" and device.type != "cuda":
             raise ValueError(f"TrainingStep: execution 'graph' replays CUDA graphs, but the model is on {device}")
         self._replayed = execution == "graph"
         self.loss = self._forward if execution == "eager" else self._compiled()
 
-    def __call__(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Train on images ``[N, C, H, W]``.
+    def __call__(self, images: Tensor, masking: Masking | None = None) -> Tensor:
+        """Train on images ``[N, C, H, W]`` or clips ``[N, C, T, H, W]``.
 
         Args:
             images: on the model's device, N a multiple of micro_batches.
-            noise: ``[N, L]`` that fixes the masks, drawn on the device if None: the published code's only draw.
+            masking: the masks, drawn on the device by the strategy if None.
 
         Returns:
             The loss, a float32 scalar on the device.
@@ -89,33 +117,35 @@ class TrainingStep:
         n = len(images)
         if n % self.micro_batches:
             raise ValueError(f"TrainingStep: {n} images cannot be cut into {self.micro_batches} equal micro-batches")
-        if noise is None:
-            noise = torch.rand(n, self._num_patches, device=images.device)
+        if masking is None:
+            grid = PatchGrid.of("TrainingStep", images, self._patch_size).grid
+            masking = self.strategy(n, grid, device=images.device)
         if self._replayed:  # what the step before left in the graphs' memory may be overwritten; its micro-batches not
             torch.compiler.cudagraph_mark_step_begin()
-        parts = zip(images.chunk(self.micro_batches), noise.chunk(self.micro_batches), strict=True)
-        losses = [self._backward(*part, last=i == self.micro_batches) for i, part in enumerate(parts, start=1)]
+        parts = zip(*(x.chunk(self.micro_batches) for x in (images, *masking)), strict=True)
+        losses = [
+            self._backward(part, Masking(*masks), last=i == self.micro_batches)
+            for i, (part, *masks) in enumerate(parts, start=1)
+        ]
         if self.clip_grad is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return torch.stack(losses).sum()
 
-    def _backward(self, images: Tensor, noise: Tensor, last: bool) -> Tensor:
+    def _backward(self, images: Tensor, masking: Masking, last: bool) -> Tensor:
         # Gradients of several processes are only summed once they are complete.
         with self.model.no_sync() if _is_distributed(self.model) and not last else nullcontext():
-            loss = self.loss(images, noise)
+            loss = self.loss(images, masking)
             loss.backward()
         return loss.detach().clone() if self._replayed else loss.detach()  # a replay overwrites its results
 
-    def _forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        # Masked out here: a sharded model may round floating inputs, which would make noise tie and masks uneven.
-        masking = random_masking(images.shape[0], self._num_patches, self.mask_ratio, noise=noise)
+    def _forward(self, images: Tensor, masking: Masking) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
             loss = self.model(images, masking=masking).loss
         return loss / self.micro_batches
 
-    def _compiled(self) -> Callable[[Tensor, Tensor], Tensor]:
+    def _compiled(self) -> Callable[[Tensor, Masking], Tensor]:
         several_processes = torch.distributed.is_available() and torch.distributed.is_initialized()
         compiled = torch.compile(
             self._forward,
@@ -124,9 +154,9 @@ class TrainingStep:
             mode="reduce-overhead" if self._replayed else None,
         )
 
-        def run(images: Tensor, noise: Tensor) -> Tensor:
+        def run(images: Tensor, masking: Masking) -> Tensor:
             with torch._functorch.config.patch(_RECOMPUTE):
-                return compiled(images, noise)
+                return compiled(images, masking)
 
         return run
 

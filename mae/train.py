@@ -21,7 +21,7 @@ from mae.data import DataError, counted, on_device
 from mae.fields import COUNT, RATIO, SEED, check, is_number
 from mae.model import MaskedAutoencoder
 from mae.run import open_run
-from mae.step import Execution, TrainingStep, adamw
+from mae.step import Execution, MaskStrategy, StrategyName, TrainingStep, adamw
 from mae_kernels.backend import is_recent_gpu
 
 
@@ -33,6 +33,10 @@ class TrainConfig:
     """Optimizer steps."""
     batch_size: int = 64
     """Images per step."""
+    masking: StrategyName = "random"
+    """Which patches are hidden: random ones; blocks, rectangles as in BEiT; a grid, the same of every 2 x 2; tubes,
+    alike in all frames as in VideoMAE; axis, whole rows and columns first as in AudioMAE. grid takes a ratio of 0.25,
+    0.5 or 0.75."""
     mask_ratio: float = 0.75
     """Share of hidden patches."""
     base_lr: float = 1.5e-4
@@ -63,6 +67,10 @@ class TrainConfig:
         check(vars(self), _RULES)
         if self.batch_size % self.micro_batches:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batches {self.micro_batches}")
+
+    @property
+    def strategy(self) -> MaskStrategy:
+        return MaskStrategy(self.masking, self.mask_ratio)
 
 
 _RULES = {
@@ -138,7 +146,7 @@ def train(
     training_step = TrainingStep(
         model,
         optimizer,
-        mask_ratio=config.mask_ratio,
+        strategy=config.strategy,
         bfloat16=bfloat16,
         execution=choose_execution(config.execution, device),
         micro_batches=config.micro_batches,

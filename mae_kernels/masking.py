@@ -235,7 +235,7 @@ def axis_masking(
     *draws, ties = draws.split([*sides, num_patches], dim=1)
     scores = ties.view(batch_size, *sides) / 2
     for axis, (draw, hidden) in enumerate(zip(draws, lines, strict=True)):
-        along = (1,) * axis + (-1,) + (1,) * (axes - axis - 1)
+        along = (1,) * axis + (sides[axis],) + (1,) * (axes - axis - 1)
         scores = scores + (draw.argsort(dim=1) < hidden).view(batch_size, *along)
     return _of_equal_counts(scores.flatten(1), visible)
 

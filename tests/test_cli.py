@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from pictures import good_folder, readable_oddities, unreadable_files
+from pictures import good_folder, photographs, readable_oddities, unreadable_files
 from PIL import Image
 from safetensors.torch import save_file
+from scipy.io import wavfile
 
 from mae import load_checkpoint, mae_vit_demo_patch7
 from mae.__main__ import main
 from mae.demo import DemoConfig, fashion_mnist, run_demo
-from mae.step import TrainingStep
+from mae.figures import save_reconstructions
+from mae.step import MaskStrategy, TrainingStep
 from mae.train import TrainConfig, TrainingStopped, train
 
 SMALL = [
@@ -153,6 +155,88 @@ def test_thirteen_bands_from_training_to_pictures(tmp_path, capsys):
     assert stop.value.code.endswith("it has 13 channels, and the model takes 3")
 
 
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The reconstructions that the commands draw, and how."""
+    pictures = []
+
+    def save(reconstruction, file, view):
+        pictures.append((reconstruction, view))
+        save_reconstructions(reconstruction, file, view=view)
+
+    monkeypatch.setattr("mae.__main__.save_reconstructions", save)
+    return pictures
+
+
+def hidden(reconstruction, patch: tuple[int, ...]) -> torch.Tensor:
+    """``[N, T', H', W']`` bool, of clips whose pixels are not grey: which patches are."""
+    grey = (reconstruction.masked == 0.5).all(1)
+    for dim, side in enumerate(patch, start=1):
+        grey = grey.unfold(dim, side, side)
+    assert torch.equal(grey.flatten(4).all(4), grey.flatten(4).any(4))
+    return grey.flatten(4).all(4)
+
+
+@pytest.mark.parametrize("kind", ["gif", "npy"])
+def test_clips_from_training_to_pictures(tmp_path, kind, drawn):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i, photo in enumerate(photographs(3)):
+        frames = [photo.crop((4 * t, 2 * t, 4 * t + 100, 2 * t + 100)) for t in range(6)]
+        if kind == "gif":
+            frames[0].save(data / f"{i}.gif", save_all=True, append_images=frames[1:])
+        else:
+            np.save(data / f"{i}.npy", np.stack([np.asarray(frame.convert("L")) for frame in frames]))
+    channels, options = (3, ["--masking", "tube"]) if kind == "gif" else (1, ["--in-chans", "1", "--masking", "grid"])
+    sizes = ["--num-frames", "4", "--image-size", "32", "48", "--patch-size", "2", "16", "16"]
+    small = ["--decoder-depth", "1", "--decoder-width", "64", "--norm-pix-loss", "channel"]
+    run = tmp_path / "run"
+    main(["pretrain", "--data", str(data), "--out", str(run), *SMALL, "--steps", "2", *sizes, *options, *small])
+    config = load_checkpoint(run).config
+    assert (config.image_size, config.patch_size, config.in_chans) == ((4, 32, 48), (2, 16, 16), channels)
+    assert config.norm_pix_loss == "channel"
+    ((result, view),) = drawn
+    assert result.original.shape == (3, channels, 4, 32, 48)
+    assert view == "frames"
+    mask = hidden(result, (2, 16, 16))
+    assert torch.equal(mask[:, 0], mask[:, 1])  # both strategies hide the same in all frames
+    assert Image.open(run / "reconstructions.png").convert("L").getextrema()[0] < 128
+    out = tmp_path / "slices.png"
+    main(["reconstruct", "--checkpoint", str(run), "--images", str(data), "--out", str(out), "--device", "cpu",
+          "--image-size", "6", "64", "64", "--view", "slices", "--most", "2", "--mask-ratio", "0.5"])  # fmt: skip
+    assert drawn[-1][0].original.shape == (2, channels, 6, 64, 64)
+    assert hidden(drawn[-1][0], (2, 16, 16)).flatten(1).sum(1).tolist() == [24, 24]
+    assert Image.open(out).convert("L").getextrema()[0] < 128
+
+
+def test_sound_from_training_to_pictures(tmp_path, drawn):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(3):
+        noise = np.random.default_rng(i).uniform(-0.5, 0.5, 12000).astype(np.float32)
+        wavfile.write(data / f"{i}.wav", 16000, noise)
+    small = ["--decoder-depth", "1", "--decoder-width", "64", "--in-chans", "1", "--image-size", "32", "64"]
+    run = tmp_path / "run"
+    main(["pretrain", "--data", str(data), "--out", str(run), *SMALL, "--steps", "2", *small, "--masking", "axis"])
+    ((result, view),) = drawn
+    assert view == "sound"
+    assert result.original.shape == (3, 1, 32, 64)
+    assert Image.open(run / "reconstructions.png").convert("L").getextrema()[0] < 128
+
+
+def test_another_size_in_every_command(run, tmp_path, drawn, capsys):
+    for name in ("one", "two"):
+        good_folder(tmp_path / "data" / name, 2)
+    shared = ["--checkpoint", str(run[0]), "--device", "cpu", "--image-size", "48", "64"]
+    main(["reconstruct", *shared, "--images", str(tmp_path / "data"), "--out", str(tmp_path / "out.png")])
+    assert drawn[0][0].original.shape == (4, 3, 48, 64)
+    data = str(tmp_path / "data")
+    main(["linprobe", *shared, "--data", data, "--test", data, "--out", str(tmp_path / "probe")])
+    main(["profile", "--model", "mae_vit_tiny_patch16", "--image-size", "32", "--num-frames", "2", "--batch-size", "2",
+          "--rounds", "1", "--device", "cpu"])  # fmt: skip
+    assert "6 kB an image from host to device" in capsys.readouterr().out  # 2 x 3 x 32 x 32
+
+
 def test_what_a_folder_holds_is_said_in_a_few_lines(tmp_path, capfd):
     data = good_folder(tmp_path / "data", 3)
     good_folder(tmp_path / "linked", 1)
@@ -221,7 +305,7 @@ def test_fashion_mnist_is_what_it_says():
         ("pretrain --data {d}/bad", "none of the 4 files can be read; first: cannot read {d}/bad/"),
         (
             "pretrain --data {d}/good --image-size 33",
-            "MAEConfig: image height 33 is not a multiple of the patch height 16",
+            "MAEConfig: images height 33 is not a multiple of the patch height 16",
         ),
         ("pretrain --data {d}/good --mask-ratio 1", "mask_ratio must be a number between 0 and 1, got 1.0"),
         ("pretrain --data {d}/good --mask-ratio nan", "mask_ratio must be a number between 0 and 1, got nan"),
@@ -245,6 +329,30 @@ def test_fashion_mnist_is_what_it_says():
         ),
         ("pretrain --data {d}/good --image-size 65536", "MAEConfig: an image has 16777216 patches, more than 1048576"),
         (
+            "pretrain --data {d}/good --masking grid --mask-ratio .6",
+            "grid_masking: mask_ratio must be 0.25, 0.5 or 0.75",
+        ),
+        (
+            "pretrain --data {d}/good --masking tube --mask-ratio .1",
+            "tube_masking: mask_ratio 0.1 of 4 patches leaves none",
+        ),
+        (
+            "pretrain --data {d}/good --image-size 32 40",
+            "MAEConfig: images width 40 is not a multiple of the patch width 16",
+        ),
+        (
+            "pretrain --data {d}/good --num-frames 5 --patch-size 2 16 16",
+            "MAEConfig: images frames 5 is not a multiple of the patch frames 2",
+        ),
+        (
+            "pretrain --data {d}/good --num-frames 4",
+            "none of the 3 files can be read; first: cannot read {d}/good/photo_",
+        ),
+        (
+            "profile --num-frames 0",
+            "MAEConfig: image_size must be a whole number of 1 to 65536, or a list of two or three",
+        ),
+        (
             "linprobe --checkpoint {run} --data {d}/classes/fit --test {d}/classes/fit --out {run}/config.json/x",
             "{run}/config.json/x cannot be a folder: {run}/config.json is a file",
         ),
@@ -256,7 +364,7 @@ def test_fashion_mnist_is_what_it_says():
         ("reconstruct --checkpoint {run} --images {d}/good --out a.xyz", "a.xyz is of no format that can be written;"),
         ("linprobe --checkpoint {run} --data {d} --test {d} --batch-size 0", "batch_size must be a whole number of 1"),
         ("pretrain --data {d}/good --out {run}/config.json/x", "{run}/config.json/x cannot be a folder: {run}/config"),
-        ("pretrain --data {d}/none --in-chans 0", "channels must be at least 1, got 0"),
+        ("pretrain --data {d}/good --in-chans 0", "MAEConfig: in_chans must be a whole number of 1 to 65536, got 0"),
         (
             "reconstruct --checkpoint {d}/none --images {d}/good --value-range 9 2",
             "value_range must be two finite numbers in ascending order, got 9 and 2",
@@ -360,10 +468,10 @@ def test_precision_and_parts_reach_the_step(tmp_path, monkeypatch):
             super().__init__(model, optimizer, **options)
 
     monkeypatch.setattr("mae.train.TrainingStep", Step)
-    options = {"precision": "bfloat16", "micro_batches": 2, "clip_grad": 0.5, "mask_ratio": 0.5}
+    options = {"precision": "bfloat16", "micro_batches": 2, "clip_grad": 0.5, "masking": "axis", "mask_ratio": 0.5}
     small_run([torch.rand(4, 1, 28, 28)], tmp_path, steps=1, **options)
     assert seen == {
-        "bfloat16": True, "micro_batches": 2, "clip_grad": 0.5, "mask_ratio": 0.5,
+        "bfloat16": True, "micro_batches": 2, "clip_grad": 0.5, "strategy": MaskStrategy("axis", 0.5),
         "execution": "eager",
     }  # fmt: skip
 

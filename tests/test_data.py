@@ -62,7 +62,7 @@ def test_links_are_followed_and_no_folder_is_read_twice(tmp_path):
 
 def test_what_is_left_out_is_counted(tmp_path):
     good_folder(tmp_path, 1)
-    for name in ("a.txt", "b.TXT", "c.mp4", "README", "d.fits"):
+    for name in ("a.txt", "b.TXT", "c.exe", "README", "d.fits"):
         (tmp_path / name).touch()
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
     (tmp_path / "circle.jpg").symlink_to(tmp_path / "circle.jpg")
@@ -71,17 +71,34 @@ def test_what_is_left_out_is_counted(tmp_path):
         assert [f.name for f in find_images(tmp_path)] == ["photo_00.jpg"]
     (message,) = (str(w.message) for w in warned)
     assert message == (
-        f"{tmp_path}: left out 2 .txt files, 1 .fits file, 1 .mp4 file, 2 broken links, 1 file without a suffix and 1 "
+        f"{tmp_path}: left out 2 .txt files, 1 .exe file, 1 .fits file, 2 broken links, 1 file without a suffix and 1 "
         "special file (a FIFO, socket or device)"
     )
     (tmp_path / "films").mkdir()
-    (tmp_path / "films" / "a.mp4").touch()
-    with pytest.raises(DataError, match=r"other suffixes; left out 1 \.mp4 file$"):
+    (tmp_path / "films" / "a.mpg").touch()
+    with pytest.raises(DataError, match=r"other suffixes; left out 1 \.mpg file$"):
         find_images(tmp_path / "films")
 
 
+def test_packages_that_files_wait_for_are_named(tmp_path, monkeypatch):
+    for name in ("a.mp4", "b.mkv", "c.flac"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr("mae.data.readers.av", None)
+    monkeypatch.setattr("mae.data.readers.soundfile", None)
+    suffixes.cache_clear()
+    try:
+        with pytest.raises(DataError) as error:
+            find_images(tmp_path)
+    finally:
+        suffixes.cache_clear()
+    assert str(error.value).endswith(
+        "; left out 1 .flac file, 1 .mkv file and 1 .mp4 file; some need the package av: pip install "
+        "'mae_kernels[video]'; some need the package soundfile: pip install 'mae_kernels[audio]'"
+    )
+
+
 def test_suffixes_are_those_that_can_be_read():
-    assert {".jpg", ".jfif", ".avif", ".jp2", ".tif", ".tiff", ".npy", ".webp", ".png"} <= suffixes()
+    assert {".jpg", ".jfif", ".avif", ".jp2", ".tif", ".tiff", ".npy", ".npz", ".wav", ".webp", ".png"} <= suffixes()
     assert not {".mpg", ".h5", ".grib", ".fits", ".wmf", ".txt", ""} & suffixes()
 
 
@@ -196,7 +213,7 @@ def test_boxes_of_single_images_are_those_of_the_batched_op(size):
 def test_pictures_are_cut_to_their_boxes(tmp_path):
     photo = photographs(1)[0]
     photo.save(tmp_path / "photo.png")
-    images = TrainingImages([tmp_path / "photo.png"], (100, 100), Reading())
+    images = TrainingImages([tmp_path / "photo.png"], Reading(image_size=(100, 100)))
     flipped = 0
     for seed in range(40):
         torch.manual_seed(seed)
@@ -214,7 +231,7 @@ def test_large_pictures_are_shrunk_before_they_travel(tmp_path, suffix):
     """As boxes of a picture that is shrunk to begin with, by a factor at which its file is decoded as a whole."""
     scene = photographs(2)[1].resize((1600, 1200), Image.Resampling.BICUBIC)
     scene.save(tmp_path / f"x.{suffix}", **({"quality": 95} if suffix == "jpg" else {}))
-    images = TrainingImages([tmp_path / f"x.{suffix}"], (64, 64), Reading())
+    images = TrainingImages([tmp_path / f"x.{suffix}"], Reading(image_size=(64, 64)))
     whole = to_tensor(read_image(tmp_path / f"x.{suffix}", Reading()))
     off = []
     for seed in range(10):
@@ -235,7 +252,7 @@ def test_large_pictures_are_shrunk_before_they_travel(tmp_path, suffix):
 
 @pytest.mark.parametrize("resize", [False, True], ids=["on the device", "in the workers"])
 def test_batches_are_resized_and_flipped(tmp_path, resize):
-    images = TrainingImages(find_images(good_folder(tmp_path, 5)), (24, 32), Reading())
+    images = TrainingImages(find_images(good_folder(tmp_path, 5)), Reading(image_size=(24, 32)))
     samples = [images[i] for i in range(5)]
     batch, problems, _ = _collate((24, 32), samples, resize=resize)
     assert isinstance(batch, torch.Tensor if resize else Crops)
@@ -255,7 +272,7 @@ def test_batches_are_resized_and_flipped(tmp_path, resize):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
 def test_batches_travel_in_pinned_memory(tmp_path):
     files = find_images(good_folder(tmp_path, 5))
-    (batch,) = Batches(TrainingImages(files, (24, 32), Reading()), steps=1, batch_size=5, workers=1, seed=0)
+    (batch,) = Batches(TrainingImages(files, Reading(image_size=(24, 32))), steps=1, batch_size=5, workers=1, seed=0)
     assert all(x.is_pinned() for x in (*batch.images, batch.flips))
     off = batch.to("cuda", non_blocking=True).cpu().int() - batch.to("cpu").int()
     assert off.abs().max() <= 1
@@ -266,7 +283,7 @@ def test_batches_pass_over_broken_files_and_count_them(tmp_path, workers):
     good_folder(tmp_path, 5)
     bad = unreadable_files(tmp_path)
     readable_oddities(tmp_path)
-    images = TrainingImages(find_images(tmp_path), (16, 16), Reading())
+    images = TrainingImages(find_images(tmp_path), Reading(image_size=(16, 16)))
     batches = Batches(images, steps=8, batch_size=7, workers=workers, seed=0)
     shapes = [batch.to("cpu").shape for batch in batches]
     assert shapes == [(7, 3, 16, 16)] * 8
@@ -278,7 +295,7 @@ def test_other_channels_are_refused_at_once(tmp_path):
     for i in range(150):
         np.save(tmp_path / f"{i}.npy", np.zeros((13, 4, 4), np.uint8))
     batches = Batches(
-        TrainingImages(find_images(tmp_path), (16, 16), Reading()), steps=1, batch_size=64, workers=0, seed=0
+        TrainingImages(find_images(tmp_path), Reading(image_size=(16, 16))), steps=1, batch_size=64, workers=0, seed=0
     )
     with pytest.raises(DataError) as error:
         list(batches)
@@ -289,7 +306,7 @@ def test_other_channels_are_refused_at_once(tmp_path):
 def test_thirteen_bands_become_batches(tmp_path):
     for i in range(4):
         np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).integers(0, 256, (13, 40, 40), np.uint8))
-    images = TrainingImages(find_images(tmp_path), (16, 16), Reading(13))
+    images = TrainingImages(find_images(tmp_path), Reading(13, image_size=(16, 16)))
     (batch,) = Batches(images, steps=1, batch_size=4, workers=1, seed=0)
     assert batch.to("cpu").shape == (4, 13, 16, 16)
 
@@ -299,7 +316,7 @@ def test_pictures_in_ranges_of_their_own_are_counted(tmp_path):
     for i in range(3):
         np.save(tmp_path / f"{i}.npy", np.linspace(-25, i, 400).reshape(20, 20))
     batches = Batches(
-        TrainingImages(find_images(tmp_path), (16, 16), Reading()), steps=5, batch_size=2, workers=0, seed=0
+        TrainingImages(find_images(tmp_path), Reading(image_size=(16, 16))), steps=5, batch_size=2, workers=0, seed=0
     )
     said = "scaled each by its own range of values, such as {}; --value-range LOW HIGH gives all the same scale"
     with pytest.warns(DataWarning) as warned:
@@ -321,17 +338,17 @@ def test_pictures_are_taken_from_everywhere(tmp_path):
 
     def taken(most: int) -> str:
         with pytest.warns(DataWarning):
-            return "".join(files[i].parent.name for _, i in read_pictures(files, (8, 8), Reading(), most))
+            return "".join(files[i].parent.name for _, i in read_pictures(files, Reading(image_size=(8, 8)), most))
 
     assert taken(4) == "acda"  # nothing in b can be read
     assert sorted(taken(100)) == sorted("aaaaacccccddddd")
-    assert [i for _, i in read_pictures(files[:5], (8, 8), Reading(), 2)] == [0, 2]
+    assert [i for _, i in read_pictures(files[:5], Reading(image_size=(8, 8)), 2)] == [0, 2]
 
 
 def test_replacements_for_broken_files_are_spread(tmp_path):
     for i in range(100):
         (tmp_path / f"{i:03}.png").touch() if i < 50 else Image.new("L", (4, 4), i).save(tmp_path / f"{i:03}.png")
-    images = TrainingImages(find_images(tmp_path), (4, 4), Reading())
+    images = TrainingImages(find_images(tmp_path), Reading(image_size=(4, 4)))
     assert len({images[i].index for i in range(50)}) > 25
 
 
@@ -339,14 +356,18 @@ def test_replacements_for_broken_files_are_spread(tmp_path):
 def test_a_folder_of_nothing_but_broken_files_is_refused(tmp_path, workers):
     unreadable_files(tmp_path)
     batches = Batches(
-        TrainingImages(find_images(tmp_path), (16, 16), Reading()), steps=1, batch_size=2, workers=workers, seed=0
+        TrainingImages(find_images(tmp_path), Reading(image_size=(16, 16))),
+        steps=1,
+        batch_size=2,
+        workers=workers,
+        seed=0,
     )
     with pytest.raises(DataError, match=r"^none of the 4 files can be read; first: cannot read "):
         list(batches)
 
 
 def test_control_c_does_not_end_the_workers(tmp_path):
-    images = TrainingImages(find_images(good_folder(tmp_path, 3)), (16, 16), Reading())
+    images = TrainingImages(find_images(good_folder(tmp_path, 3)), Reading(image_size=(16, 16)))
     batches = iter(Batches(images, steps=30, batch_size=2, workers=1, seed=0))
     next(batches)
     for worker in multiprocessing.active_children():
@@ -358,7 +379,7 @@ def test_the_seed_fixes_the_batches(tmp_path):
     files = find_images(good_folder(tmp_path))
 
     def run(seed: int, workers: int = 1) -> torch.Tensor:
-        images = TrainingImages(files, (16, 16), Reading())
+        images = TrainingImages(files, Reading(image_size=(16, 16)))
         batches = Batches(images, steps=4, batch_size=5, workers=workers, seed=seed)
         return torch.stack([batch.to("cpu") for batch in batches])
 
@@ -375,7 +396,7 @@ def test_an_epoch_shows_every_image_once(tmp_path):
             seen.append(index)
             return super().__getitem__(index)
 
-    list(Batches(Recorder(files, (8, 8), Reading()), steps=4, batch_size=3, workers=0, seed=0))
+    list(Batches(Recorder(files, Reading(image_size=(8, 8))), steps=4, batch_size=3, workers=0, seed=0))
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
 
 

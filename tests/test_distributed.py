@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mae import MAEConfig, MaskedAutoencoder, TrainingStep
 from mae.model import Block
+from mae_kernels import random_masking
 
 SMALL = MAEConfig(
     image_size=(16, 32), patch_size=8, embed_dim=32, depth=1, num_heads=4, decoder_embed_dim=16, decoder_depth=1,
@@ -26,7 +27,7 @@ TIMEOUT = 300  # seconds; only reached when a process has died
 
 
 def batches():
-    """Images ``[N, 3, 16, 32]`` uint8, and noise ``[N, L]``: always the same ones."""
+    """Images ``[N, 3, 16, 32]`` uint8, and noise ``[N, L]`` for their masks: always the same ones."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
         images = torch.randint(256, (BATCH, 3, 16, 32), dtype=torch.uint8, generator=generator)
@@ -40,7 +41,9 @@ def new_model() -> MaskedAutoencoder:
 
 def train(model: torch.nn.Module, part: Callable = lambda x: x, **options) -> torch.Tensor:
     step = TrainingStep(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), **options)
-    return torch.stack([step(part(images), part(noise)) for images, noise in batches()])
+    return torch.stack(
+        [step(part(images), random_masking(*part(noise).shape, noise=part(noise))) for images, noise in batches()]
+    )
 
 
 def sharded(model: MaskedAutoencoder, **options) -> MaskedAutoencoder:

@@ -12,11 +12,12 @@ from functorch.compile import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mae_kernels
 from mae import MAEConfig, MaskedAutoencoder
 from mae.profile import LaunchCounter, saved_bytes
-from mae.step import TrainingStep, adamw
+from mae.step import MaskStrategy, TrainingStep, adamw
 from mae.train import TrainConfig, train
-from mae_kernels import reference
+from mae_kernels import Masking, random_masking, reference
 
 SMALL = MAEConfig(
     image_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=4, decoder_embed_dim=32, decoder_depth=2,
@@ -42,6 +43,10 @@ def batches(steps: int = STEPS):
         yield pictures[chosen].to(DEVICE), torch.rand(BATCH, SMALL.num_patches, generator=generator).to(DEVICE)
 
 
+def masking(noise: torch.Tensor) -> Masking:
+    return random_masking(*noise.shape, noise=noise)
+
+
 def published_losses(model: MaskedAutoencoder, bfloat16: bool = False) -> torch.Tensor:
     """Normalised float32 images, every token through every layer, explicit attention, an optimizer parameter by one."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -65,7 +70,7 @@ def published_losses(model: MaskedAutoencoder, bfloat16: bool = False) -> torch.
 
 def our_losses(model: MaskedAutoencoder, **options) -> torch.Tensor:
     step = TrainingStep(model, adamw(model, LR), **options)
-    return torch.stack([step(images, noise) for images, noise in batches()]).cpu()
+    return torch.stack([step(images, masking(noise)) for images, noise in batches()]).cpu()
 
 
 def test_two_hundred_steps_are_those_of_the_published_pipeline(model):
@@ -102,14 +107,14 @@ def test_micro_batches_update_like_the_whole_batch(model):
     whole = copy.deepcopy(model)
     images, noise = next(batches())
     for m, parts in ((whole, 1), (model, 4)):
-        TrainingStep(m, torch.optim.SGD(m.parameters(), lr=0.1), micro_batches=parts)(images, noise)
+        TrainingStep(m, torch.optim.SGD(m.parameters(), lr=0.1), micro_batches=parts)(images, masking(noise))
     for (name, a), b in zip(model.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_a_batch_that_cannot_be_cut_is_refused(model):
     with pytest.raises(ValueError) as error:
-        TrainingStep(model, adamw(model, LR), micro_batches=3)(*next(batches()))
+        TrainingStep(model, adamw(model, LR), micro_batches=3)(next(batches())[0])
     assert str(error.value) == "TrainingStep: 16 images cannot be cut into 3 equal micro-batches"
 
 
@@ -123,17 +128,17 @@ def test_graphs_are_refused_without_cuda(model):
 def test_clipping(model):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     images, noise = next(batches())
-    TrainingStep(model, torch.optim.SGD(model.parameters(), lr=1.0), clip_grad=0.01)(images, noise)
+    TrainingStep(model, torch.optim.SGD(model.parameters(), lr=1.0), clip_grad=0.01)(images, masking(noise))
     change = torch.stack([(p.detach() - before[name]).norm() for name, p in model.named_parameters()]).norm()
     assert change.item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_the_gradient_norm_is_only_computed_for_clipping(model, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: pytest.fail("not asked for"))
-    TrainingStep(model, adamw(model, LR))(*next(batches()))
+    TrainingStep(model, adamw(model, LR))(next(batches())[0])
 
 
-def test_noise_is_the_published_draw(model):
+def test_random_masks_are_the_published_draw(model):
     """One ``torch.rand(N, L)`` a step and no other, so a seed gives the published masks."""
     other = copy.deepcopy(model)
     images, _ = next(batches())
@@ -142,8 +147,21 @@ def test_noise_is_the_published_draw(model):
     following = torch.rand(4, device=DEVICE)
     torch.manual_seed(3)
     noise = torch.rand(BATCH, SMALL.num_patches, device=DEVICE)
-    assert torch.equal(loss, TrainingStep(other, adamw(other, LR))(images, noise))
+    assert torch.equal(loss, TrainingStep(other, adamw(other, LR))(images, masking(noise)))
     assert torch.equal(following, torch.rand(4, device=DEVICE))
+
+
+@pytest.mark.parametrize("name", ["block", "grid", "tube", "axis"])
+def test_a_strategy_makes_the_masks(model, name):
+    """Those of the op of its name, one after the other, whatever the parts in which a batch is computed."""
+    other, op = copy.deepcopy(model), getattr(mae_kernels, f"{name}_masking")
+    step = TrainingStep(model, adamw(model, LR), strategy=MaskStrategy(name, 0.5), micro_batches=2)
+    given = TrainingStep(other, adamw(other, LR))
+    for seed, (images, _) in enumerate(batches(2)):
+        torch.manual_seed(seed)
+        loss = step(images)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(loss, given(images, op(BATCH, (1, 4, 4), 0.5, device=DEVICE)), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
@@ -193,6 +211,7 @@ def test_compiled_steps_run_and_keep_what_eager_ones_do(monkeypatch, bfloat16):
     """What the backward computes again is cheap, and never an op of ours."""
     model = MaskedAutoencoder(replace(SMALL, embed_dim=192, depth=1, decoder_embed_dim=128)).to(DEVICE)
     images, noise = next(batches())
+    masks = masking(noise)
     calls = []
 
     def count(graph, inputs, **kwargs):  # in place of a compiler: the graphs themselves are run
@@ -202,14 +221,14 @@ def test_compiled_steps_run_and_keep_what_eager_ones_do(monkeypatch, bfloat16):
 
     def bytes_kept(execution):
         step = TrainingStep(model, adamw(model, LR), bfloat16=bfloat16, execution=execution)
-        step.loss(images, noise).backward()  # compiles
-        with saved_bytes(*model.parameters(), *model.buffers(), images, noise) as saved:
-            step.loss(images, noise)
+        step.loss(images, masks).backward()  # compiles
+        with saved_bytes(*model.parameters(), *model.buffers(), images, *masks) as saved:
+            step.loss(images, masks)
         return saved()
 
     kept = bytes_kept("eager")
     with OwnOps() as forward:
-        loss = TrainingStep(model, adamw(model, LR), bfloat16=bfloat16).loss(images, noise)
+        loss = TrainingStep(model, adamw(model, LR), bfloat16=bfloat16).loss(images, masks)
     with OwnOps() as backward:
         loss.backward()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=partial(compile_fx, inner_compile=count)))
@@ -229,7 +248,7 @@ def test_weight_decay_is_for_matrices_alone(model):
 
 
 def test_no_gradient_is_left_for_the_next_step(model):
-    TrainingStep(model, adamw(model, LR))(*next(batches()))
+    TrainingStep(model, adamw(model, LR))(next(batches())[0])
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -1,9 +1,9 @@
-"""Images from folders, as uint8 tensors: whatever people have in them, broken files included."""
+"""Images, clips, volumes and sound from folders, as uint8 tensors: whatever people have, broken files included."""
 
 from mae.data.errors import DataError, DataWarning, counted, printable
 from mae.data.loader import Batches, Crops, TrainingImages, on_device, random_box, read_pictures
 from mae.data.pictures import Picture, read_image, resize_and_crop, to_tensor
-from mae.data.readers import Reading
+from mae.data.readers import Reading, Wanted, is_sound
 from mae.data.sources import find_images, find_labelled_images
 
 __all__ = [
@@ -14,9 +14,11 @@ __all__ = [
     "Picture",
     "Reading",
     "TrainingImages",
+    "Wanted",
     "counted",
     "find_images",
     "find_labelled_images",
+    "is_sound",
     "on_device",
     "printable",
     "random_box",

@@ -1,4 +1,4 @@
-"""Images in shuffled batches on a device: cut out, shrunk and packed by worker processes."""
+"""Images and clips in shuffled batches on a device: cut out, shrunk and packed by worker processes."""
 
 import math
 import signal
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from mae.data.errors import DataError, DataWarning, counted, printable
 from mae.data.levels import ENOUGH, FEW_LEVELS, OWN_RANGE
 from mae.data.pictures import read_image, resize_and_crop, to_tensor
-from mae.data.readers import Reading
+from mae.data.readers import Reading, Wanted
 from mae_kernels import PackedImages, random_resized_crop
 
 _MOST_TRIES = 100  # files, spread over all of them, before a folder is given up
@@ -48,7 +48,7 @@ def random_box(height: int, width: int) -> tuple[int, int, int, int]:
 class Sample(NamedTuple):
     """One picture as a worker hands it on."""
 
-    pixels: Tensor | None  # [C, h, w] uint8; None where no file could be read
+    pixels: Tensor | None  # [T * C, h, w] uint8; None where no file could be read
     flip: bool
     problems: list[str]  # of the files that were passed over
     index: int = 0  # of the file
@@ -58,12 +58,13 @@ class Sample(NamedTuple):
 class TrainingImages(Dataset):
     """Random boxes of images, cut out and not yet resized; in place of a file that cannot be read stands another one.
 
+    Frames of a clip have their box and flip in common, and a random start; of sound a random part is taken, as it is.
     Boxes that have far more pixels than the result are shrunk by a whole factor, to between 1.5 and 3 times its height
     or width, whichever is nearer: so a photograph of 12 megapixels is not handed on with 16 MB.
     """
 
-    def __init__(self, files: list[Path], image_size: tuple[int, int], reading: Reading):
-        self.files, self.image_size, self.reading = files, image_size, reading
+    def __init__(self, files: list[Path], reading: Reading):
+        self.files, self.reading = files, reading
 
     def __len__(self) -> int:
         return len(self.files)
@@ -76,10 +77,12 @@ class TrainingImages(Dataset):
         problems = []
         for other in _spread(index, len(self.files)):
             try:
-                picture = read_image(self.files[other], self.reading, self._shrink_whole)
+                picture = read_image(self.files[other], self.reading, Wanted(self._shrink_whole, _random_place))
             except DataError as error:
                 problems.append(str(error))
                 continue
+            if picture.is_sound:
+                return Sample(to_tensor(picture), False, problems, other, picture.note)
             top, left, height, width = random_box(picture.height, picture.width)
             picture = picture.cut((left, top, left + width, top + height), self._shrink(height, width))
             return Sample(to_tensor(picture), bool(torch.rand(()) < 0.5), problems, other, picture.note)
@@ -95,12 +98,17 @@ class TrainingImages(Dataset):
         return samples
 
     def _shrink(self, height: int, width: int) -> int:
-        return max(1, int(min(height / self.image_size[0], width / self.image_size[1]) / _ENOUGH_PIXELS))
+        rows, columns = self.reading.image_size[-2:]
+        return max(1, int(min(height / rows, width / columns) / _ENOUGH_PIXELS))
 
     def _shrink_whole(self, height: int, width: int) -> int:
         """What the smallest box allows, a fifth of the area at a ratio of 3 to 4."""
         least = math.sqrt(height * width * 0.2 * 3 / 4)
         return self._shrink(min(height, int(least)), min(width, int(least)))
+
+
+def _random_place(places: int) -> int:
+    return int(torch.randint(places, ()))
 
 
 def _spread(index: int, count: int) -> Iterator[int]:
@@ -117,7 +125,7 @@ class Crops:
 
     images: PackedImages
     flips: Tensor  # [N] bool
-    image_size: tuple[int, int]
+    image_size: tuple[int, ...]  # (H, W) or (T, H, W)
 
     def __len__(self) -> int:
         return len(self.flips)
@@ -127,24 +135,29 @@ class Crops:
         return self._each(Tensor.pin_memory)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Tensor:
-        """``[N, C, H, W]`` uint8 on the device, resized and flipped there if it is a GPU with kernels for it."""
+        """``[N, C, H, W]`` or ``[N, C, T, H, W]`` uint8 on the device, resized there if it is a GPU with kernels."""
         crops = self
         if torch.device(device).type == "cuda":
             crops = self._each(lambda x: x.to(device, non_blocking=non_blocking))
         boxes = torch.cat([torch.zeros_like(crops.images.sizes), crops.images.sizes], dim=1)  # the whole of each
-        return random_resized_crop(crops.images, boxes, crops.flips, self.image_size).to(
-            device, non_blocking=non_blocking
-        )
+        planes = random_resized_crop(crops.images, boxes, crops.flips, self.image_size[-2:])
+        return _arranged(planes.to(device, non_blocking=non_blocking), self.image_size)
 
     def _each(self, f: Callable[[Tensor], Tensor]) -> "Crops":
         return Crops(PackedImages(*map(f, self.images)), f(self.flips), self.image_size)
 
 
+def _arranged(planes: Tensor, image_size: tuple[int, ...]) -> Tensor:
+    """``[..., C, H, W]`` or, for a size of three numbers, ``[..., C, T, H, W]`` of planes ``[..., T * C, H, W]``."""
+    return planes.unflatten(-3, (*image_size[:-2], -1)).movedim(-3, -1 - len(image_size))
+
+
 class Batches:
     """A fixed number of shuffled batches, and a record of the files that could not be read, or not plainly.
 
-    ``batch.to(device, non_blocking=True)`` is ``[N, C, H, W]`` uint8 there, ``len(batch)`` is N: the batches are
-    :class:`Crops`, or, where there is no GPU to resize them, tensors that the workers have resized, each for itself.
+    ``batch.to(device, non_blocking=True)`` is ``[N, C, H, W]`` or ``[N, C, T, H, W]`` uint8 there, ``len(batch)`` is N:
+    the batches are :class:`Crops`, or, where there is no GPU to resize them, tensors that the workers have resized,
+    each for itself.
     """
 
     def __init__(self, images: TrainingImages, *, steps: int, batch_size: int, workers: int, seed: int):
@@ -156,7 +169,7 @@ class Batches:
             batch_size=batch_size,
             sampler=RandomSampler(images, num_samples=steps * batch_size, generator=generator),
             num_workers=workers,
-            collate_fn=partial(_collate, images.image_size, resize=not torch.cuda.is_available()),
+            collate_fn=partial(_collate, images.reading.image_size, resize=not torch.cuda.is_available()),
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_ignore_interrupt,
             generator=generator,
@@ -201,7 +214,7 @@ def _none_readable(problems: list[str], count: int) -> str:
 
 
 def _collate(
-    image_size: tuple[int, int], samples: list[Sample], *, resize: bool
+    image_size: tuple[int, ...], samples: list[Sample], *, resize: bool
 ) -> tuple[Crops | Tensor | None, list[str], list[tuple[int, str]]]:
     problems = [problem for sample in samples for problem in sample.problems]
     # None travels to the main process: an exception in a worker would arrive there buried in a traceback.
@@ -213,10 +226,8 @@ def _collate(
     return crops.to("cpu") if resize else crops, problems, notes
 
 
-def read_pictures(
-    files: list[Path], image_size: tuple[int, int], reading: Reading, most: int | None = None
-) -> Iterator[tuple[Tensor, int]]:
-    """The central part of each picture, ``[C, H, W]`` uint8, and its position in files.
+def read_pictures(files: list[Path], reading: Reading, most: int | None = None) -> Iterator[tuple[Tensor, int]]:
+    """The central part of each picture, ``[C, H, W]`` or ``[C, T, H, W]`` uint8, and its position in files.
 
     With most they are at most that many, spread over all files: the first readable one of each of as many equal parts,
     and for a part without any a further one of another part. Files that cannot be read are passed over; in the end a
@@ -245,7 +256,8 @@ def read_pictures(
             if picture.note:
                 notes.add([(index, picture.note)])
             taken += 1
-            yield to_tensor(resize_and_crop(picture, image_size)), index
+            planes = to_tensor(resize_and_crop(picture, reading.image_size[-2:]))
+            yield _arranged(planes, reading.image_size), index
             if part is not rest:
                 break
     notes.warn()

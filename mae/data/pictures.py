@@ -1,8 +1,8 @@
-"""Files as pictures of 8 bits, with as many channels as the model takes."""
+"""Files as pictures and clips of 8 bits, with as many channels and frames as the model takes."""
 
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -14,14 +14,15 @@ from torch import Tensor
 
 from mae.data.errors import DataError, printable
 from mae.data.levels import ENOUGH, PLAIN, to_8_bits
-from mae.data.readers import READERS, Reading, Values, planes_of
+from mae.data.readers import READERS, Reading, Values, Wanted, planes_of
 
 
 class Picture(NamedTuple):
-    """Pixels of 8 bits: one grey or colour image, or a grey one for each channel, all of one size."""
+    """Pixels of 8 bits, frame by frame: one grey or colour image, or a grey one for each channel, all of one size."""
 
     images: tuple[Image.Image, ...]
     note: str = PLAIN  # how values of more than 8 bits became these, see mae.data.levels
+    is_sound: bool = False  # a spectrogram of the model's size: neither cut nor resized nor flipped
 
     @property
     def height(self) -> int:
@@ -32,7 +33,7 @@ class Picture(NamedTuple):
         return self.images[0].width
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        """``[H, W]`` of one channel, else ``[H, W, C]``: uint8, as of an image of Pillow."""
+        """``[H, W]`` of one plane, else ``[H, W, T * C]``: uint8, as of an image of Pillow."""
         planes = np.concatenate([planes_of(image) for image in self.images])
         return (planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0)).astype(dtype or np.uint8)
 
@@ -42,60 +43,70 @@ class Picture(NamedTuple):
 
     def each(self, f: Callable[[Image.Image], Image.Image]) -> "Picture":
         with _quiet_pillow():
-            return Picture(tuple(map(f, self.images)), self.note)
+            return self._replace(images=tuple(map(f, self.images)))
 
 
-def read_image(file: str | Path, reading: Reading | int, shrink: Callable[[int, int], int] | None = None) -> Picture:
-    """The picture of a file with ``reading.channels`` channels, upright, transparency on white.
+def read_image(file: str | Path, reading: Reading | int, wanted: Wanted | None = None) -> Picture:
+    """The picture or clip of a file with the channels and frames of the model, upright, transparency on white.
 
-    Grey is repeated for a model of three channels, colour becomes grey for a model of one. Of an animation it is the
-    first frame; pages of a TIFF are channels. shrink, given height and width, says by how much both may be divided:
-    for a JPEG that takes less time than decoding all of it. A number in place of reading is that of the channels.
+    Grey is repeated for a model of three channels, colour becomes grey for a model of one. A model of one frame gets
+    the first of an animation or video, and pages of a TIFF are its channels; for a model of several frames pages are
+    frames. Frames are cut out of the file as :class:`Wanted` says, by default around its middle. A JPEG that may be
+    shrunk takes less time to decode. A number in place of reading is that of the channels.
 
     Raises:
-        DataError: the file cannot be decoded, has other channels than the model, too many pixels, or values that no
-            range turns into 8 bits.
+        DataError: the file cannot be decoded, has other channels or fewer frames than the model, too many pixels, or
+            values that no range turns into 8 bits.
     """
     file, reading = Path(file), Reading(reading) if isinstance(reading, int) else reading
     try:
         if not stat.S_ISREG(file.stat().st_mode):  # opening a FIFO would wait for somebody who writes into it
             raise DataError("it is no regular file")
         with open(file, "rb") as opened:
-            head = opened.read(8)
-        reader = next((r for r in READERS if head.startswith(r.magic)), READERS[-1])
+            head = opened.read(12)
+        reader = next(r for r in READERS if r.magic.match(head))
         with _quiet_pillow():
-            return _picture(reader.read(file, reading, shrink or (lambda height, width: 1)), reading)
+            return _picture(reader.read(file, reading, wanted or Wanted()), reading)
     except Exception as error:  # decoders raise anything from OSError to struct.error on damaged files
         raise DataError(f"cannot read {printable(file)}: {_reason(error)}") from error
 
 
 def to_tensor(picture: Picture) -> Tensor:
-    """``[C, H, W]`` uint8."""
+    """``[T * C, H, W]`` uint8."""
     planes = [planes_of(image) for image in picture.images]
     return torch.from_numpy(np.concatenate(planes) if len(planes) > 1 else np.array(planes[0], order="C"))
 
 
 def resize_and_crop(picture: Picture, size: tuple[int, int]) -> Picture:
-    """The central part of the picture in the shape of size ``(H, W)``, resized to it."""
+    """The central part of each frame in the shape of size ``(H, W)``, resized to it."""
     return picture.each(lambda image: ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC))
 
 
-def _picture(stored: Image.Image | Values, reading: Reading) -> Picture:
+def _picture(stored: Sequence[Image.Image] | Values, reading: Reading) -> Picture:
     """What a reader found as a picture with the channels of the model."""
-    if isinstance(stored, Image.Image):
-        image = _plain(stored, reading)
+    if not isinstance(stored, Values):
+        frames = [_plain(image, reading) for image in stored]
         if reading.value_range is None:
-            return Picture((image,) if reading.channels in (1, 3) else image.split())
-        stored = Values(planes_of(image))
-    reading.check_channels(len(stored.values))
-    pixels, note = to_8_bits(stored.values, reading.value_range)
-    bands = tuple(map(Image.fromarray, pixels))
-    if stored.alpha is not None:
+            bands = [(frame,) if reading.channels in (1, 3) else frame.split() for frame in frames]
+            return Picture(sum(bands, ()))
+        stored = Values(np.stack([planes_of(frame) for frame in frames], axis=1))
+    channels, *_, height, width = stored.values.shape
+    reading.check_channels(channels)
+    pixels, note = to_8_bits(stored.values.reshape(channels, -1, height, width), reading.value_range)
+    alphas = [None] * pixels.shape[1] if stored.alpha is None else stored.alpha.reshape(-1, height, width)
+    bands = [_bands(frame, alpha, reading) for frame, alpha in zip(pixels.swapaxes(0, 1), alphas, strict=True)]
+    return Picture(sum(bands, ()), note, stored.is_sound)
+
+
+def _bands(frame: np.ndarray, alpha: np.ndarray | None, reading: Reading) -> tuple[Image.Image, ...]:
+    """One frame ``[C, H, W]`` with the channels of the model."""
+    bands = tuple(map(Image.fromarray, frame))
+    if alpha is not None:
         colours = bands if len(bands) == 3 else bands * 3
-        bands = _on_white(Image.merge("RGBA", (*colours, Image.fromarray(stored.alpha)))).split()[: len(bands)]
+        bands = _on_white(Image.merge("RGBA", (*colours, Image.fromarray(alpha)))).split()[: len(bands)]
     if len(bands) == reading.channels:
-        return Picture(bands, note)
-    return Picture(bands * 3 if reading.channels == 3 else (Image.merge("RGB", bands).convert("L"),), note)
+        return bands
+    return bands * 3 if reading.channels == 3 else (Image.merge("RGB", bands).convert("L"),)
 
 
 def _plain(image: Image.Image, reading: Reading) -> Image.Image:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mae.data.errors import DataError, DataWarning, counted, printable
-from mae.data.readers import suffixes
+from mae.data.readers import missing_for, suffixes
 
 _MOST_KINDS = 8  # named in a line; further ones are summed up
 _IMAGE, _FOLDER, _NO_SUFFIX, _BROKEN_LINK, _SPECIAL, _LOCKED = "image", "folder", "none", "link", "special", "locked"
@@ -110,7 +110,9 @@ def _listed(left_out: Counter) -> str:
     parts = [counted(count, *_WORDS.get(kind, (f"{kind} file",))) for kind, count in kinds[:_MOST_KINDS]]
     if rest := kinds[_MOST_KINDS:]:
         parts.append(f"{sum(count for _, count in rest)} of {counted(len(rest), 'other kind')}")
-    return "left out " + " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+    missing = sorted({*map(missing_for, left_out)} - {""})
+    listed = " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+    return "; ".join([f"left out {listed}", *(f"some need {package}" for package in missing)])
 
 
 def _warn(folder: Path, left_out: Counter) -> None:
