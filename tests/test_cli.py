@@ -221,7 +221,7 @@ def test_fashion_mnist_is_what_it_says():
         ("pretrain --data {d}/bad", "none of the 4 files can be read; first: cannot read {d}/bad/"),
         (
             "pretrain --data {d}/good --image-size 33",
-            "MAEConfig: image height 33 is not a multiple of the patch height 16",
+            "MAEConfig: images height 33 is not a multiple of the patch height 16",
         ),
         ("pretrain --data {d}/good --mask-ratio 1", "mask_ratio must be a number between 0 and 1, got 1.0"),
         ("pretrain --data {d}/good --mask-ratio nan", "mask_ratio must be a number between 0 and 1, got nan"),
