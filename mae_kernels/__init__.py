@@ -7,7 +7,15 @@ from mae_kernels.gather_tokens import gather_tokens
 from mae_kernels.integrations import apply, unapply
 from mae_kernels.linear_masked_mse import linear_masked_mse
 from mae_kernels.masked_mse import masked_mse
-from mae_kernels.masking import Masking, masking_from_mask, random_masking
+from mae_kernels.masking import (
+    Masking,
+    axis_masking,
+    block_masking,
+    grid_masking,
+    masking_from_mask,
+    random_masking,
+    tube_masking,
+)
 from mae_kernels.patch_embed import patch_embed
 from mae_kernels.patchify import patchify, unpatchify
 from mae_kernels.random_resized_crop import PackedImages, random_crop_boxes, random_resized_crop
@@ -19,8 +27,11 @@ __all__ = [
     "Masking",
     "PackedImages",
     "apply",
+    "axis_masking",
+    "block_masking",
     "decompositions",
     "gather_tokens",
+    "grid_masking",
     "linear_masked_mse",
     "masked_mse",
     "masking_from_mask",
@@ -31,6 +42,7 @@ __all__ = [
     "random_resized_crop",
     "reference",
     "scatter_mask_tokens",
+    "tube_masking",
     "unapply",
     "unpatchify",
     "use_backend",

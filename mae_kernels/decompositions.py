@@ -13,14 +13,19 @@ from mae_kernels import reference
 from mae_kernels.precision import accumulation_dtype
 
 
-def masking(noise, num_keep):
+def masking(noise, counts, num_keep, num_mask):
     # ONNX has no stable sort: each patch counts those before it. Among these numbers none are equal.
     noise = noise.int() if noise.dtype == torch.bool else noise.nan_to_num(torch.inf)
+    n, num_patches = noise.shape
     one, other = noise[:, :, None], noise[:, None, :]
-    earlier = torch.ones(noise.shape[1], noise.shape[1], dtype=torch.bool, device=noise.device).tril(-1)
+    earlier = torch.ones(num_patches, num_patches, dtype=torch.bool, device=noise.device).tril(-1)
     ids_restore = ((other < one) | ((other == one) & earlier)).sum(2)  # [N, L]
-    ids_shuffle = ids_restore.topk(noise.shape[1], dim=1, largest=False).indices
-    return ids_shuffle[:, :num_keep].clone(), ids_shuffle[:, num_keep:].clone(), ids_restore, ids_restore >= num_keep
+    if counts is not None:
+        counts = counts.clamp(1, num_keep)[:, None]
+        ids_restore = ids_restore + (ids_restore >= counts) * (num_keep - counts)
+    patches = torch.arange(num_patches, device=noise.device).expand_as(ids_restore)
+    ids = ids_restore.new_full((n, num_keep + num_mask), -1).scatter(1, ids_restore, patches)
+    return ids[:, :num_keep].clone(), ids[:, num_keep:].clone(), ids_restore, ids_restore >= num_keep
 
 
 def gather_tokens(tokens, ids):

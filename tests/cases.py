@@ -11,6 +11,7 @@ from mae_kernels import (
     gather_tokens,
     linear_masked_mse,
     masked_mse,
+    masking_from_mask,
     patch_embed,
     random_crop_boxes,
     random_masking,
@@ -175,10 +176,11 @@ def dispatcher_calls() -> list[tuple]:
     packed, flips = PackedImages.pack([pixels[0], pixels[1, :, 3:, :10]]), torch.tensor([yes, no, yes])
     boxes = torch.tensor([[0, 0, 8, 16], [2, 3, 3, 7], [7, 15, 1, 1]])
     return [
-        (ops.masking, torch.rand(3, 8), 2),
-        (ops.masking, torch.rand(1, 8), 2),
-        (ops.masking, torch.rand(8, 3).t(), 2),
-        (ops.masking, mask, 5),
+        (ops.masking, torch.rand(3, 8), None, 2, 6),
+        (ops.masking, torch.rand(1, 8), None, 2, 6),
+        (ops.masking, torch.rand(8, 3).t(), None, 2, 6),
+        (ops.masking, torch.rand(2, 8) < 0.5, torch.tensor([3, 1]), 4, 7),
+        (ops.masking, mask, None, 5, 3),
         (ops.gather_tokens, tokens(3, 8, 5, strides="slice"), keep),
         (ops.gather_tokens, tokens(1, 8, 5, BF16, "permute"), keep1),
         (ops.gather_tokens_backward, tokens(3, 2, 5, strides="sum"), keep, 8),
@@ -226,10 +228,15 @@ def _masking_in_one(noise):
     return torch.cat([x.double() for x in random_masking(*noise.shape, 0.7, noise=noise)], dim=1)
 
 
+def _unequal_masking_in_one(mask):
+    return torch.cat([x.double() for x in masking_from_mask(mask, num_keep=40)], dim=1)
+
+
 # Op, inputs for a batch of n, inputs with a gradient. No size equals 3, 4, 5, 7 or 11 but that of such a batch.
 GRID, PATCH = (2, 7), (8, 8)
 OPS_BY_NAME = {
     "masking": (_masking_in_one, lambda n: {"noise": torch.rand(n, 49)}, ()),
+    "masking, unequal counts": (_unequal_masking_in_one, lambda n: {"mask": torch.rand(n, 49) < 0.6}, ()),
     "gather": (gather_tokens, lambda n: {"tokens": tokens(n, 49, 24), "ids": ids(n, 49, 12)}, ("tokens",)),
     "scatter": (
         scatter_mask_tokens,

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from mae_kernels import PackedImages, masking_from_mask, random_crop_boxes, random_masking, random_resized_crop
+from mae_kernels import (
+    PackedImages,
+    axis_masking,
+    block_masking,
+    grid_masking,
+    masking_from_mask,
+    random_crop_boxes,
+    random_masking,
+    random_resized_crop,
+    tube_masking,
+)
 
 NAN, INF = float("nan"), float("inf")
 V, T = ValueError, TypeError
@@ -65,13 +75,47 @@ CALLS = [
     ("masking noise and device", lambda: random_masking(2, 4, noise=IDS.float(), device="cpu"), V,
      "random_masking: noise fixes the mask and its device; leave out generator and device"),
     ("mask uneven", lambda: masking_from_mask(IDS.gt(torch.tensor([[2], [1]]))), V,
-     "masking_from_mask: every row must hide the same number of patches, but row 0 hides 1 and row 1 hides 2"),
+     ("masking_from_mask: every row must hide the same number of patches, but row 0 hides 1 and row 1 hides 2; "
+      "pass num_keep, the largest number of visible patches in a row")),
     ("mask full", lambda: masking_from_mask(MASK), V, "masking_from_mask: mask leaves none of the 4 patches visible"),
     ("mask bare", lambda: masking_from_mask(~MASK), V, "masking_from_mask: mask leaves none of the 4 patches masked"),
     ("mask float", lambda: masking_from_mask(MASK.float()), T,
      "masking_from_mask: mask must be bool with True = removed, got float32; call .bool()"),
     ("mask 1-D", lambda: masking_from_mask(MASK[0]), V, "masking_from_mask: mask must be [N, L], got shape (4,)"),
     ("mask empty", lambda: masking_from_mask(MASK[:0]), V, "masking_from_mask: mask is empty, got shape (0, 4)"),
+    ("mask of one patch", lambda: masking_from_mask(MASK[:, :1], 1), V,
+     "masking_from_mask: mask must have at least two patches in a row, got shape (2, 1)"),
+    ("mask with a row of none", lambda: masking_from_mask(IDS.lt(torch.tensor([[2], [4]])), 3), V,
+     "masking_from_mask: every row must have 1 to num_keep = 3 visible patches, but row 1 has 0"),
+    ("mask with a row of too many", lambda: masking_from_mask(IDS.lt(torch.tensor([[2], [1]])), 2), V,
+     "masking_from_mask: every row must have 1 to num_keep = 2 visible patches, but row 1 has 3"),
+    ("mask num_keep 0", lambda: masking_from_mask(MASK, 0), V,
+     "masking_from_mask: num_keep must be 1 to 4, the number of patches, got 0"),
+    ("mask num_keep 5", lambda: masking_from_mask(MASK, 5), V,
+     "masking_from_mask: num_keep must be 1 to 4, the number of patches, got 5"),
+    ("mask num_keep float", lambda: masking_from_mask(MASK, 2.0), T,
+     "masking_from_mask: num_keep must be an int, got float"),
+
+    ("tube ratio", lambda: tube_masking(2, (2, 4, 4), 1), V,
+     "tube_masking: mask_ratio must lie strictly between 0 and 1, got 1"),
+    ("tube none masked", lambda: tube_masking(2, (9, 2, 4), 0.1), V,
+     "tube_masking: mask_ratio 0.1 of 8 patches leaves none masked"),
+    ("tube grid", lambda: tube_masking(2, (1, 2, 4, 4)), V,
+     "tube_masking: grid must be a positive int, or two or three of them, got (1, 2, 4, 4)"),
+    ("block grid", lambda: block_masking(2, (4, 0)), V,
+     "block_masking: grid must be a positive int, or two or three of them, got (4, 0)"),
+    ("block batch", lambda: block_masking(-1, 4), V,
+     "block_masking: batch_size must not be negative and num_patches positive, got -1 and 16"),
+    ("grid ratio", lambda: grid_masking(2, 4, 0.6), V,
+     ("grid_masking: mask_ratio must be 0.25, 0.5 or 0.75, whole patches of every 2 x 2, got 0.6; "
+      "random_masking takes any ratio")),
+    ("axis share 1", lambda: axis_masking(2, 4, share=1), V,
+     "axis_masking: share must be a number in [0, 1), or 2 of them, one for each axis, got 1"),
+    ("axis shares of images", lambda: axis_masking(2, (3, 4, 4), share=(0, 0.5)), V,
+     "axis_masking: share must be a number in [0, 1), or 3 of them, one for each axis, got (0, 0.5)"),
+    ("axis share too large", lambda: axis_masking(2, 4, share=0.5, mask_ratio=0.7), V,
+     ("axis_masking: lines of share 0.5 hold 12 patches, more than mask_ratio 0.7 of 16 hides; "
+      "lower share or raise mask_ratio")),
 
     ("crop float", lambda: crop(PIXELS.float()), T, "random_resized_crop: images must be uint8, got float32"),
     ("crop array", lambda: crop(PIXELS.numpy()), T, "random_resized_crop: images must be a torch.Tensor, got ndarray"),
