@@ -306,7 +306,5 @@ def test_uint16_images_are_normalised_in_their_own_units():
     mean, std = (torch.tensor(x).double().view(2, 1, 1, 1) for x in (model.config.pixel_mean, model.config.pixel_std))
     expected = model((clips.double() - mean) / std, noise=noise).loss
     torch.testing.assert_close(model(clips, noise=noise).loss, expected, rtol=1e-10, atol=0)
-    original = model.reconstruct(clips, noise=noise).original
-    torch.testing.assert_close(original, clips.float() / 65535, rtol=0, atol=1e-6)
     model.patch_embed.proj.register_forward_hook(lambda *_: None)
     torch.testing.assert_close(model(clips, noise=noise).loss, expected, rtol=1e-10, atol=0)

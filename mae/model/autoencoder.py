@@ -151,8 +151,8 @@ class MaskedAutoencoder(VisionTransformer):
             truth = patchify(pixels, config.patch_size)
             patches = _denormalized(patches, truth, config.in_chans if config.norm_pix_loss == "channel" else 1)
         hidden = unpatchify(masking.mask[..., None].expand(patches.shape), *sizes)  # as pixels
-        white = torch.iinfo(images.dtype).max if images.dtype == torch.uint16 else 1  # in units of mean and std
-        original, predicted = (((x * std + mean) / white).clamp(0, 1) for x in (pixels, unpatchify(patches, *sizes)))
+        original = (pixels * std + mean).clamp(0, 1)
+        predicted = (unpatchify(patches, *sizes) * std + mean).clamp(0, 1)
         return Reconstruction(
             masked=original.masked_fill(hidden, 0.5),
             reconstruction=torch.where(hidden, predicted, original),
