@@ -64,6 +64,26 @@ def test_published_sizes(name, encoder, total):
     assert sum(n for name, n in trained.items() if not name.startswith(("decoder_", "mask_token"))) == encoder
 
 
+@pytest.mark.parametrize(
+    ("name", "grid", "values", "decoder"),
+    [
+        ("mae_vit_small_video", (8, 14, 14), 1536, (192, 3)),
+        ("mae_vit_base_video", (8, 14, 14), 1536, (384, 6)),
+        ("mae_vit_large_video", (8, 14, 14), 1536, (512, 8)),
+        ("mae_vit_base_volume", (6, 6, 6), 4096, (512, 16)),
+    ],
+)
+def test_models_of_clips_and_volumes(name, grid, values, decoder):
+    with torch.device("meta"):
+        model = MODELS[name]()
+    config = model.config
+    assert config.grid.grid == grid
+    assert model.pos_embed.shape == (1, 1 + math.prod(grid), config.embed_dim)
+    assert model.patch_embed.proj.weight.shape == (config.embed_dim, config.in_chans, *config.patch_size)
+    assert model.decoder_pred.weight.shape == (values, decoder[0])
+    assert (config.decoder_embed_dim, config.decoder_num_heads) == decoder
+
+
 def test_pixel_statistics_survive_memory_without_values():
     """As large models are built; and half() does not round them."""
     good = MaskedAutoencoder(TINY)

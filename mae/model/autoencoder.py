@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from mae.model.block import Block, of_some
@@ -77,7 +78,8 @@ class MaskedAutoencoder(VisionTransformer):
             images: ``[N, C, H, W]`` or ``[N, C, T, H, W]``, uint8, uint16 or normalised floating.
             mask_ratio: share of hidden patches.
             noise: ``[N, L]`` that fixes the mask, see :func:`mae_kernels.random_masking`.
-            masking: the mask itself, from any source; mask_ratio and noise are then not used.
+            masking: the mask itself, from any source; mask_ratio and noise are then not used. Where its rows differ in
+                their counts, each image gets what it would get alone, and the loss is the mean over all hidden patches.
             return_pred: predict the visible patches as well and return them all. Costs time and memory.
 
         Returns:
@@ -85,7 +87,8 @@ class MaskedAutoencoder(VisionTransformer):
         """
         grid = self.patch_grid(images)
         masking = _masking(images, grid.num_patches, mask_ratio, noise, masking)
-        latent = self.encode(self.embed(images, masking.ids_keep))  # [N, 1 + K, D]
+        keys = _padding(masking, grid.num_patches)
+        latent = self.encode(self.embed(images, masking.ids_keep), keys)  # [N, 1 + K, D]
         tokens = self.scatter_mask_tokens(latent, masking.ids_restore, grid)  # [N, 1 + L, D']
         if return_pred:
             hidden = self.decoder_norm(self.decode(tokens))  # [N, 1 + L, D']
@@ -105,7 +108,7 @@ class MaskedAutoencoder(VisionTransformer):
 
         For the latter the last block computes keys and values of all tokens, and everything else for these alone.
         """
-        ids = None if ids_mask is None else ids_mask + 1  # behind the class token
+        ids = None if ids_mask is None else ids_mask + (ids_mask >= 0)  # behind the class token, but for those of none
         last = len(self.decoder_blocks) - 1
         for i, block in enumerate(self.decoder_blocks):
             x = of_some(block, x, ids if i == last else None)
@@ -172,6 +175,13 @@ def _masking(
         return masking
     device = images.device if noise is None else None
     return random_masking(images.shape[0], num_patches, mask_ratio, noise=noise, device=device)
+
+
+def _padding(masking: Masking, num_patches: int) -> Tensor | None:
+    """``[N, 1 + K]`` bool, False where ids_keep holds no patch; None where the shapes say that all are patches."""
+    if masking.ids_keep.shape[1] + masking.ids_mask.shape[1] == num_patches:
+        return None
+    return F.pad(masking.ids_keep >= 0, (1, 0), value=True)  # the class token is always one
 
 
 def _denormalized(patches: Tensor, truth: Tensor, groups: int) -> Tensor:
