@@ -61,7 +61,7 @@ def test_step(step_dtype, step_shape, hand_over, request):
             "saved_bytes_per_image": saved[runner.name] / step_shape.batch,
             "launches": launches,
             "host_syncs": syncs,
-            "shipped_bytes_per_image": runner.images.nbytes // step_shape.batch,
+            "shipped_bytes_per_image": runner.batch.images.nbytes // step_shape.batch,
         }
         if runner.name != "f":  # a graph that is replayed has its memory already
             row["peak_mib"] = measure.peak_mib(runner.step)
