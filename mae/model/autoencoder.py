@@ -26,7 +26,11 @@ class MAEOutput(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """Pictures of the same images, ``[N, C, H, W]`` or ``[N, C, T, H, W]`` float32 in [0, 1]."""
+    """Pictures of the same images, ``[N, C, H, W]`` or ``[N, C, T, H, W]`` float32 in [0, 1].
+
+    Images with values beyond [0, 1] in the units of the model's pixel_mean, such as 16-bit ones, are scaled by their
+    own range, with 0 and 1 in it: each image by that of all its channels and frames.
+    """
 
     masked: Tensor  # the model's input, hidden patches grey
     reconstruction: Tensor  # hidden patches as predicted, visible patches as they were
@@ -151,8 +155,10 @@ class MaskedAutoencoder(VisionTransformer):
             truth = patchify(pixels, config.patch_size)
             patches = _denormalized(patches, truth, config.in_chans if config.norm_pix_loss == "channel" else 1)
         hidden = unpatchify(masking.mask[..., None].expand(patches.shape), *sizes)  # as pixels
-        original = (pixels * std + mean).clamp(0, 1)
-        predicted = (unpatchify(patches, *sizes) * std + mean).clamp(0, 1)
+        original, predicted = pixels * std + mean, unpatchify(patches, *sizes) * std + mean
+        low, high = original.flatten(1).aminmax(dim=1)
+        low, high = (x.view(-1, *[1] * (images.ndim - 1)) for x in (low.clamp(max=0), high.clamp(min=1)))
+        original, predicted = (((x - low) / (high - low)).clamp(0, 1) for x in (original, predicted))
         return Reconstruction(
             masked=original.masked_fill(hidden, 0.5),
             reconstruction=torch.where(hidden, predicted, original),
