@@ -197,7 +197,7 @@ class ReconstructConfig:
     model: ModelName | None = None
     """Architecture, for a checkpoint file that does not tell it by a config.json, its settings or its shapes."""
     norm_pix_loss: bool | Literal["channel"] | None = None
-    """Whether the model was trained on normalised pixels, for such a file."""
+    """Whether the model was trained on normalised pixels, or channels of them, for such a file."""
     ema: bool = False
     """Take the averaged weights, of a file that holds them beside the plain ones."""
     image_size: Sizes | None = None
@@ -352,8 +352,8 @@ class ConvertConfig:
     """Folder to write, or a file that ends in .safetensors or .pth, which holds the weights alone."""
     model: ModelName | None = None
     """Architecture, for a checkpoint file that does not tell it by a config.json, its settings or its shapes."""
-    norm_pix_loss: bool | None = None
-    """Whether the model was trained on normalised pixels, for such a file."""
+    norm_pix_loss: bool | Literal["channel"] | None = None
+    """Whether the model was trained on normalised pixels, or channels of them, for such a file."""
     ema: bool = False
     """Take the averaged weights, of a file that holds them beside the plain ones."""
 

@@ -13,7 +13,8 @@ from scipy.io import wavfile
 
 from mae.data import DataError, Reading, TrainingImages, Wanted, random_box, read_image, read_pictures, to_tensor
 from mae.data.loader import _collate
-from mae.data.sound import below_loudest, mono, spectrogram
+from mae.data.sound import below_loudest, mono, row_of, spectrogram
+from mae.figures import _flat
 from mae_kernels import random_resized_crop
 
 RNG = np.random.default_rng(0)
@@ -222,6 +223,21 @@ def test_packages_are_named_where_they_are_missing(tmp_path, monkeypatch):
     assert refusal(tmp_path / "x.flac") == f"it is sound, {needs} soundfile: pip install 'mae_kernels[audio]'"
 
 
+def test_how_clips_are_drawn():
+    """Frames side by side, two pixels apart; or the middle frame, then rows and columns over time, from the top."""
+    clips = torch.rand(2, 3, 12, 5, 7)
+    frames = _flat(clips, "frames").unfold(3, 9, 9)[..., :7]  # [N, C, H, 8, W]
+    shown = [0, 2, 3, 5, 6, 8, 9, 11]
+    assert torch.equal(frames, clips[:, :, shown].movedim(2, 3))
+    assert _flat(clips[:, :, :4], "frames").shape == (2, 3, 5, 36)
+    slices = _flat(clips, "slices")
+    assert torch.equal(slices[..., :5, :7], clips[:, :, 6])
+    assert torch.equal(slices[..., 9:16], clips[:, :, :, 2])
+    assert torch.equal(slices[..., 18:23], clips[..., 3])
+    assert (slices[..., 5:, :7] == 1).all()
+    assert slices.shape == (2, 3, 12, 25)
+
+
 # Sound.
 
 
@@ -256,6 +272,7 @@ def test_a_tone_is_a_line_at_its_height():
         levels = spectrogram(np.sin(2 * np.pi * hertz * seconds), 128, 90)
         mel = 2595 * np.log10(1 + hertz / 700) / (2595 * np.log10(1 + 8000 / 700))
         assert (np.abs(128 - mel * 129 - levels.argmax(0)) < 1).all()
+        assert row_of(hertz, 128) == pytest.approx(128 - mel * 129)
         assert (levels.max(0) > -6).all()
         assert levels.max() <= 0
     assert np.isfinite(spectrogram(seconds, 512, 2)).all()  # the lowest of so many bands are narrow
