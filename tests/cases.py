@@ -82,6 +82,12 @@ def ids(n: int, num_patches: int, k: int) -> Tensor:
     return torch.rand(n, num_patches).argsort(dim=1)[:, :k].contiguous()
 
 
+def padded_ids(n: int) -> Tensor:
+    """``[N, 12]``: ids below 32, of which every row holds fewer than the one before, and -1."""
+    chosen = ids(n, 32, 12)
+    return chosen.masked_fill(torch.arange(12) >= 12 - torch.arange(n)[:, None] % 12, -1)
+
+
 def mean_std(c: int) -> dict[str, list[float]]:
     """A different mean and std for every channel, so that a swapped or a shared one is seen."""
     return {"mean": [MEAN[i % 3] + 0.01 * i for i in range(c)], "std": [STD[i % 3] + 0.02 * i for i in range(c)]}
@@ -234,6 +240,7 @@ def _unequal_masking_in_one(mask):
 
 # Op, inputs for a batch of n, inputs with a gradient. No size equals 3, 4, 5, 7 or 11 but that of such a batch.
 GRID, PATCH = (2, 7), (8, 8)
+CLIPS = (2, 8, 2), (8, 2, 8)
 OPS_BY_NAME = {
     "masking": (_masking_in_one, lambda n: {"noise": torch.rand(n, 49)}, ()),
     "masking, unequal counts": (_unequal_masking_in_one, lambda n: {"mask": torch.rand(n, 49) < 0.6}, ()),
@@ -269,6 +276,19 @@ OPS_BY_NAME = {
         patch_embed,
         lambda n: patch_embed_inputs(n, GRID, PATCH, 3, 24, pixels=U8, pos=False),
         ("weight", "bias"),
+    ),
+    "embed, clips": (
+        patch_embed,
+        lambda n: {**patch_embed_inputs(n, *CLIPS, 1, 24, pixels=U16, k=12, norm=True), "ids_keep": padded_ids(n)},
+        ("weight", "bias", "pos_embed"),
+    ),
+    "loss, clips": (
+        masked_mse,
+        lambda n: {
+            **loss_inputs(n, *CLIPS, 2, by="ids_mask", masked=12, norm_pix="channel"),
+            "ids_mask": padded_ids(n),
+        },
+        ("pred",),
     ),
     "crop": (random_resized_crop, lambda n: crop_inputs(n, 3, 16, 24, (9, 14)), ()),
     "crop, packed": (random_resized_crop, lambda n: crop_inputs(n, 3, 16, 24, (9, 14), packed=True), ()),
