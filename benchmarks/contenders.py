@@ -1,13 +1,14 @@
 """Whole training steps to compare: the published pipeline, its best tuning, Hugging Face's model, and ours.
 
-All train on the same images; those that share the published layout of parameters train the same model in turn, so that
-the largest ones fit into memory together.
+All train on the same images or clips; those that share the published layout of parameters train the same model in turn,
+so that the largest ones fit into memory together.
 """
 
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,14 @@ _SYNC = re.compile(r"cuda(Stream|Device|Event)Synchronize")
 _COMPILED_CALL = re.compile(r"^\s+(?:\w+ = )?(?:extern_kernels\.|cpp_fused\w*\(|\w*\.run\(|torch\.ops\.|aten\.)", re.M)
 
 
+class Batch(NamedTuple):
+    """What a step trains on."""
+
+    images: Tensor  # [N, C, H, W] or [N, C, T, H, W] on the host, in the dtype that the pipeline ships
+    noise: Tensor  # [N, L] on the device
+    mask_ratio: float
+
+
 @dataclass
 class Contender:
     """``step`` trains once, from images on the host to updated weights; ``loss`` is its forward alone."""
@@ -48,8 +57,7 @@ class Contender:
     model: nn.Module
     step: Callable[[], object]
     loss: Callable[[], Tensor]
-    images: Tensor  # [N, C, H, W] on the host, in the dtype that the pipeline ships
-    noise: Tensor  # [N, L]
+    batch: Batch
     optimizer: torch.optim.Optimizer
 
     def loss_and_gradients(self) -> dict[str, Tensor]:
@@ -61,7 +69,7 @@ class Contender:
         return {"the loss": loss.detach().clone(), **gradients}
 
     def saved_bytes(self) -> int:
-        with saved_bytes(*self.model.parameters(), *self.model.buffers(), self.noise) as kept:
+        with saved_bytes(*self.model.parameters(), *self.model.buffers(), self.batch.noise) as kept:
             loss = self.loss()
         loss.backward()
         return kept()
@@ -84,67 +92,63 @@ class Contender:
         return counter.launches, counter.syncs
 
 
-def contenders(names: str, model: nn.Module, images: Tensor, noise: Tensor, bfloat16: bool) -> list[Contender]:
-    """Those of ``names`` that run here.
+def contenders(names: str, model: nn.Module, batch: Batch, bfloat16: bool) -> list[Contender]:
+    """Those of ``names`` that run here, on what the model takes.
 
     Args:
         names: letters of :data:`LABELS`.
         model: a MaskedAutoencoder on the device.
-        images: ``[N, C, H, W]`` uint8 on the host.
-        noise: ``[N, L]`` on the device.
+        batch: of uint8 images.
         bfloat16: autocast to it.
     """
-    mean, std = (x.cpu()[:, None, None] for x in (model.patch_embed.pixel_mean, model.patch_embed.pixel_std))
-    floats = (images / 255 - mean) / std
+    images, noise, ratio = batch
+    floats = reference.normalize(images, model.patch_embed.pixel_mean.cpu(), model.patch_embed.pixel_std.cpu())
     if DEVICE.type == "cuda":
         images, floats = images.pin_memory(), floats.pin_memory()
+    batch, normalized = batch._replace(images=images), batch._replace(images=floats)
     fused = adamw(model, lr=1e-4)
     made = []
     for name in names:
         if name == "a":
-            made.append(_published(model, floats, noise, bfloat16))
+            made.append(_published(model, normalized, bfloat16))
         elif name == "b":
             loss = torch.compile(
-                lambda x: reference.pretraining_loss(model, x, noise, attention=F.scaled_dot_product_attention)
+                lambda x: reference.pretraining_loss(model, x, noise, ratio, F.scaled_dot_product_attention)
             )
-            made.append(_plain("b", model, loss, fused, floats, noise, bfloat16))
+            made.append(_plain("b", model, loss, fused, normalized, bfloat16))
         elif name in "cCg":
-            peer = _hugging_face(model)
+            if (peer := _hugging_face(model, ratio)) is None:
+                continue
             if name == "g":
                 apply(peer)
             run = torch.compile(peer) if name == "C" else peer
             optimizer = adamw(peer, lr=1e-4)
             made.append(
-                _plain(name, peer, lambda x, run=run: run(x, noise=noise).loss, optimizer, floats, noise, bfloat16)
+                _plain(name, peer, lambda x, run=run: run(x, noise=noise).loss, optimizer, normalized, bfloat16)
             )
         elif name != "f" or DEVICE.type == "cuda":
             execution = {"d": "eager", "e": "compile", "f": "graph"}[name]
             step = TrainingStep(model, fused, bfloat16=bfloat16, execution=execution)
-            made.append(_ours(name, model, step, images, noise))
+            made.append(_ours(name, model, step, batch))
     return made
 
 
-def _ours(name: str, model: nn.Module, step: TrainingStep, images: Tensor, noise: Tensor) -> Contender:
+def _ours(name: str, model: nn.Module, step: TrainingStep, batch: Batch) -> Contender:
     def ship() -> Tensor:
-        return images.to(DEVICE, non_blocking=True)
+        return batch.images.to(DEVICE, non_blocking=True)
 
     def masking() -> Masking:
-        return random_masking(*noise.shape, noise=noise)
+        return random_masking(*batch.noise.shape, batch.mask_ratio, noise=batch.noise)
 
-    return Contender(
-        name,
-        model,
-        lambda: step(ship(), masking()),
-        lambda: step.loss(ship(), masking()),
-        images,
-        noise,
-        step.optimizer,
-    )
+    def run() -> Tensor:
+        return step(ship(), masking())
+
+    return Contender(name, model, run, lambda: step.loss(ship(), masking()), batch, step.optimizer)
 
 
-def _plain(name, model, loss, optimizer, images, noise, bfloat16) -> Contender:
+def _plain(name, model, loss, optimizer, batch, bfloat16) -> Contender:
     def forward() -> Tensor:
-        shipped = images.to(DEVICE, non_blocking=True)
+        shipped = batch.images.to(DEVICE, non_blocking=True)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bfloat16):
             return loss(shipped)
 
@@ -155,10 +159,10 @@ def _plain(name, model, loss, optimizer, images, noise, bfloat16) -> Contender:
         optimizer.zero_grad()
         return out.detach()
 
-    return Contender(name, model, step, forward, images, noise, optimizer)
+    return Contender(name, model, step, forward, batch, optimizer)
 
 
-def _published(model, images, noise, bfloat16) -> Contender:
+def _published(model, batch, bfloat16) -> Contender:
     """With the engine's habits: the loss is read in every step, a gradient norm is computed and not used."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim > 1]
@@ -167,9 +171,9 @@ def _published(model, images, noise, bfloat16) -> Contender:
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), foreach=True)  # PyTorch's default on GPUs
 
     def forward() -> Tensor:
-        shipped = images.to(DEVICE, non_blocking=True)
+        shipped = batch.images.to(DEVICE, non_blocking=True)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bfloat16):
-            return reference.pretraining_loss(model, shipped, noise)
+            return reference.pretraining_loss(model, shipped, batch.noise, batch.mask_ratio)
 
     def step() -> float:
         loss = forward()
@@ -184,13 +188,17 @@ def _published(model, images, noise, bfloat16) -> Contender:
             torch.cuda.synchronize()
         return value
 
-    return Contender("a", model, step, forward, images, noise, optimizer)
+    return Contender("a", model, step, forward, batch, optimizer)
 
 
-def _hugging_face(model: nn.Module) -> nn.Module:
+def _hugging_face(model: nn.Module, mask_ratio: float) -> nn.Module | None:
+    """The same model as theirs; None of one that theirs cannot be, such as one of clips."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    config = ViTMAEConfig(**to_hugging_face_config(model.config), attn_implementation="sdpa")
-    peer = ViTMAEForPreTraining(config)
+    try:
+        fields = to_hugging_face_config(model.config, mask_ratio)
+    except ValueError:
+        return None
+    peer = ViTMAEForPreTraining(ViTMAEConfig(**fields, attn_implementation="sdpa"))
     peer.load_state_dict(to_layout(model.state_dict(), find_layout(peer.state_dict())))
     return peer.to(DEVICE).train()

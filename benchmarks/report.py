@@ -31,17 +31,31 @@ class Result:
         self.kind, rows, ceilings = self.facts.get("kind"), self.facts["rows"], self.facts["ceilings"]
         self.ops = [row for row in rows if "backend" in row and "median_ms" in row]
         self.steps = [row for row in rows if "contender" in row]
-        self.compared = [row for row in self.steps if row["contender"].startswith("(a)")] and self.steps
+        of_images = [row for row in self.steps if not is_video(row)]
+        self.compared = [row for row in of_images if row["contender"].startswith("(a)")] and of_images
         self.hosts = [row for row in rows if "host_us" in row and "median_ms" not in row]
         back_end = {"gpu": "triton"}.get(self.kind, "eager")
         self.own = [row for row in self.ops if row["backend"] == back_end and "speedup" in row]
         shown = [row for row in self.own if row["op"] in SHOWN.get(self.kind, ()) and row["pass"] != "backward"]
+        embedded = [row for row in shown if is_video(row) and row["op"].startswith("patch_embed")]
+        self.video = embedded + self._eager_steps_on_video()
+        shown = [row for row in shown if not is_video(row)]
         # README shows the shape that most of them were measured and compiled at.
         shapes = [row["shape"] for row in shown for _ in range(2 if row.get("compiled_ms") else 1)]
         self.shown = [row for row in shown if row["shape"] == max(shapes, key=shapes.count)]
         self.pictures = {"speedups": draw_speedups} if self.shown else {}
         if ceilings.get("tflops") and any(row["flops"] for row in self.shown):
             self.pictures["roofline"] = draw_roofline
+
+    def _eager_steps_on_video(self) -> list[dict]:
+        """Rows of ours that say what the published pipeline took, as those of ops do."""
+        rows = {(row["contender"][1], row["dtype"]): row for row in self.steps if is_video(row)}
+        return [
+            ours | {"op": f"training step {dtype}", "reference_ms": published["median_ms"],
+                    "reference_peak_mib": published["peak_mib"], "speedup": published["median_ms"] / ours["median_ms"]}
+            for (letter, dtype), ours in rows.items()
+            if letter == "d" and (published := rows.get(("a", dtype)))
+        ]  # fmt: skip
 
     def conditions(self) -> str:
         forms = {"device": "{}", "cpu": "family {0[family]} model {0[model]}", "threads": "{} threads",
@@ -53,11 +67,17 @@ class Result:
         told = [form.format(facts[name]) for name, form in forms.items() if name in facts]
         return re.sub(r"\((R|TM)\)", "", ", ".join(told))
 
-    def setting(self, more: str = "") -> str:
-        counts, shape = sorted({row["rounds"] for row in self.shown}), self.shown[0]["shape"].replace(" N=", ", ")
+    def setting(self, rows: list[dict], more: str = "") -> str:
+        counts, shape = sorted({row["rounds"] for row in rows}), rows[0]["shape"].replace(" N=", ", ")
         rounds = f"{counts[0]} to {counts[-1]}" if counts[1:] else counts[0]
-        setting = f"{shape} images, 75 % masked, float32 unless a row says otherwise{more}"
+        masked = say(rows[0].get("mask_ratio", 0.75), "%")  # older files lack it
+        what = f"{shape} {'clips' if is_video(rows[0]) else 'images'}, {masked} masked"
+        setting = f"{what}, float32 unless a row says otherwise{more}"
         return f"{setting}; {self.conditions()}; medians of {rounds} interleaved rounds"
+
+
+def is_video(row: dict) -> bool:
+    return "video" in row["shape"]
 
 
 def results(root: Path) -> list[Result]:
@@ -75,17 +95,6 @@ def of_ops(found: list[Result], kind: str = "cpu") -> list:
     if not (result := newest(found, kind, "shown")):
         return [f"The ops on a {kind.upper()}: not measured yet."]
     links = {file.stem: f"[{file.stem}](docs/results/{file.stem}.md)" for file in [result, *found] if file.kind == kind}
-    fields = {"op": ("op", ""), "pass": ("pass", ""), "published pipeline": ("reference_ms", "ms"),
-              "it compiled": ("compiled_ms", "ms"), "`mae_kernels`": ("median_ms", "ms"), "speed-up": ("speedup", "x"),
-              "over compiled": ("over", "x"), "% of floor": ("of_floor", "%"), "% of clone": ("of_clone", "%"),
-              "peak memory": ("peak", "MiB")}  # fmt: skip
-    if kind == "cpu":
-        fields = {name: fields[name] for name in fields if "compiled" not in name and "%" not in name}
-    lines = [[*fields]]
-    for row in result.shown:
-        more = {"peak": f"{say(row.get('reference_peak_mib'))} -> {say(row.get('peak_mib'))}",
-                "over": row["compiled_ms"] / row["median_ms"] if row.get("compiled_ms") else None}  # fmt: skip
-        lines.append([say((row | more).get(name), unit) for name, unit in fields.values()])
     key = ("two ops", "forward+backward", result.shown[0]["shape"])
     gains = [
         f"""{say(row["median_ms"], "ms")} instead of {say(row["reference_ms"], "ms")} and {say(row["peak_mib"])} instead
@@ -93,14 +102,40 @@ def of_ops(found: list[Result], kind: str = "cpu") -> list:
         for row in result.own if (row["op"].partition(" / ")[2], row["pass"], row["shape"]) == key
     ]  # fmt: skip
     return [
-        f"""{result.setting(', eager PyTorch on both sides' if kind == 'cpu' else '')}; peak memory of one call as
-        PyTorch's allocator saw it. [Raw file](benchmarks/results/{result.path.name}); every row and pictures:
-        {", ".join(links.values()).replace(", ", "; other runs: ", 1)}.""",
+        f"""{result.setting(result.shown, ', eager PyTorch on both sides' if kind == 'cpu' else '')}; peak memory of
+        one call as PyTorch's allocator saw it. [Raw file](benchmarks/results/{result.path.name}); every row and
+        pictures: {", ".join(links.values()).replace(", ", "; other runs: ", 1)}.""",
         """The floor: moving the op's logical bytes at the rate of a large copy or computing its FLOPs at that of a
         large product, the longer. The clone: a copy of as many bytes, in the same run.""" if kind == "gpu" else "",
-        lines,
+        against_published(result.shown, kind),
         f"""`linear_masked_mse` computes its gradients in the forward. Against the same head followed by `masked_mse`,
         forward and backward, it takes {', '.join(gains)}.""" if gains else "",
+    ]  # fmt: skip
+
+
+def against_published(rows: list[dict], kind: str) -> list[list[str]]:
+    fields = {"op": ("op", ""), "pass": ("pass", ""), "published pipeline": ("reference_ms", "ms"),
+              "it compiled": ("compiled_ms", "ms"), "`mae_kernels`": ("median_ms", "ms"), "speed-up": ("speedup", "x"),
+              "over compiled": ("over", "x"), "% of floor": ("of_floor", "%"), "% of clone": ("of_clone", "%"),
+              "peak memory": ("peak", "MiB")}  # fmt: skip
+    if kind == "cpu":
+        fields = {name: fields[name] for name in fields if "compiled" not in name and "%" not in name}
+    lines = [[*fields]]
+    for row in rows:
+        more = {"peak": f"{say(row.get('reference_peak_mib'))} -> {say(row.get('peak_mib'))}",
+                "over": row["compiled_ms"] / row["median_ms"] if row.get("compiled_ms") else None}  # fmt: skip
+        lines.append([say((row | more).get(name), unit) for name, unit in fields.values()])
+    return lines
+
+
+def of_video(found: list[Result]) -> list:
+    """The embedding of clips and the whole step on them."""
+    if not (result := newest(found, "cpu", "video")):
+        return ["Clips on a CPU: not measured yet."]
+    return [
+        f"""{result.setting(result.video)}. [Raw file](benchmarks/results/{result.path.name}); every row:
+        [{result.stem}](docs/results/{result.stem}.md).""",
+        against_published(result.video, "cpu"),
     ]  # fmt: skip
 
 
@@ -126,7 +161,7 @@ def of_steps(found: list[Result], kind: str = "cpu") -> list:
     """Images per second at each shape and dtype; memory and launches at ViT-B, or at the last shape without it."""
     if not (result := newest(found, kind, "compared")):
         return [f"The whole step on a {kind.upper()}: not measured yet."]
-    rows = {(row["contender"], row["shape"], row["dtype"]): row for row in result.steps}
+    rows = {(row["contender"], row["shape"], row["dtype"]): row for row in result.compared}
     names, shapes, dtypes = (list(dict.fromkeys(values)) for values in zip(*rows, strict=True))
     columns = list(dict.fromkeys(key[1:] for key in rows))
     at = next((shape for shape in shapes if shape.startswith("ViT-B")), shapes[-1])
@@ -151,7 +186,7 @@ def of_steps(found: list[Result], kind: str = "cpu") -> list:
     kept = " and ".join(f"{a['saved_bytes_per_image'] / d['saved_bytes_per_image']:.1f}" for a, d in pairs)
     return [
         f"""The whole step, forward, backward and optimizer{f", {batches.pop()} images" if len(batches) == 1 else ""},
-        in images/s; {result.conditions()}; medians of {result.steps[0]["rounds"]} interleaved steps. "Saved" is what
+        in images/s; {result.conditions()}; medians of {result.compared[0]["rounds"]} interleaved steps. "Saved" is what
         autograd keeps for the backward, per image, in {" / ".join(dtypes)}; "{calls}" counts {counted}:""",
         lines,
         f"""As shares of the rate of a large matrix product in the same run, a {at.split("/")[0]} step by `mae`, eager,
@@ -181,7 +216,7 @@ def update(root: Path, check: bool) -> list[str]:
     """What is out of step with the result files, which is written unless ``check``."""
     readme, folder, found = root / "README.md", root / "docs" / "results", results(root)
     text, stale, made = readme.read_text(encoding="utf-8"), [], {}
-    for name, block in (("ops", of_ops), ("step", of_steps), ("gpu", of_gpu), ("demo", of_demo)):
+    for name, block in (("ops", of_ops), ("step", of_steps), ("video", of_video), ("gpu", of_gpu), ("demo", of_demo)):
         begin, end = (f"<!-- numbers of {name}: {edge} -->\n" for edge in ("begin", "end"))
         parts, new = re.split(f"({begin}|{end})", text), f"\n{markdown(block(found))}\n"
         if parts[1::2] != [begin, end]:
@@ -233,7 +268,7 @@ def svg(result: Result, draw) -> str:
         draw(axis := figure.subplots(), result)
         unique = {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         axis.legend(unique.values(), unique.keys(), loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-        figure.supxlabel(textwrap.fill(result.setting().replace("`", ""), 150), fontsize=8, color="#444444")
+        figure.supxlabel(textwrap.fill(result.setting(result.shown).replace("`", ""), 150), fontsize=8, color="#444444")
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 

@@ -56,7 +56,8 @@ def test_op(case, op_shape, ceilings, hand_over, request):
         for name, contender in contenders.items():
             samples = [sum(passes[part]) for passes in times[name]]
             row = {"shape": op_shape.id, "op": case, "pass": stage, "backend": name, "dtype": work.dtype}
-            row |= {"rounds": rounds, **measure.statistics(samples), "logical_bytes": moved, "flops": flops}
+            row |= {"mask_ratio": op_shape.mask_ratio, "rounds": rounds, **measure.statistics(samples)}
+            row |= {"logical_bytes": moved, "flops": flops}
             row |= {"images_per_s": op_shape.batch / median(samples), "gb_per_s": moved / median(samples) / 1e9}
             row |= {"floor_ms": floor_ms, "of_floor": floor_ms / row["median_ms"]}
             row |= {"clone_ms": clone_ms, "of_clone": clone_ms / row["median_ms"]}

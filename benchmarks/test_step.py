@@ -13,7 +13,7 @@ from benchmarks.measure import DEVICE
 mae = pytest.importorskip("mae")  # its requirements are more than those of the ops
 pytest.importorskip("transformers")
 
-from benchmarks.contenders import LABELS, contenders  # noqa: E402 (needs both)
+from benchmarks.contenders import LABELS, Batch, contenders  # noqa: E402 (needs both)
 from mae.profile import training_flops  # noqa: E402
 
 
@@ -22,11 +22,12 @@ def test_step(step_dtype, step_shape, hand_over, request):
     torch.manual_seed(0)
     torch.compiler.reset()
     model = getattr(mae, step_shape.model)().to(DEVICE)
-    size = (step_shape.batch, step_shape.channels, step_shape.image, step_shape.image)
+    size = (step_shape.batch, step_shape.channels, *step_shape.image_size)
     images = torch.randint(0, 256, size, dtype=torch.uint8)
-    noise = torch.rand(step_shape.batch, step_shape.num_patches, device=DEVICE)
-    runners = contenders(options.contenders, model, images, noise, bfloat16)
-    wrong = _inaccurate(runners, model, images, noise, bfloat16)
+    noise = torch.rand(step_shape.batch, step_shape.grid.num_patches, device=DEVICE)
+    batch = Batch(images, noise, step_shape.mask_ratio)
+    runners = contenders(options.contenders, model, batch, bfloat16)
+    wrong = _inaccurate(runners, model, batch, bfloat16)
     runners = [runner for runner in runners if runner.name not in wrong]
     saved = {runner.name: runner.saved_bytes() for runner in runners}
     model.zero_grad()
@@ -49,6 +50,7 @@ def test_step(step_dtype, step_shape, hand_over, request):
             "op": "training step",
             "contender": f"({runner.name}) {LABELS[runner.name]}",
             "dtype": step_dtype,
+            "mask_ratio": step_shape.mask_ratio,
             "rounds": options.step_rounds,
             **measure.statistics(times),
             "images_per_s": step_shape.batch / median(times),
@@ -59,7 +61,7 @@ def test_step(step_dtype, step_shape, hand_over, request):
             "saved_bytes_per_image": saved[runner.name] / step_shape.batch,
             "launches": launches,
             "host_syncs": syncs,
-            "shipped_bytes_per_image": runner.images.nbytes // step_shape.batch,
+            "shipped_bytes_per_image": runner.batch.images.nbytes // step_shape.batch,
         }
         if runner.name != "f":  # a graph that is replayed has its memory already
             row["peak_mib"] = measure.peak_mib(runner.step)
@@ -78,13 +80,13 @@ def _seconds(step) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _inaccurate(runners, model, images, noise, bfloat16: bool) -> dict[str, dict]:
+def _inaccurate(runners, model, batch, bfloat16: bool) -> dict[str, dict]:
     """Loss and gradients of all, one by one, against the published pipeline in float32: those that are off.
 
     The error is at most twice that of the published pipeline in the same precision, and 1e-5, as the tests demand of
     float32 gradients against Hugging Face's model.
     """
-    (exact,), (peer,) = (contenders("a", model, images, noise, precision) for precision in (False, bfloat16))
+    (exact,), (peer,) = (contenders("a", model, batch, precision) for precision in (False, bfloat16))
     gold = exact.loss_and_gradients()
     published, wrong = _errors(peer, gold), {}
     # In a scalar errors may cancel by chance: no less is allowed than in the best of the gradients.

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 import mae_kernels
 from mae_kernels import reference
 from mae_kernels.masked_mse import residual_is_less
+from mae_kernels.patch_grid import PatchGrid
 
 BF16, F32, U8 = torch.bfloat16, torch.float32, torch.uint8
 PASSES = {"forward": slice(0, 1), "backward": slice(1, 2), "forward+backward": slice(0, 2)}  # of (forward, backward)
@@ -21,66 +23,68 @@ STAGES = (*PASSES,)
 
 @dataclass(frozen=True)
 class Shape:
-    """A published model and a batch. Letters as everywhere in the package: N, L, K, M, E, D."""
+    """A published model and a batch. Letters as everywhere in the package: N, K, M, D; L and E are the grid's."""
 
     name: str
     model: str  # factory in mae
     batch: int  # N
     embed_dim: int  # D
-    patch: int = 16  # pixels
-    image: int = 224  # pixels
+    image_size: tuple[int, ...] = (224, 224)  # pixels: height and width, of clips behind the number of frames
+    patch_size: tuple[int, ...] = (16, 16)
     channels: int = 3
     decoder_dim: int = 512
     mask_ratio: float = 0.75
 
     @property
     def id(self) -> str:
-        size = "" if self.image == 224 else f" {self.image}"
+        size = "" if self.image_size == (224, 224) else f" {'x'.join(map(str, self.image_size))}"
         return f"{self.name}{size} N={self.batch}"
 
     @property
-    def num_patches(self) -> int:  # L
-        return (self.image // self.patch) ** 2
+    def grid(self) -> PatchGrid:
+        return PatchGrid.of_sizes("Shape", self.image_size, self.patch_size, self.channels)
 
     @property
     def num_keep(self) -> int:  # K
-        return int(self.num_patches * (1 - self.mask_ratio))
-
-    @property
-    def visible(self) -> Fraction:
-        return Fraction(self.num_keep, self.num_patches)
+        return int(self.grid.num_patches * (1 - self.mask_ratio))
 
     @property
     def num_masked(self) -> int:  # M
-        return self.num_patches - self.num_keep
+        return self.grid.num_patches - self.num_keep
 
     @property
-    def patch_values(self) -> int:  # E
-        return self.channels * self.patch**2
+    def visible(self) -> Fraction:
+        return Fraction(self.num_keep, self.grid.num_patches)
 
 
 TINY = Shape("ViT-Ti/16", "mae_vit_tiny_patch16", 1, embed_dim=192)
 SMALL = Shape("ViT-S/16", "mae_vit_small_patch16", 1, embed_dim=384)
 BASE = Shape("ViT-B/16", "mae_vit_base_patch16", 1, embed_dim=768)
 LARGE = Shape("ViT-L/16", "mae_vit_large_patch16", 1, embed_dim=1024)
-HUGE = Shape("ViT-H/14", "mae_vit_huge_patch14", 1, embed_dim=1280, patch=14)
+HUGE = Shape("ViT-H/14", "mae_vit_huge_patch14", 1, embed_dim=1280, patch_size=(14, 14))
+VIDEO = Shape(
+    "ViT-B/16 video", "mae_vit_base_video", 1, embed_dim=768, image_size=(16, 224, 224), patch_size=(2, 16, 16),
+    decoder_dim=384, mask_ratio=0.9,
+)  # fmt: skip
 
 OP_SHAPES = {
     # For Triton's interpreter, half a millisecond a program.
-    "tiny": [replace(TINY, batch=2, image=64, embed_dim=64, decoder_dim=64)],
+    "tiny": [replace(TINY, batch=2, image_size=(64, 64), embed_dim=64, decoder_dim=64)],
     "small": [replace(BASE, batch=32)],
     "cpu": [replace(BASE, batch=32)],
+    "video": [replace(VIDEO, batch=2)],
     "full": [
         *(replace(BASE, batch=n) for n in (64, 256, 1024)),
         *(replace(model, batch=256) for model in (SMALL, LARGE, HUGE)),
-        replace(BASE, batch=64, image=448),  # L = 784
-        replace(BASE, batch=16, image=896),  # L = 3136
+        replace(BASE, batch=64, image_size=(448, 448)),  # L = 784
+        replace(BASE, batch=16, image_size=(896, 896)),  # L = 3136
     ],
 }
 STEP_SHAPES = {
     "tiny": [replace(TINY, batch=2)],
     "small": [replace(TINY, batch=8)],
     "cpu": [replace(TINY, batch=16), replace(BASE, batch=16)],
+    "video": [replace(VIDEO, batch=2)],
     "full": [replace(SMALL, batch=256), replace(BASE, batch=256), replace(LARGE, batch=128), replace(HUGE, batch=64)],
 }
 
@@ -144,22 +148,22 @@ class Work:
 
 def random_masking(s: Shape) -> Work:
     def arguments(device):
-        sizes = {"batch_size": s.batch, "num_patches": s.num_patches, "mask_ratio": s.mask_ratio}
-        return {**sizes, "noise": torch.rand(s.batch, s.num_patches, device=device)}
+        sizes = {"batch_size": s.batch, "num_patches": s.grid.num_patches, "mask_ratio": s.mask_ratio}
+        return {**sizes, "noise": torch.rand(s.batch, s.grid.num_patches, device=device)}
 
     return Work("random_masking", arguments)
 
 
 def patch_embed(s: Shape, pixels: torch.dtype, compute: torch.dtype = F32) -> Work:
     """FLOPs: 2 N K E D for the projection, as many for the weight gradient."""
-    e, d = s.patch_values, s.embed_dim
+    e, d = s.grid.patch_values, s.embed_dim
 
     def arguments(device):
         return {
             **_images(s, pixels, device),
-            "weight": _normal(device, d, s.channels, s.patch, s.patch, scale=e**-0.5).requires_grad_(),
+            "weight": _normal(device, d, s.channels, *s.patch_size, scale=e**-0.5).requires_grad_(),
             "bias": _normal(device, d).requires_grad_(),
-            "pos_embed": _normal(device, 1, s.num_patches, d),  # fixed, as published
+            "pos_embed": _normal(device, 1, s.grid.num_patches, d),  # fixed, as published
             "prefix": _normal(device, 1, 1, d).requires_grad_(),
             "ids_keep": _masking(s, device).ids_keep,
         }
@@ -178,7 +182,7 @@ def patch_embed(s: Shape, pixels: torch.dtype, compute: torch.dtype = F32) -> Wo
 
 def gather_tokens(s: Shape, compute: torch.dtype = F32) -> Work:
     def arguments(device):
-        tokens = _normal(device, s.batch, s.num_patches, s.embed_dim, dtype=compute)
+        tokens = _normal(device, s.batch, s.grid.num_patches, s.embed_dim, dtype=compute)
         return {"tokens": tokens.requires_grad_(), "ids": _masking(s, device).ids_keep}
 
     return Work("gather_tokens", arguments, compute=compute, used={"tokens": s.visible}, again=("ids",))
@@ -186,7 +190,7 @@ def gather_tokens(s: Shape, compute: torch.dtype = F32) -> Work:
 
 def scatter_mask_tokens(s: Shape, compute: torch.dtype = F32) -> Work:
     """FLOPs: one addition per output value; backward one per masked value. All but the tokens is float32."""
-    n, k, num_patches, d = s.batch, s.num_keep, s.num_patches, s.decoder_dim
+    n, k, num_patches, d = s.batch, s.num_keep, s.grid.num_patches, s.decoder_dim
 
     def arguments(device):
         return {
@@ -202,16 +206,16 @@ def scatter_mask_tokens(s: Shape, compute: torch.dtype = F32) -> Work:
 
 def masked_mse(s: Shape, rows: str, pixels: torch.dtype = F32, compute: torch.dtype = F32) -> Work:
     """FLOPs: 10 per masked value (mean, centre, variance, scale, residual, square, sum), backward 1."""
-    n, m, e, which = s.batch, s.num_masked, s.patch_values, "ids_mask" if rows == "masked" else "mask"
+    n, m, e, which = s.batch, s.num_masked, s.grid.patch_values, "ids_mask" if rows == "masked" else "mask"
 
     def arguments(device):
         masking = _masking(s, device)
         if rows == "masked":
             pred = _normal(device, n, m, e, dtype=compute)
         else:  # the head of the published model predicts the class token too; the loss sees a slice without it
-            pred = _normal(device, n, 1 + s.num_patches, e, dtype=compute)[:, 1:]
+            pred = _normal(device, n, 1 + s.grid.num_patches, e, dtype=compute)[:, 1:]
         given = {"pred": pred.requires_grad_(), which: getattr(masking, which)}
-        return {**given, **_images(s, pixels, device), "patch_size": s.patch}
+        return {**given, **_images(s, pixels, device), "patch_size": s.patch_size}
 
     keeps = residual_is_less(compute, pixels)
     return Work(
@@ -235,16 +239,16 @@ def published_loss(pred, images, *, mean, std, **options):
 
 def linear_masked_mse(s: Shape, compute: torch.dtype, peer: Callable | None = None) -> Work:
     """FLOPs: 2 N M E D for the projection, 10 N M E for the loss; backward twice the projection."""
-    n, m, e, d = s.batch, s.num_masked, s.patch_values, s.decoder_dim
+    n, m, e, d = s.batch, s.num_masked, s.grid.patch_values, s.decoder_dim
 
     def arguments(device):
         return {
             "hidden": _normal(device, n, m, d).requires_grad_(),
             "weight": _normal(device, e, d, scale=d**-0.5).requires_grad_(),
             "bias": _normal(device, e).requires_grad_(),
-            "images": _normal(device, n, s.channels, s.image, s.image),
+            "images": _normal(device, n, s.channels, *s.image_size),
             "ids_mask": _masking(s, device).ids_mask,
-            "patch_size": s.patch,
+            "patch_size": s.patch_size,
         }
 
     product = 2 * n * m * e * d
@@ -265,12 +269,14 @@ def two_ops(hidden, weight, bias, images, ids_mask, **options):
 
 
 def random_resized_crop(s: Shape) -> Work:
-    """Boxes of 60 % of larger images: 290 x 390 of 375 x 500 to 224 x 224.
+    """Boxes of 60 % of larger images, frame by frame: 290 x 390 of 375 x 500 to 224 x 224.
 
     FLOPs: h (4 w) products with taps along the rows of a box, then W (4 h) along the columns that are left.
     """
-    n = s.batch
-    height, width, h, w = (side * s.image // 224 for side in (375, 500, 290, 390))
+    *frames, rows, columns = s.image_size
+    n = s.batch * prod(frames)
+    height, h = (side * rows // 224 for side in (375, 290))
+    width, w = (side * columns // 224 for side in (500, 390))
 
     def arguments(device):
         # All of the mean area, so that bytes and operations are known, at random places.
@@ -280,10 +286,10 @@ def random_resized_crop(s: Shape) -> Work:
             "images": torch.randint(256, (n, s.channels, height, width), dtype=U8, device=device),
             "boxes": torch.cat([corners, torch.tensor([[h, w]] * n, device=device)], dim=1),
             "flips": torch.rand(n, device=device) < 0.5,
-            "size": (s.image, s.image),
+            "size": (rows, columns),
         }
 
-    flops = 2 * n * s.channels * 4 * h * (w + s.image)
+    flops = 2 * n * s.channels * 4 * h * (w + columns)
     return Work(
         "random_resized_crop", arguments, flops=(flops, 0), pixels=U8, loops=True,
         used={"images": Fraction(h * w, height * width)},
@@ -313,7 +319,7 @@ CASES: dict[str, Callable[[Shape], Work]] = {
 
 
 def _images(s: Shape, dtype: torch.dtype, device: torch.device) -> dict:
-    size = (s.batch, s.channels, s.image, s.image)
+    size = (s.batch, s.channels, *s.image_size)
     if dtype != U8:
         return {"images": _normal(device, *size, dtype=dtype)}
     return {
@@ -328,4 +334,4 @@ def _normal(device: torch.device, *size: int, scale: float = 1.0, dtype: torch.d
 
 
 def _masking(s: Shape, device: torch.device) -> mae_kernels.Masking:
-    return mae_kernels.random_masking(s.batch, s.num_patches, s.mask_ratio, device=device)
+    return mae_kernels.random_masking(s.batch, s.grid.num_patches, s.mask_ratio, device=device)

@@ -29,7 +29,7 @@ class MyMaskedAutoencoder(nn.Module):
         self.encoder = transformer(dim, depth=2)
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = learned_token(decoder_dim)
-        self.unshuffle = MaskTokenScatter()
+        self.scatter = MaskTokenScatter()
         self.decoder_pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + num_patches, decoder_dim))
         self.decoder = transformer(decoder_dim, depth=1)
         self.decoder_pred = nn.Linear(decoder_dim, patch_size**2)
@@ -38,7 +38,7 @@ class MyMaskedAutoencoder(nn.Module):
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:  # [N, 1, 28, 28] -> scalar
         m = random_masking(len(images), self.num_patches, 0.75, generator=generator, device=images.device)
         x = self.encoder(self.embed(images, m.ids_keep))  # [N, 1 + 4, D]: the encoder sees a quarter of the patches
-        x = self.unshuffle(self.decoder_embed(x), self.mask_token, m.ids_restore, self.decoder_pos_embed)
+        x = self.scatter(self.decoder_embed(x), self.mask_token, m.ids_restore, self.decoder_pos_embed)
         pred = self.decoder_pred(self.decoder(x))[:, 1:]  # [N, 16, 49]
         return self.loss(pred, images, mask=m.mask)
 

@@ -133,8 +133,8 @@ def from_weights(
     notes += more
     if "norm_pix_loss" not in overrides:
         result["norm_pix_loss"] = settings.get("norm_pix_loss", True)
-        if settings.get("norm_pix_loss") is False:
-            notes.append("its settings say norm_pix_loss False")
+        if (target := settings.get("norm_pix_loss", True)) is not True:
+            notes.append(f"its settings say norm_pix_loss {target}")
         elif "norm_pix_loss" not in settings and any(is_decoder(name) for name in state):
             notes.append("it does not say norm_pix_loss, and True is assumed")
     if not model and len(result.get("pixel_mean", (0,) * 3)) != result["in_chans"]:
@@ -188,7 +188,7 @@ def _is_like(model: dict, shapes: dict) -> bool:
 def _image_size(
     known: dict, tokens: int | None, settings: dict, asked: Sizes | None
 ) -> tuple[tuple[int, ...], list[str]]:
-    """Of the settings if as many patches fit as there are positions, else a square of that many, else what is asked."""
+    """Of the settings if as many patches fit as there are positions, else a square or cube of them, else as asked."""
     said, usual, patch = settings.get("image_size"), known.get("image_size"), known["patch_size"]
     patch = (patch, patch) if is_whole(patch) else patch
     if tokens is None or not are_all(patch, is_whole):
@@ -198,15 +198,15 @@ def _image_size(
     for size in filter(None, (said, usual)):
         if _patches(size, patch) == tokens - 1:
             return size, [] if size == usual else [f"its settings say image_size {_text(said)}"]
-    edge = math.isqrt(max(tokens - 1, 0))
-    if len(patch) == 2 and edge >= 1 and edge**2 == tokens - 1:
+    edge = round(max(tokens - 1, 0) ** (1 / len(patch)))
+    if edge >= 1 and edge ** len(patch) == tokens - 1:
         size = tuple(edge * p for p in patch)
         note = f"its positions are those of image_size {_text(size)}"
         return size, [note + (f", and not {_text(said)} as its settings say" if said else "")]
-    asked = (asked, asked) if isinstance(asked, int) else asked
-    if asked and _patches(asked, patch) == tokens - 1:
+    asked = (asked, asked) if is_whole(asked) else asked
+    if are_all(asked, is_whole) and _patches(asked, patch) == tokens - 1:
         return tuple(asked), []
-    kind = "clip" if len(patch) == 3 else "square image"
+    kind = "cube" if len(patch) == 3 else "square image"
     raise CheckpointError(f"its {tokens - 1} positions are those of no {kind}; pass image_size")
 
 

@@ -1,11 +1,13 @@
-"""Checks of arguments. Every message names the op, the argument, what was expected, what came, and the remedy."""
+"""Checks of arguments. Every message names the op, the argument, what was expected, what came, and the remedy.
+
+Those called ``*_values`` read tensors: :func:`mae_kernels.registration.register_op` knows when that may be.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mae_kernels import backend
 from mae_kernels.precision import accumulation_dtype
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -173,9 +175,7 @@ def ids(op: str, name: str, x: Tensor, batch_size: int, num_patches: int) -> Non
 
 
 def id_values(op: str, name: str, x: Tensor, num_patches: int, lowest: int = -1) -> None:
-    """In range, and unique in each row but for -1. Runs inside the op: on the CPU, elsewhere if MAE_KERNELS_DEBUG=1."""
-    if x.device.type != "cpu" and not backend.DEBUG:
-        return
+    """In range, and unique in each row but for -1, as the op is run."""
     low, high = (value.item() for value in x.aminmax())
     if low < lowest or high >= num_patches:
         n, k = ((x < lowest) | (x >= num_patches)).nonzero()[0].tolist()
@@ -196,9 +196,7 @@ def id_values(op: str, name: str, x: Tensor, num_patches: int, lowest: int = -1)
 
 
 def restore_values(op: str, name: str, x: Tensor, num_keep: int) -> None:
-    """Visible patches numbered from 0 on and hidden ones from num_keep on, in each row. Runs as id_values does."""
-    if x.device.type != "cpu" and not backend.DEBUG:
-        return
+    """Visible patches numbered from 0 on and hidden ones from num_keep on, in each row."""
     num_patches = x.shape[1]
     if x.amax().item() >= num_patches:  # rows with fewer visible patches leave numbers out
         is_visible = x < num_keep
@@ -209,8 +207,8 @@ def restore_values(op: str, name: str, x: Tensor, num_keep: int) -> None:
 
 
 def mask_values(op: str, name: str, x: Tensor) -> None:
-    """Only 0 and 1. Runs inside the op, on the CPU always, elsewhere with MAE_KERNELS_DEBUG=1."""
-    if x.dtype == torch.bool or (x.device.type != "cpu" and not backend.DEBUG):
+    """Only 0 and 1."""
+    if x.dtype == torch.bool:
         return
     other = (x != 0) & (x != 1)
     if other.any():
@@ -221,9 +219,7 @@ def mask_values(op: str, name: str, x: Tensor) -> None:
 
 
 def packed_values(op: str, starts: Tensor, sizes: Tensor, places: int) -> None:
-    """Images inside their buffer. Runs inside the op, on the CPU always, elsewhere with MAE_KERNELS_DEBUG=1."""
-    if starts.device.type != "cpu" and not backend.DEBUG:
-        return
+    """Images inside their buffer."""
     outside = (sizes <= 0).any(dim=1) | (sizes > places).any(dim=1) | (starts < 0)
     outside |= starts > places - sizes[:, 0] * sizes[:, 1]
     if outside.any():
@@ -236,9 +232,7 @@ def packed_values(op: str, starts: Tensor, sizes: Tensor, places: int) -> None:
 
 
 def box_values(op: str, name: str, x: Tensor, sizes: Tensor | tuple[int, int]) -> None:
-    """Not empty, and inside the image. Runs inside the op, on the CPU always, elsewhere with MAE_KERNELS_DEBUG=1."""
-    if x.device.type != "cpu" and not backend.DEBUG:
-        return
+    """Not empty, and inside the image."""
     sizes = torch.as_tensor(sizes, device=x.device).expand(len(x), 2)
     corners, sides = x.split(2, dim=1)
     outside = ((corners < 0) | (sides <= 0) | (sides > sizes) | (corners > sizes - sides)).any(dim=1)

@@ -12,7 +12,14 @@ from mae_kernels.masked_mse import SCHEMA_OF_TARGET, NormPix, Target, masked_mse
 from mae_kernels.patch_grid import PatchGrid, Sizes, as_video
 from mae_kernels.patchify import Layout
 from mae_kernels.precision import accumulation_dtype
-from mae_kernels.registration import differentiable, implementation, once_differentiable, register_op, wants_gradient
+from mae_kernels.registration import (
+    differentiable,
+    implementation,
+    once_differentiable,
+    only_needed,
+    register_op,
+    wants_gradient,
+)
 from mae_kernels.rows import without_padding
 
 
@@ -132,9 +139,10 @@ def _in_chunks(hidden, weight, bias, images, ids_mask, statistics, compute_dtype
     padding = without_padding(ids_mask)[1]
     count = torch.full_like(loss, n * m) if padding is None else padding.logical_not().sum(dtype=sum_dtype)
     scale = count.clamp_(min=1).reciprocal_().mul_(2)
-    g_hidden = hidden.new_empty(hidden.shape if needs_hidden else 0, dtype=compute_dtype)
-    g_weight = hidden.new_zeros(weight.shape if needs_weight else 0, dtype=sum_dtype)
-    g_bias = hidden.new_zeros(values if needs_bias else 0, dtype=sum_dtype)
+    shapes = [hidden.shape, weight.shape, weight.shape[:1]]
+    g_hidden, g_weight, g_bias = only_needed(hidden, needs, shapes, [compute_dtype, sum_dtype, sum_dtype])
+    for sums in (g_weight, g_bias):
+        sums.zero_()
 
     step = chunk_samples(n, m, values, hidden.device.type)
     for first in range(0, n, step):
@@ -177,12 +185,8 @@ def chunk_samples(n: int, m: int, values: int, device_type: str) -> int:
 def _fake(hidden, weight, bias, images, ids_mask, statistics, compute_dtype, needs, *target):
     sum_dtype = accumulation_dtype(compute_dtype)
     loss = hidden.new_empty((), dtype=sum_dtype)
-    shapes, dtypes = (hidden.shape, weight.shape, weight.shape[:1]), (compute_dtype, sum_dtype, sum_dtype)
-    grads = (
-        hidden.new_empty(shape if need else 0, dtype=dtype)
-        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
-    )
-    return loss, *grads, torch.empty_like(loss)
+    shapes = [hidden.shape, weight.shape, weight.shape[:1]]
+    return loss, *only_needed(hidden, needs, shapes, [compute_dtype, sum_dtype, sum_dtype]), torch.empty_like(loss)
 
 
 _score = implementation("masked_mse", masked_mse_eager)  # whose ids have been checked

@@ -175,18 +175,7 @@ class MaskedPatchEmbed(_ReadsPixels):
         prefix: Tensor | None = None,
         pos_embed: Tensor | None = None,
     ) -> Tensor:
-        """Embed the patches at ids_keep, or all of them in order.
-
-        Args:
-            images: ``[N, C, H, W]`` or ``[N, C, T, H, W]``, uint8, uint16 or floating.
-            ids_keep: ``[N, K]`` int64, see :class:`mae_kernels.Masking`.
-            prefix: ``[R, D]`` or ``[1, R, D]``, class token or registers.
-            pos_embed: ``[R + L, D]`` or ``[L, D]``, with or without a leading 1. With ``R + L`` rows, as published,
-                the prefix tokens get theirs too.
-
-        Returns:
-            ``[N, R + K, D]``.
-        """
+        """``[N, R + K, D]``; arguments as of the op, and a pos_embed of ``[R + L, D]`` has rows for the prefix too."""
         if prefix is not None and pos_embed is not None:
             prefix, pos_embed = self._split_positions(images, prefix, pos_embed)
         proj, options = self.proj, {"prefix": prefix, "out_dtype": self.out_dtype}
@@ -217,17 +206,8 @@ class MaskedPatchEmbed(_ReadsPixels):
         return super().extra_repr() + ("" if self.out_dtype is None else f", out_dtype={self.out_dtype}")
 
 
-def _assemble(
-    tokens: Tensor,
-    pos_embed: Tensor | None,
-    ids_keep: Tensor | None,
-    prefix: Tensor | None,
-    out_dtype: torch.dtype | None,
-) -> Tensor:
-    """``[N, L, D]`` -> ``[N, R + K, D]``: what :func:`mae_kernels.patch_embed` does behind the projection.
-
-    For projections that have to be called, such as one with a LoRA adapter. Arguments as there.
-    """
+def _assemble(tokens, pos_embed, ids_keep, prefix, out_dtype):
+    # What the op does behind the projection, for projections that have to be called, such as one with a LoRA adapter.
     x = tokens if pos_embed is None else tokens + pos_embed
     x = x if ids_keep is None else gather_tokens(x, ids_keep)
     if prefix is not None:
@@ -236,12 +216,7 @@ def _assemble(
 
 
 class MaskTokenScatter(nn.Module):
-    """Assemble the decoder's input from visible tokens: :func:`mae_kernels.scatter_mask_tokens`. No parameters.
-
-    Args:
-        num_prefix: R, the number of prefix tokens.
-        out_dtype: dtype of the result; None promotes as the published code does.
-    """
+    """Assemble the decoder's input from visible tokens: :func:`mae_kernels.scatter_mask_tokens`, with its arguments."""
 
     def __init__(self, num_prefix: int = 1, *, out_dtype: torch.dtype | None = None):
         super().__init__()
@@ -250,17 +225,7 @@ class MaskTokenScatter(nn.Module):
     def forward(
         self, tokens: Tensor, mask_token: Tensor, ids_restore: Tensor, pos_embed: Tensor | None = None
     ) -> Tensor:
-        """Put visible tokens back in their places, the mask token in the others, and add positions.
-
-        Args:
-            tokens: ``[N, R + K, D]``, prefix tokens first.
-            mask_token: ``[D]`` or ``[1, 1, D]``, a parameter of the model.
-            ids_restore: ``[N, L]`` int64, see :class:`mae_kernels.Masking`.
-            pos_embed: ``[R + L, D]`` or ``[L, D]``, with or without a leading 1.
-
-        Returns:
-            ``[N, R + L, D]``.
-        """
+        """``[N, R + K, D] -> [N, R + L, D]``; arguments as of the op."""
         return scatter_mask_tokens(
             tokens, mask_token, ids_restore, pos_embed, num_prefix=self.num_prefix, out_dtype=self.out_dtype
         )
@@ -270,16 +235,9 @@ class MaskTokenScatter(nn.Module):
 
 
 class MaskedMSELoss(_ReadsPixels):
-    """Mean squared error on the pixels of the masked patches: :func:`mae_kernels.masked_mse`. No parameters.
+    """Mean squared error on the pixels of the masked patches: :func:`mae_kernels.masked_mse`, with its arguments.
 
-    Args:
-        patch_size: as of :class:`MaskedPatchEmbed`.
-        norm_pix: normalise each target patch by its own mean and standard deviation, or each channel of it
-            (``"channel"``).
-        pixel_mean: as of :class:`MaskedPatchEmbed`.
-        pixel_std: as of :class:`MaskedPatchEmbed`.
-        eps: added to the variance of a patch, inside the root.
-        layout: order of the E values in a prediction: ``"channels_last"`` (published) or ``"channels_first"``.
+    ``patch_size``, ``pixel_mean`` and ``pixel_std``: as of :class:`MaskedPatchEmbed`.
     """
 
     def __init__(
@@ -300,28 +258,9 @@ class MaskedMSELoss(_ReadsPixels):
     def forward(
         self, pred: Tensor, images: Tensor, *, mask: Tensor | None = None, ids_mask: Tensor | None = None
     ) -> Tensor:
-        """Score the predictions of masked patches; exactly one of mask and ids_mask says which they are.
-
-        Args:
-            pred: ``[N, L, E]`` with mask, ``[N, M, E]`` with ids_mask.
-            images: ``[N, C, H, W]`` or ``[N, C, T, H, W]``, uint8, uint16 or floating.
-            mask: ``[N, L]`` bool, True = masked.
-            ids_mask: ``[N, M]`` int64, see :class:`mae_kernels.Masking`.
-
-        Returns:
-            Scalar float32 (float64 for a float64 pred).
-        """
-        return masked_mse(
-            pred,
-            images,
-            patch_size=self.patch_size,
-            mask=mask,
-            ids_mask=ids_mask,
-            norm_pix=self.norm_pix,
-            eps=self.eps,
-            layout=self.layout,
-            **self.normalization(images),
-        )
+        """Scalar float32 (float64 for a float64 pred); arguments as of the op."""
+        options = {"norm_pix": self.norm_pix, "eps": self.eps, "layout": self.layout, **self.normalization(images)}
+        return masked_mse(pred, images, patch_size=self.patch_size, mask=mask, ids_mask=ids_mask, **options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, norm_pix={self.norm_pix}, eps={self.eps:g}, layout={self.layout!r}"

@@ -15,7 +15,7 @@ from mae_kernels.gather_tokens import gather_tokens_backward_eager
 from mae_kernels.patch_grid import PatchGrid, as_video
 from mae_kernels.patchify import gather_patches, normalize_pixels, unpatchify
 from mae_kernels.precision import accumulation_dtype
-from mae_kernels.registration import differentiable, once_differentiable, register_op
+from mae_kernels.registration import differentiable, once_differentiable, only_needed, register_op
 from mae_kernels.rows import row_ids, without_padding
 
 
@@ -127,11 +127,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     needs_images, needs_weight, needs_bias, needs_pos, _, needs_prefix = ctx.needs_input_grad[:6]
     needs = [needs_images, needs_weight, needs_bias, needs_pos, needs_prefix]
-    grads = once_differentiable(
-        _patch_embed_backward, grad, *ctx.saved_tensors, ctx.num_prefix, ctx.compute_dtype, needs
-    )
-    g_images, g_weight, g_bias, g_pos, g_prefix = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return g_images, g_weight, g_bias, g_pos, None, g_prefix
+    arguments = grad, *ctx.saved_tensors, ctx.num_prefix, ctx.compute_dtype, needs
+    *grads, g_prefix = once_differentiable(_patch_embed_backward, *arguments)
+    return *grads, None, g_prefix
 
 
 def _grid(images: Tensor, weight: Tensor) -> PatchGrid:
@@ -166,7 +164,7 @@ class Steps(NamedTuple):
         needs_images, needs_weight, needs_bias, needs_pos, needs_prefix = needs
         grid = _grid(images, weight)
         sum_dtype = accumulation_dtype(grad.dtype)  # autograd casts once, to the dtype of the parameter
-        g_images, g_weight, g_bias, g_pos, g_prefix = (grad.new_empty(0, dtype=sum_dtype) for _ in needs)
+        g_images, g_weight, g_bias, g_pos, g_prefix = (grad.new_empty(0) for _ in needs)
 
         if needs_prefix:
             g_prefix = grad[:, :num_prefix].sum(0, dtype=sum_dtype)
@@ -234,11 +232,7 @@ def _sum_positions(grad, ids_keep, num_patches, sum_dtype):
 def _backward_fake(grad, images, weight, ids_keep, statistics, num_prefix, compute_dtype, needs):
     sum_dtype, d = accumulation_dtype(grad.dtype), weight.shape[0]
     shapes = [images.shape, weight.shape, (d,), (_grid(images, weight).num_patches, d), (num_prefix, d)]
-    dtypes = [images.dtype] + [sum_dtype] * 4
-    return tuple(
-        grad.new_empty(shape if need else 0, dtype=dtype if need else sum_dtype)
-        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
-    )
+    return only_needed(grad, needs, shapes, [images.dtype] + [sum_dtype] * 4)
 
 
 def _gather(images, ids_keep, grid, statistics, dtype):

@@ -17,8 +17,8 @@ def register_op(
 ) -> torch._ops.OpOverload:
     """Register ``mae_kernels::<name>`` and return its overload.
 
-    Before each call of :func:`implementation`, ``check`` refuses wrong values. An op without kernels of its own is made
-    of other ops.
+    Before each call of :func:`implementation`, ``check`` refuses wrong values: on a CPU always, elsewhere only with
+    MAE_KERNELS_DEBUG=1, since reading them waits for the device. An op without kernels of its own is made of others.
 
     The first argument holds the batch. Where that is empty nothing runs: the results have the fake's shapes, and are
     the zeros that a sum over nothing gives.
@@ -29,7 +29,7 @@ def register_op(
     def run(first: Tensor, *rest):
         if first.shape[0] == 0:
             return tree_map(Tensor.zero_, fake(first, *rest))
-        if check is not None:
+        if check is not None and (backend.DEBUG or first.device.type == "cpu"):
             check(first, *rest)
         return chosen(first, *rest)
 
@@ -56,9 +56,9 @@ def implementation(name: str, eager: Callable) -> Callable:
 def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> Callable:
     """Give the op a gradient and return the function that calls it.
 
-    ``backward`` returns the gradients of the op's first arguments; the rest have none. Calls go through a Function,
-    which torch.func needs; vmap maps its two ops, sample by sample. Graphs that hold the bare op, such as exported
-    programs, find the same gradient there.
+    ``backward`` returns the gradients of the op's first arguments, anything where none is needed; the rest have none.
+    Calls go through a Function, which torch.func needs; vmap maps its two ops, sample by sample. Graphs that hold the
+    bare op, such as exported programs, find the same gradient there.
     """
     names = [argument.name for argument in op._schema.arguments]
 
@@ -70,7 +70,8 @@ def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward:
 
     def padded(ctx, *grads):
         found = backward(ctx, *grads)
-        return *found, *[None] * (len(names) - len(found))
+        needed = [g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False)]
+        return *needed, *[None] * (len(names) - len(needed))
 
     members = {"forward": forward, "setup_context": setup_context, "backward": padded}
     members = {name: staticmethod(member) for name, member in members.items()}
@@ -103,6 +104,12 @@ def decomposed(op: torch._ops.OpOverload, *args):
 def once_differentiable(op: torch._ops.OpOverload, *args) -> Tensor | tuple[Tensor, ...]:
     """Call a backward op; differentiating its result, a second derivative, is refused."""
     return _Once.apply(op, *args) if torch.is_grad_enabled() else op(*args)
+
+
+def only_needed(like: Tensor, needs: list[bool], shapes: list, dtypes: list[torch.dtype]) -> tuple[Tensor, ...]:
+    """Memory for each result; of what is not needed an empty tensor, since ops cannot return None."""
+    each = zip(needs, shapes, dtypes, strict=True)
+    return tuple(like.new_empty(shape, dtype=dtype) if need else like.new_empty(0) for need, shape, dtype in each)
 
 
 def wants_gradient(x: Tensor | None) -> bool:

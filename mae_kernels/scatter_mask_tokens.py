@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mae_kernels import checks
 from mae_kernels.precision import accumulation_dtype
-from mae_kernels.registration import differentiable, once_differentiable, register_op
+from mae_kernels.registration import differentiable, once_differentiable, only_needed, register_op
 from mae_kernels.rows import as_rows, row_ids, without_padding
 
 
@@ -91,9 +91,8 @@ def _backward(ctx, grad):
     (ids_restore,) = ctx.saved_tensors
     needs_tokens, needs_mask_token, _, needs_pos = ctx.needs_input_grad[:4]
     needs = [needs_tokens, needs_mask_token, needs_pos]
-    sizes = ctx.num_tokens, ctx.num_prefix, ctx.pos_rows
-    grads = once_differentiable(_scatter_mask_tokens_backward, grad, ids_restore, *sizes, ctx.dtype, needs)
-    g_tokens, g_mask_token, g_pos = (g if need else None for g, need in zip(grads, needs, strict=True))
+    arguments = grad, ids_restore, ctx.num_tokens, ctx.num_prefix, ctx.pos_rows, ctx.dtype, needs
+    g_tokens, g_mask_token, g_pos = once_differentiable(_scatter_mask_tokens_backward, *arguments)
     return g_tokens, g_mask_token, None, g_pos
 
 
@@ -160,11 +159,7 @@ def _scatter_mask_tokens_backward_eager(grad, ids_restore, num_tokens, num_prefi
 def _scatter_mask_tokens_backward_fake(grad, ids_restore, num_tokens, num_prefix, pos_rows, dtype, needs):
     n, d = grad.shape[0], grad.shape[2]
     sum_dtype = accumulation_dtype(grad.dtype)
-    outputs = [((n, num_tokens, d), dtype), ((d,), sum_dtype), ((pos_rows, d), sum_dtype)]
-    return tuple(
-        grad.new_empty(shape, dtype=dtype) if need else grad.new_empty(0)
-        for (shape, dtype), need in zip(outputs, needs, strict=True)
-    )
+    return only_needed(grad, needs, [(n, num_tokens, d), (d,), (pos_rows, d)], [dtype, sum_dtype, sum_dtype])
 
 
 _scatter_mask_tokens = register_op(

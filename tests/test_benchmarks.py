@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ import mae_kernels
 from benchmarks import measure, race, record, test_ops
 from benchmarks.ceilings import floor_seconds
 from benchmarks.work import CASES, OP_SHAPES, STAGES
+from mae import MAEConfig, MaskedAutoencoder
 from mae_kernels.kernels.tiles import RowTiles
 
 (TINY,) = OP_SHAPES["tiny"]
+CLIP = replace(TINY, image_size=(4, 32, 32), patch_size=(2, 16, 16), mask_ratio=0.5)
 CEILINGS = {
     "copy_gb_per_s": 4000.0,
     "tflops": {
@@ -107,25 +110,51 @@ def test_floors():
     assert floor_seconds(0, 10**12, torch.float32, without_tf32) == pytest.approx(20e-3)  # of the faster library
 
 
-def test_bytes():
+@pytest.mark.parametrize(
+    ("shape", "m", "k", "values", "frames", "box"),
+    [(TINY, 12, 4, 768, 1, (82, 111, 64, 64)), (CLIP, 4, 4, 1536, 4, (41, 55, 32, 32))],
+)
+def test_bytes(shape, m, k, values, frames, box):
     """Each input in use once, each result once: by hand."""
-    n, m, k, values, d = 2, 12, 4, 768, 64  # of a batch, hidden and visible patches, E and D
+    n, d, num_patches = 2, 64, m + k  # of a batch, hidden and visible patches, E and D
+    h, w, rows, columns = box  # cut out, and what becomes of it
     hidden, visible, pred = n * m * values, n * k * values, n * m * values * 4
     parameters, tokens = (d * values + 2 * d) * 4, n * (1 + k) * d * 4
     by_hand = {
+        # pixels, box and flip of each frame
+        "random_resized_crop": (n * frames * (3 * h * w + 4 * 8 + 1 + 3 * rows * columns), 0),
         # noise; ids_keep and ids_mask, ids_restore, mask
-        "random_masking": (n * 16 * (4 + 8 + 8 + 1), 0),
-        "gather_tokens": (2 * n * k * d * 4 + n * k * 8, n * k * d * 4 + n * k * 8 + n * 16 * d * 4),
+        "random_masking": (n * num_patches * (4 + 8 + 8 + 1), 0),
+        "gather_tokens": (2 * n * k * d * 4 + n * k * 8, n * k * d * 4 + n * k * 8 + n * num_patches * d * 4),
         "patch_embed uint8": (
-            visible + n * k * 8 + parameters + 16 * d * 4 + tokens, tokens + visible + n * k * 8 + parameters
+            visible + n * k * 8 + parameters + num_patches * d * 4 + tokens, tokens + visible + n * k * 8 + parameters
         ),
         # the residual is written, read, and becomes the gradient
         "masked_mse masked-only": (2 * pred + n * m * 8 + pred + 4, 4 + pred + pred),
-        "masked_mse full": (2 * pred + n * 16 + pred + 4, 4 + pred + pred * 16 // 12),
+        "masked_mse full": (2 * pred + n * num_patches + pred + 4, 4 + pred + pred * num_patches // m),
         # one byte of a pixel instead of two of a residual
         "masked_mse uint8 bfloat16": (pred // 2 + hidden + n * m * 8 + 4, 4 + pred + hidden + n * m * 8),
     }  # fmt: skip
-    assert {name: CASES[name](TINY).bytes for name in by_hand} == by_hand
+    assert {name: CASES[name](shape).bytes for name in by_hand} == by_hand
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "run"), [((32, 32), (8, 8), "acgd"), ((4, 32, 32), (2, 16, 16), "ad")]
+)
+def test_all_contenders_train_the_same_model_on_the_same_masks(image_size, patch_size, run):
+    """Hugging Face's are left out where theirs is not that model."""
+    pytest.importorskip("transformers")
+    from benchmarks.contenders import Batch, contenders
+
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 48, "depth": 2, "num_heads": 4, "decoder_embed_dim": 32, "decoder_depth": 2}
+    model = MaskedAutoencoder(MAEConfig(image_size, patch_size, **sizes, decoder_num_heads=4))
+    images, noise = torch.randint(256, (3, 3, *image_size), dtype=torch.uint8), torch.rand(3, model.config.num_patches)
+    runners = contenders("acgd", model, Batch(images, noise, 0.6), bfloat16=False)
+    assert "".join(runner.name for runner in runners) == run
+    published, *others = (runner.loss_and_gradients() for runner in runners)
+    for found in others:
+        torch.testing.assert_close(found, published, rtol=1e-4, atol=1e-6)
 
 
 def test_the_recorder_replays_what_reached_the_dispatcher():

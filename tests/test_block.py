@@ -207,12 +207,40 @@ def test_attention(fewer, dtype, chunk, monkeypatch):
         assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps * right.abs().max().item()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("fewer", [False, True], ids=["all queries", "fewer queries"])
+def test_padding_takes_no_attention(fewer, dtype, monkeypatch):
+    """Values and gradients are those of each sample without its padding; the padding gets no gradient."""
+    monkeypatch.setattr("mae.model.attention.CHUNK_BYTES", 2 * 2 * 7 * 23 * 2)
+    packed, queries = heads(2 if fewer else 3, dtype), heads(1, dtype, 7)[:, :, 0].detach().requires_grad_()
+    keys = torch.rand(3, 23) < torch.tensor([[0.2], [0.6], [1.0]])
+    keys[:, 4] = True
+    out = attention(packed, queries if fewer else None, keys)
+    grad = torch.randn(out.shape).to(dtype)
+    if not fewer:
+        grad *= keys[:, :, None, None]  # nobody reads what padding asks for
+    ours = torch.autograd.grad(out, [packed, queries] if fewer else [packed], grad)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-2
+    for n, row in enumerate(keys):
+        inputs = [packed[n : n + 1, row].detach().double().requires_grad_()]
+        inputs += [queries[n : n + 1].detach().double().requires_grad_()] if fewer else []
+        alone = explicit(*inputs)
+        rows = slice(None) if fewer else row
+        torch.testing.assert_close(out[n, rows].double(), alone[0], rtol=tolerance, atol=tolerance)
+        expected = torch.autograd.grad(alone, inputs, grad[n : n + 1, rows].double())
+        torch.testing.assert_close(ours[0][n, row].double(), expected[0][0], rtol=tolerance, atol=2 * tolerance)
+        assert ours[0][n, ~row].count_nonzero() == 0
+        if fewer:
+            torch.testing.assert_close(ours[1][n].double(), expected[1][0], rtol=tolerance, atol=2 * tolerance)
+
+
 @pytest.mark.parametrize("fewer", [False, True], ids=["all queries", "fewer queries"])
 def test_attention_in_half_precision_is_a_well_behaved_op(fewer):
     dtype = torch.bfloat16
     packed = heads(2 if fewer else 3, dtype).detach().requires_grad_()
     queries = heads(1, dtype, 7)[:, :, 0].detach().requires_grad_() if fewer else None
-    torch.library.opcheck(torch.ops.mae.attention.default, (packed, queries), atol=2e-2, rtol=2e-2)
+    keys = torch.rand(3, 23) < 0.8 if fewer else None
+    torch.library.opcheck(torch.ops.mae.attention.default, (packed, queries, keys), atol=2e-2, rtol=2e-2)
 
 
 def test_attention_keeps_no_scores():

@@ -9,6 +9,7 @@ import tarfile
 import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +260,31 @@ def test_the_model_need_not_be_named(tmp_path, model, settings, said):
     assert loaded.config == model.config
     assert holds(loaded, model.state_dict())
     assert found == said
+
+
+CLIP = {
+    "patch_size": (2, 16, 16), "embed_dim": 384, "num_heads": 6, "decoder_embed_dim": 48, "decoder_num_heads": 3
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("size", "settings", "options", "said"),
+    [
+        ((4, 32, 48), {"num_frames": 4, "input_size": [32, 48]}, {}, "its settings say image_size 4x32x48"),
+        ((4, 32, 48), {}, {"image_size": (4, 32, 48)}, ""),
+        ((4, 32, 32), {}, {}, "its positions are those of image_size 4x32x32"),
+        ((16, 32, 32), {"input_size": 32}, {"image_size": 64}, "its settings say image_size 16x32x32"),
+    ],
+    ids=["settings", "asked", "cube", "another"],
+)
+def test_clips_are_told_by_their_shapes(tmp_path, size, settings, options, said):
+    model = wide(**CLIP | {"image_size": size})
+    content = {"model": model.state_dict(), "args": {"norm_pix_loss": "channel", **settings}}
+    loaded, found = load(saved(tmp_path, content), **options)
+    other = (16, 64, 64) if options == {"image_size": 64} else size
+    assert loaded.config == replace(model.config, image_size=other, norm_pix_loss="channel")
+    heads = "it does not say its heads, and num_heads 6 and decoder_num_heads 3 are those of mae_vit_small_video"
+    assert found == "; ".join(filter(None, (heads, said, "its settings say norm_pix_loss channel")))
 
 
 def test_sizes_that_nothing_tells(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mae import MODELS, MAEConfig, MaskedAutoencoder, mae_vit_demo_patch7
-from mae_kernels import masking_from_mask, patchify, random_masking, reference
+from mae_kernels import masking_from_mask, patchify, random_masking, reference, unpatchify
 
 TINY = MAEConfig(
     image_size=(32, 48), patch_size=8, embed_dim=64, depth=2, num_heads=4, decoder_embed_dim=32, decoder_depth=1,
@@ -62,6 +62,26 @@ def test_published_sizes(name, encoder, total):
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     assert sum(trained.values()) == total
     assert sum(n for name, n in trained.items() if not name.startswith(("decoder_", "mask_token"))) == encoder
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "values", "decoder"),
+    [
+        ("mae_vit_small_video", (8, 14, 14), 1536, (192, 3)),
+        ("mae_vit_base_video", (8, 14, 14), 1536, (384, 6)),
+        ("mae_vit_large_video", (8, 14, 14), 1536, (512, 8)),
+        ("mae_vit_base_volume", (6, 6, 6), 4096, (512, 16)),
+    ],
+)
+def test_models_of_clips_and_volumes(name, grid, values, decoder):
+    with torch.device("meta"):
+        model = MODELS[name]()
+    config = model.config
+    assert config.grid.grid == grid
+    assert model.pos_embed.shape == (1, 1 + math.prod(grid), config.embed_dim)
+    assert model.patch_embed.proj.weight.shape == (config.embed_dim, config.in_chans, *config.patch_size)
+    assert model.decoder_pred.weight.shape == (values, decoder[0])
+    assert (config.decoder_embed_dim, config.decoder_num_heads) == decoder
 
 
 def test_pixel_statistics_survive_memory_without_values():
@@ -288,3 +308,19 @@ def test_uint16_images_are_normalised_in_their_own_units():
     torch.testing.assert_close(model(clips, noise=noise).loss, expected, rtol=1e-10, atol=0)
     model.patch_embed.proj.register_forward_hook(lambda *_: None)
     torch.testing.assert_close(model(clips, noise=noise).loss, expected, rtol=1e-10, atol=0)
+
+
+def test_pictures_of_16_bits_show_the_range_of_each_clip():
+    model = MaskedAutoencoder(
+        replace(CLIP, in_chans=2, pixel_mean=(900.0, 3e4), pixel_std=(250.0, 8e3), norm_pix_loss=False)
+    )
+    clips = torch.stack([torch.randint(most, (2, 4, 16, 24)) for most in (4096, 2**16)]).to(torch.uint16)
+    noise = torch.rand(2, CLIP.num_patches)
+    pictures, output = model.reconstruct(clips, noise=noise), model(clips, noise=noise, return_pred=True)
+    largest = clips.int().amax((1, 2, 3, 4), keepdim=True)
+    torch.testing.assert_close(pictures.original, clips.int() / largest, rtol=0, atol=1e-6)
+    mean, std = (torch.tensor(x).view(2, 1, 1, 1) for x in (model.config.pixel_mean, model.config.pixel_std))
+    pred = unpatchify(output.pred, CLIP.patch_size, CLIP.image_size) * std + mean
+    hidden = pictures.masked != pictures.original
+    expected = torch.where(hidden, (pred / largest).clamp(0, 1), pictures.original)
+    torch.testing.assert_close(pictures.reconstruction, expected, rtol=0, atol=1e-5)

@@ -118,9 +118,10 @@ def test_checkpointed_blocks(model, selective):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(model, dtype):
+def test_autocast(dtype):
     """Loss and gradients are float32, and as far from float32's as a few products in dtype are."""
-    inputs = batch(3)
+    torch.manual_seed(1)  # of ten models, one has a gradient that all but cancels
+    model, inputs = MaskedAutoencoder(SMALL).to(DEVICE), batch(3)
     loss, grads = loss_and_gradients(Loss(model), model, *inputs)
     with torch.autocast(DEVICE, dtype):
         ours = Loss(model)(*inputs)
@@ -134,7 +135,7 @@ def test_autocast(model, dtype):
         zip(parameters, torch.autograd.grad(ours, list(parameters.values())), strict=True), grads.values(), strict=True
     ):
         assert g.dtype == torch.float32
-        assert (g - expected).norm() <= 6 * eps * max(expected.norm(), 2e-2 * loss), name
+        assert (g - expected).norm() <= 6 * eps * max(expected.norm(), 1e-2 * loss), name
 
 
 def functional_loss(model):

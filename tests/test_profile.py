@@ -1,5 +1,8 @@
 """What the profile counts, against PyTorch's own counters and cases with a known answer."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,19 +20,22 @@ SMALL = MAEConfig(
 )  # fmt: skip
 
 
-def test_flops_are_those_that_pytorch_counts(monkeypatch):
+@pytest.mark.parametrize(
+    "config", [SMALL, replace(SMALL, image_size=(4, 16, 32), patch_size=(2, 8, 8))], ids=["image", "clip"]
+)
+def test_flops_are_those_that_pytorch_counts(config, monkeypatch):
     """Fused attention and the ops of this package are opaque to its counter: the former is spelled out for it."""
 
-    def explicit(packed, queries=None):
+    def explicit(packed, queries, keys):
         q, k, v = packed.unbind(2) if queries is None else (queries, *packed.unbind(2))
         return reference.attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
     monkeypatch.setattr("mae.model.block.attention", explicit)
     with FlopCounterMode(display=False) as counter:
-        MaskedAutoencoder(SMALL)(torch.randn(2, 3, 32, 32)).loss.backward()
-    visible, hidden, dim, decoder_dim, values = 4, 12, 64, 32, 3 * 8 * 8
+        MaskedAutoencoder(config)(torch.randn(2, 3, *config.image_size)).loss.backward()
+    visible, hidden, dim, decoder_dim, values = 4, 12, 64, 32, 3 * math.prod(config.patch_size)
     embed, head = 4 * visible * values * dim, 6 * hidden * values * decoder_dim
-    assert training_flops(SMALL) == counter.get_total_flops() // 2 + embed + head
+    assert training_flops(config) == counter.get_total_flops() // 2 + embed + head
 
 
 def test_launches_are_ops_that_compute():

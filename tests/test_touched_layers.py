@@ -113,7 +113,7 @@ def test_lora_of_peft(model, name):
     """Adapters that are not zero act as the weights that they stand for, and alone are trained."""
     peft = pytest.importorskip("peft")
     merged = copy.deepcopy(model)
-    config = peft.LoraConfig(r=4, target_modules=[name], init_lora_weights=False)
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=[name], init_lora_weights=False)
     adapted = peft.get_peft_model(model, config)
     loss, gradients = train(adapted)
     assert len(gradients) == 2
@@ -123,7 +123,7 @@ def test_lora_of_peft(model, name):
         merged.get_submodule(name).weight += layer.get_delta_weight("default")
     assert_close(loss, train(merged)[0], rtol=1e-5, atol=1e-6)
     images, noise = batch()
-    assert (loss - adapted.unload()(images, noise=noise).loss).abs() > 5e-6
+    assert (loss - adapted.unload()(images, noise=noise).loss).abs() > 1e-4
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from mae.model.block import Block, of_some
@@ -25,7 +26,11 @@ class MAEOutput(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """Pictures of the same images, ``[N, C, H, W]`` or ``[N, C, T, H, W]`` float32 in [0, 1]."""
+    """Pictures of the same images, ``[N, C, H, W]`` or ``[N, C, T, H, W]`` float32 in [0, 1].
+
+    Images with values beyond [0, 1] in the units of the model's pixel_mean, such as 16-bit ones, are scaled by their
+    own range, with 0 and 1 in it: each image by that of all its channels and frames.
+    """
 
     masked: Tensor  # the model's input, hidden patches grey
     reconstruction: Tensor  # hidden patches as predicted, visible patches as they were
@@ -77,7 +82,8 @@ class MaskedAutoencoder(VisionTransformer):
             images: ``[N, C, H, W]`` or ``[N, C, T, H, W]``, uint8, uint16 or normalised floating.
             mask_ratio: share of hidden patches.
             noise: ``[N, L]`` that fixes the mask, see :func:`mae_kernels.random_masking`.
-            masking: the mask itself, from any source; mask_ratio and noise are then not used.
+            masking: the mask itself, from any source; mask_ratio and noise are then not used. Where its rows differ in
+                their counts, each image gets what it would get alone, and the loss is the mean over all hidden patches.
             return_pred: predict the visible patches as well and return them all. Costs time and memory.
 
         Returns:
@@ -85,7 +91,8 @@ class MaskedAutoencoder(VisionTransformer):
         """
         grid = self.patch_grid(images)
         masking = _masking(images, grid.num_patches, mask_ratio, noise, masking)
-        latent = self.encode(self.embed(images, masking.ids_keep))  # [N, 1 + K, D]
+        keys = _padding(masking, grid.num_patches)
+        latent = self.encode(self.embed(images, masking.ids_keep), keys)  # [N, 1 + K, D]
         tokens = self.scatter_mask_tokens(latent, masking.ids_restore, grid)  # [N, 1 + L, D']
         if return_pred:
             hidden = self.decoder_norm(self.decode(tokens))  # [N, 1 + L, D']
@@ -105,7 +112,7 @@ class MaskedAutoencoder(VisionTransformer):
 
         For the latter the last block computes keys and values of all tokens, and everything else for these alone.
         """
-        ids = None if ids_mask is None else ids_mask + 1  # behind the class token
+        ids = None if ids_mask is None else ids_mask + (ids_mask >= 0)  # behind the class token, but for those of none
         last = len(self.decoder_blocks) - 1
         for i, block in enumerate(self.decoder_blocks):
             x = of_some(block, x, ids if i == last else None)
@@ -148,8 +155,10 @@ class MaskedAutoencoder(VisionTransformer):
             truth = patchify(pixels, config.patch_size)
             patches = _denormalized(patches, truth, config.in_chans if config.norm_pix_loss == "channel" else 1)
         hidden = unpatchify(masking.mask[..., None].expand(patches.shape), *sizes)  # as pixels
-        original = (pixels * std + mean).clamp(0, 1)
-        predicted = (unpatchify(patches, *sizes) * std + mean).clamp(0, 1)
+        original, predicted = pixels * std + mean, unpatchify(patches, *sizes) * std + mean
+        low, high = original.flatten(1).aminmax(dim=1)
+        low, high = (x.view(-1, *[1] * (images.ndim - 1)) for x in (low.clamp(max=0), high.clamp(min=1)))
+        original, predicted = (((x - low) / (high - low)).clamp(0, 1) for x in (original, predicted))
         return Reconstruction(
             masked=original.masked_fill(hidden, 0.5),
             reconstruction=torch.where(hidden, predicted, original),
@@ -172,6 +181,13 @@ def _masking(
         return masking
     device = images.device if noise is None else None
     return random_masking(images.shape[0], num_patches, mask_ratio, noise=noise, device=device)
+
+
+def _padding(masking: Masking, num_patches: int) -> Tensor | None:
+    """``[N, 1 + K]`` bool, False where ids_keep holds no patch; None where the shapes say that all are patches."""
+    if masking.ids_keep.shape[1] + masking.ids_mask.shape[1] == num_patches:
+        return None
+    return F.pad(masking.ids_keep >= 0, (1, 0), value=True)  # the class token is always one
 
 
 def _denormalized(patches: Tensor, truth: Tensor, groups: int) -> Tensor:

@@ -21,21 +21,21 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:  # [N, T, D] -> [N, T, D], or [N, S, D] with ids
-        """Normed tokens in; all of them out, or those at ids ``[N, S]`` alone."""
+    def forward(self, x: Tensor, ids: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
+        """Normed tokens in; all of them out, or those at ids ``[N, S]`` alone. Arguments: as of :class:`Block`."""
         packed = self.qkv(x)  # [N, T, 3 D]
         if ids is None:
-            return self.attend(packed)
+            return self.attend(packed, None, keys)
         dim = packed.shape[2] // 3
-        return self.attend(packed[..., dim:], gather_tokens(packed[..., :dim], ids))
+        return self.attend(packed[..., dim:], gather_tokens(packed[..., :dim], ids), keys)
 
-    def attend(self, packed: Tensor, queries: Tensor | None = None) -> Tensor:
+    def attend(self, packed: Tensor, queries: Tensor | None, keys: Tensor | None) -> Tensor:
         """``[N, T, 3 D]`` queries, keys and values, or queries ``[N, S, D]`` beside ``[N, T, 2 D]``: ``[N, S, D]``."""
         # The method Tensor.unflatten cannot be compiled while a default device is set.
         parts, heads = (3 if queries is None else 2), self.num_heads
         packed = torch.unflatten(packed, 2, (parts, heads, -1))
         queries = None if queries is None else torch.unflatten(queries, 2, (heads, -1))
-        return self.proj(attention(packed, queries).flatten(2))
+        return self.proj(attention(packed, queries, keys).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -64,8 +64,11 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:  # [N, T, D] -> [N, T, D], or [N, S, D] with ids
-        """All tokens, or those at ids ``[N, S]`` alone; either way they attend to all."""
+    def forward(self, x: Tensor, ids: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
+        """All tokens ``[N, T, D]``, or those at ids ``[N, S]`` alone, where -1 is none; either way they attend to all.
+
+        With keys ``[N, T]`` bool they attend to the tokens for which it is True: the others are padding.
+        """
         attn, norm = self.attn, self.norm1
         rows = x if ids is None else gather_tokens(x, ids)  # [N, S, D]
         if untouched(attn, Attention) and untouched(norm, nn.LayerNorm) and untouched(qkv := attn.qkv, nn.Linear):
@@ -73,9 +76,9 @@ class Block(nn.Module):
             if ids is not None:
                 (weight_q, weight), (bias_q, bias) = (_queries_and_rest(p) for p in (weight, bias))
                 queries = norm_linear(rows, norm, weight_q, bias_q)
-            attended = attn.attend(norm_linear(x, norm, weight, bias), queries)
+            attended = attn.attend(norm_linear(x, norm, weight, bias), queries, keys)
         else:
-            attended = of_some(attn, norm(x), ids)
+            attended = of_some(attn, norm(x), ids, keys)
         x = rows + attended
         mlp, norm = self.mlp, self.norm2
         if untouched(mlp, Mlp) and untouched(norm, nn.LayerNorm) and untouched(fc1 := mlp.fc1, nn.Linear):
@@ -83,14 +86,17 @@ class Block(nn.Module):
         return x + mlp(norm(x))
 
 
-def of_some(module: nn.Module, x: Tensor, ids: Tensor | None) -> Tensor:  # [N, T, D] -> [N, S, D]
-    """The module's result for the tokens at ids ``[N, S]``, or for all; they attend to all either way.
+def of_some(module: nn.Module, x: Tensor, ids: Tensor | None, keys: Tensor | None = None) -> Tensor:
+    """The module's result for the tokens at ids ``[N, S]``, or for all: ``[N, T, D] -> [N, S, D]``.
 
     A module that stands in the place of one of ours may know no ids: it computes all tokens, of which some are taken.
+    It has to take ``keys`` where some tokens are padding.
     """
-    if ids is None:
-        return module(x)
-    return module(x, ids) if getattr(module, "takes_ids", False) else gather_tokens(module(x), ids)
+    options = {} if keys is None else {"keys": keys}
+    if ids is not None and getattr(module, "takes_ids", False):
+        return module(x, ids, **options)
+    x = module(x, **options)
+    return x if ids is None else gather_tokens(x, ids)
 
 
 def _queries_and_rest(p: Tensor | None) -> tuple[Tensor | None, Tensor | None]:  # [3 D, ...] -> [D, ...], [2 D, ...]

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from mae.model.block import Block
+from mae.model.block import Block, of_some
 from mae.model.positions import pos_embed_for, sincos_pos_embed
 from mae.model.sizes import MAEConfig
 from mae_kernels.nn import MaskedPatchEmbed
@@ -67,9 +67,10 @@ class VisionTransformer(nn.Module):
         sides = self.config.sides
         return pos_embed_for(table, sides, grid.grid[-len(sides) :])
 
-    def encode(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, D]
+    def encode(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Tokens ``[N, T, D]`` through blocks and norm. keys ``[N, T]`` bool: False where they are padding."""
         for block in self.blocks:
-            x = block(x)
+            x = of_some(block, x, None, keys)
         return self.norm(x)
 
     def forward_features(self, images: Tensor) -> Tensor:

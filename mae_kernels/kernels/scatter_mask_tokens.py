@@ -8,6 +8,7 @@ from torch import Tensor
 from mae_kernels.kernels.host import cdiv
 from mae_kernels.kernels.numerics import rounded
 from mae_kernels.kernels.rows import row_tiles, split_samples
+from mae_kernels.registration import only_needed
 
 
 @triton.jit
@@ -129,21 +130,17 @@ def scatter_mask_tokens_backward(
     dtype: torch.dtype,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _, needs_mask_token, needs_pos = needs
     n, num_out, d = grad.shape
     tiles = row_tiles(d)
     blocks_j, blocks_d = cdiv(num_out, tiles.rows), cdiv(d, tiles.width)
     splits, per_split = split_samples(n, blocks_j * blocks_d)
     shapes = [(n, num_tokens, d), (splits * blocks_j, d), (splits, pos_rows, d)]
-    dtypes = [dtype, torch.float32, torch.float32]
-    grads = [
-        grad.new_empty(shape, dtype=t) if need else None for shape, t, need in zip(shapes, dtypes, needs, strict=True)
-    ]
+    grads = only_needed(grad, needs, shapes, [dtype, torch.float32, torch.float32])
     scatter_mask_tokens_backward_kernel[(blocks_j, blocks_d, splits)](
-        grad, ids_restore, *grads,
+        grad, ids_restore, *(g if need else None for g, need in zip(grads, needs, strict=True)),
         n, num_out, num_tokens, num_prefix, num_out - pos_rows, per_split, blocks_j,
         *grad.stride(), *ids_restore.stride(),
         D=d, BLOCK_ROWS=tiles.rows, BLOCK_D=tiles.width, num_warps=tiles.num_warps,
     )  # fmt: skip
-    g_tokens, g_mask_token, g_pos = (grad.new_empty(0) if g is None else g for g in grads)
-    return g_tokens, g_mask_token.sum(0) if needs_mask_token else g_mask_token, g_pos.sum(0) if needs_pos else g_pos
+    g_tokens, *sums = grads
+    return g_tokens, *(partial.sum(0) if need else partial for partial, need in zip(sums, needs[1:], strict=True))
