@@ -24,6 +24,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 import mae_kernels
@@ -31,7 +33,7 @@ from benchmarks import measure, record
 from benchmarks.inspect import launches
 from benchmarks.work import BASE, CASES, OP_SHAPES, Work
 from mae_kernels import kernels, use_backend
-from mae_kernels.kernels import chips, tiles
+from mae_kernels.kernels import tiles
 
 Tiles = tiles.BlockTiles | tiles.RowTiles | tiles.LossTiles | tiles.CropTiles
 Rule = tuple[str, str]  # module and name
@@ -83,24 +85,24 @@ def neighbours(own: Tiles) -> list[Tiles]:
     return [chosen for chosen in dict.fromkeys(found) if chosen != own]
 
 
-def compiles(op: str, args: list, rule: Rule, chosen: Tiles, chip: str) -> bool:
+def compiles(op: str, args: list, rule: Rule, chosen: Tiles, target: GPUTarget) -> bool:
     """Put a launch into Triton's cache."""
     try:
-        for launch in call(lambda *args: launches(op, args, chip), args, rule, chosen):
+        for launch in call(lambda *args: launches(op, args, target), args, rule, chosen):
             launch.compiled()
     except Exception:  # of any pass of the compiler
         return False
     return True
 
 
-def compiling(op: str, args: list, rule: Rule, candidates: list[Tiles], chip: str) -> list[Tiles]:
+def compiling(op: str, args: list, rule: Rule, candidates: list[Tiles], target: GPUTarget) -> list[Tiles]:
     """The candidates that compile, found by processes of their own, which the compiler may end."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__spec__.name])  # imports once for the workers of all races
 
     def attempt(some: list[Tiles], workers: int) -> list[bool | None]:
         with ProcessPoolExecutor(workers, context) as pool:
-            jobs = [pool.submit(compiles, op, args, rule, chosen, chip) for chosen in some]
+            jobs = [pool.submit(compiles, op, args, rule, chosen, target) for chosen in some]
             return [None if job.exception() else job.result() for job in jobs]
 
     found = attempt(candidates, max((os.cpu_count() or 1) - 2, 1))
@@ -198,8 +200,8 @@ def main() -> None:
                 candidates = neighbours(own)
                 if on_gpu:
                     meta = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, list(args))
-                    chip = chips.chip_of(measure.DEVICE)
-                    candidates = compiling(op.overloadpacket.__name__, meta, rule, candidates, chip)
+                    target = driver.active.get_current_target()
+                    candidates = compiling(op.overloadpacket.__name__, meta, rule, candidates, target)
                 found = race(op, args, rule, own, candidates, options.rounds)
                 record.append(options.record, tiles={"shape": shape.id, "case": case, "op": op.name(), **found})
                 print(f"{case}, {found['rule']}: {found['rule_us']:.1f} us, best {found['best_us']:.1f}", flush=True)

@@ -107,15 +107,14 @@ def compile_all(calls: Path, outcomes: Path, chips: list[str], jobs: int) -> boo
     """Compile what is not in ``outcomes`` yet, under the Triton of this process, and print a line for each chip."""
     import triton
 
-    from benchmarks.inspect import launches
-    from mae_kernels.kernels.chips import CHIPS
+    from benchmarks.inspect import CHIPS, launches
 
     recorded = [decoded(line) for line in dict.fromkeys(_lines(calls))]
     known = {x["key"]: x for x in map(json.loads, _lines(outcomes))}
     every, grids = {}, {chip: [(1, 1, 1)] for chip in chips or CHIPS}
     for chip in grids:
         for op, args in recorded:
-            for launch in launches(op, args, chip):
+            for launch in launches(op, args, CHIPS[chip].target):
                 every[launch.key] = chip, launch
                 grids[chip].append((*launch.grid, 1, 1)[:3])
     todo = [(key, launch) for key, (_, launch) in every.items() if key not in known]
@@ -201,7 +200,7 @@ def main() -> int:
     versions = [OLDEST, importlib.metadata.version("triton")]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--triton", action="append", metavar="VERSION", help=f"repeatable; {' and '.join(versions)}")
-    parser.add_argument("--chip", action="append", help="repeatable; every chip that mae_kernels.kernels.chips knows")
+    parser.add_argument("--chip", action="append", help="repeatable; every chip that benchmarks.inspect knows")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="so many launches are compiled at a time")
     parser.add_argument("--calls", type=Path, help="recorded calls instead of those of the tests")
     parser.add_argument("--outcomes", type=Path, default=FOLDER / "outcomes.jsonl", help="kept from run to run")

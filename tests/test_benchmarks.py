@@ -217,8 +217,10 @@ def test_tiles_with_other_results_are_dropped(gather):
     assert (found["rule"], found["raced"], found["dropped"]) == ("gather_tokens.row_tiles", 3, 0)
     noise = torch.rand(2, 20)
     op, rule = torch.ops.mae_kernels.masking.default, ("mae_kernels.kernels.masking", "sort_tiles")
-    ((_, own),) = race.consulted(op, (noise, 5)).items()
-    found = race.race(op, (noise, 5), rule, own, [type(own)(16, 1), type(own)(64, 2)], rounds=2)  # 16 are too few
+    ((_, own),) = race.consulted(op, (noise, None, 5, noise.shape[1] - 5)).items()
+    found = race.race(
+        op, (noise, None, 5, noise.shape[1] - 5), rule, own, [type(own)(16, 1), type(own)(64, 2)], rounds=2
+    )  # 16 are too few
     assert (found["raced"], found["dropped"]) == (2, 1)
 
 

@@ -35,7 +35,7 @@ from mae_kernels import (
     scatter_mask_tokens,
     use_backend,
 )
-from mae_kernels.kernels.numerics import dot, rounded
+from mae_kernels.kernels.numerics import rounded
 from mae_kernels.kernels.rows import row_tiles, split_samples
 
 # The functions of the same names hide the modules in the package.
@@ -306,26 +306,9 @@ def test_gradcheck_of_the_kernels():
 
 
 @triton.jit
-def _dot_kernel(p_a, p_b, p_out, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    o = i[:, None] * BLOCK + i[None, :]
-    a, b = rounded(tl.load(p_a + o), DTYPE), rounded(tl.load(p_b + o), DTYPE)
-    tl.store(p_out + o, dot(a, b, tl.zeros([BLOCK, BLOCK], tl.float32), "ieee"))
-
-
-@triton.jit
 def _round_kernel(p_x, p_out, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(p_out + i, rounded(tl.load(p_x + i), p_out.dtype.element_ty))
-
-
-@pytest.mark.parametrize("dtype", [BF16, F16])
-def test_half_precision_products(dtype):
-    a, b = torch.randn(2, 32, 32)
-    out = torch.empty(32, 32)
-    _dot_kernel[(1,)](a, b, out, DTYPE={BF16: tl.bfloat16, F16: tl.float16}[dtype], BLOCK=32)
-    gold = a.to(dtype).double() @ b.to(dtype).double()
-    assert_no_worse(out, (a.to(dtype).float() @ b.to(dtype).float()), gold)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])

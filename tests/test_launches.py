@@ -17,14 +17,14 @@ from benchmarks.measure import OpRecorder
 from mae_kernels import registration, use_backend
 
 triton = pytest.importorskip("triton")
-from mae_kernels.kernels import chips  # noqa: E402
+from benchmarks.inspect import CHIPS  # noqa: E402
 
 # launches as a command, with a compiler that ends as LLVM does when it meets what it cannot lower, and no limits.
 PLANTED = """
 import os, sys
+from dataclasses import replace
 import launches
-from benchmarks.inspect import Launch
-from mae_kernels.kernels.chips import CHIPS, Chip
+from benchmarks.inspect import CHIPS, Launch
 
 compiled = Launch.compiled
 
@@ -35,7 +35,7 @@ def compile_or_abort(launch):
     return compiled(launch)
 
 Launch.compiled = compile_or_abort
-CHIPS["sm_90"] = Chip("sm_90", shared_kib=0)
+CHIPS["sm_90"] = replace(CHIPS["sm_90"], shared_kib=0)
 launches.LIMIT_YZ = 0
 sys.exit(launches.main())
 """
@@ -103,9 +103,7 @@ def compile_all(calls: Path, *options: str, code: str = "") -> subprocess.Comple
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(
-    "chosen", [["sm_90"], pytest.param([*chips.CHIPS], marks=pytest.mark.slow)], ids=["one", "all"]
-)
+@pytest.mark.parametrize("chosen", [["sm_90"], pytest.param([*CHIPS], marks=pytest.mark.slow)], ids=["one", "all"])
 def test_what_breaks_first_compiles(chosen, tmp_path):
     result = compile_all(recorded(tmp_path, *CALLS), *(word for chip in chosen for word in ("--chip", chip)))
     assert result.returncode == 0, result.stdout + result.stderr
@@ -156,20 +154,3 @@ def test_each_call_is_recorded_once_as_it_was_made(tmp_path, monkeypatch):
     for x, y in ((args[0], tokens), (args[1], ids(3, 2)), (other, tokens + 0)):
         assert (x.shape, x.stride(), x.storage_offset()) == (y.shape, y.stride(), y.storage_offset())
         assert (x.dtype, x.device.type) == (y.dtype, "meta")
-
-
-@pytest.mark.parametrize(
-    ("capability", "tiles"),
-    [
-        ((8, 0), "sm_80"),
-        ((8, 9), "sm_80"),
-        ((9, 0), "sm_90"),
-        ((10, 3), "sm_100"),
-        ((11, 0), "sm_100"),
-        ((12, 1), "sm_100"),
-    ],
-)
-def test_a_device_takes_the_tiles_of_the_nearest_chip_before_it(monkeypatch, capability, tiles):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(chips.triton.knobs.runtime, "interpret", False)
-    assert chips._chip_of.__wrapped__(torch.device("cuda")) == tiles

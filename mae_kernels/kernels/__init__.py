@@ -6,17 +6,3 @@ from mae_kernels.kernels.masking import masking
 from mae_kernels.kernels.patch_embed import patch_embed, patch_embed_backward
 from mae_kernels.kernels.random_resized_crop import random_resized_crop
 from mae_kernels.kernels.scatter_mask_tokens import scatter_mask_tokens, scatter_mask_tokens_backward
-
-__all__ = [
-    "gather_tokens",
-    "gather_tokens_backward",
-    "masked_mse",
-    "masked_mse_backward",
-    "masked_mse_recomputed_backward",
-    "masking",
-    "patch_embed",
-    "patch_embed_backward",
-    "random_resized_crop",
-    "scatter_mask_tokens",
-    "scatter_mask_tokens_backward",
-]

@@ -1,17 +1,9 @@
-"""Products and roundings that mean the same on a chip and in Triton's interpreter."""
+"""A rounding that means the same on a chip and in Triton's interpreter."""
 
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b on tensor cores, products and sums in float32."""
-    if INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16 (Triton 3.6 to 3.9)
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit

@@ -2,10 +2,9 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from mae_kernels.kernels.gather_tokens import gather_tokens_backward, id_block, inverse_ids
-from mae_kernels.kernels.host import cdiv
+from mae_kernels.kernels.host import cdiv, strides
 from mae_kernels.kernels.numerics import rounded
 from mae_kernels.kernels.pixels import decoded_values, load_values, patch_offsets
 from mae_kernels.kernels.rows import row_tiles, split_samples
@@ -109,7 +108,7 @@ def _gather_patches(images, ids, grid, statistics, dtype):
     gather_patches_kernel[(cdiv(len(out), tiles.rows),)](
         images, statistics, ids, out,
         len(out), visible, grid.num_patches, grid_h, grid_w,
-        *images.stride(), *_strides(ids),
+        *images.stride(), *strides(ids),
         C=grid.channels, PT=pt, PH=ph, PW=pw, BLOCK_ROWS=tiles.rows, BLOCK_E=tiles.width, num_warps=tiles.num_warps,
     )  # fmt: skip
     return out
@@ -123,7 +122,7 @@ def _add_positions(tokens, pos_embed, ids, prefix, dtype):
     add_positions_kernel[(cdiv(n * (num_prefix + k), tiles.rows),)](
         tokens, ids, pos_embed, prefix, out,
         n * (num_prefix + k), num_prefix + k, num_prefix, 0 if pos_embed is None else pos_embed.shape[0],
-        *_strides(ids), *_strides(pos_embed), *_strides(prefix),
+        *strides(ids), *strides(pos_embed), *strides(prefix),
         D=d, BLOCK_ROWS=tiles.rows, BLOCK_D=tiles.width, num_warps=tiles.num_warps,
     )  # fmt: skip
     return out
@@ -142,10 +141,6 @@ def _position_gradient(grad, ids, num_patches, dtype):
         D=d, BLOCK_ROWS=tiles.rows, BLOCK_D=tiles.width, BLOCK_IDS=id_block(k), num_warps=tiles.num_warps,
     )  # fmt: skip
     return g_pos.sum(0)
-
-
-def _strides(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if x is None else x.stride()
 
 
 _STEPS = Steps(_gather_patches, _add_positions, gather_tokens_backward, _position_gradient)

@@ -5,7 +5,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mae_kernels.kernels.host import cdiv
-from mae_kernels.kernels.numerics import dot
 from mae_kernels.kernels.tiles import CropTiles
 
 
@@ -104,7 +103,7 @@ def random_resized_crop_kernel(
             lines += pixels.to(tl.float32) * weights(tap, center_x, inverse_x, box_width)[None, :]
         weights_y = weights(source_y[None, :], center_y[:, None], inverse_y, box_height)  # [ROWS, LINES]
         sum_y += tl.sum(weights_y, axis=1)
-        acc = dot(weights_y, lines, acc, "ieee")
+        acc = tl.dot(weights_y, lines, acc, input_precision="ieee")
 
     value = tl.div_rn(acc, sum_y[:, None] * sum_x[None, :])
     # Added to this number, what is behind the point is rounded away, ties to even.

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mae_kernels.kernels.host import cdiv
+from mae_kernels.kernels.host import cdiv, strides
 from mae_kernels.kernels.numerics import rounded
 from mae_kernels.kernels.rows import row_tiles, split_samples
 from mae_kernels.registration import only_needed
@@ -114,8 +114,7 @@ def scatter_mask_tokens(
     scatter_mask_tokens_kernel[(cdiv(n * num_out, tiles.rows),)](
         tokens, mask_token, ids_restore, pos_embed, out,
         n * num_out, num_out, num_tokens, num_prefix, first_pos,
-        *tokens.stride(), *mask_token.stride(), *ids_restore.stride(),
-        *((0, 0) if pos_embed is None else pos_embed.stride()),
+        *tokens.stride(), *mask_token.stride(), *ids_restore.stride(), *strides(pos_embed),
         D=d, BLOCK_ROWS=tiles.rows, BLOCK_D=tiles.width, num_warps=tiles.num_warps,
     )  # fmt: skip
     return out
