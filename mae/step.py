@@ -120,6 +120,8 @@ class TrainingStep:
         if masking is None:
             grid = PatchGrid.of("TrainingStep", images, self._patch_size).grid
             masking = self.strategy(n, grid, device=images.device)
+        if self.micro_batches > 1 and masking.ids_keep.shape[1] + masking.ids_mask.shape[1] > masking.mask.shape[1]:
+            raise ValueError("TrainingStep: the mean over micro-batches needs masks with the same count in every row")
         if self._replayed:  # what the step before left in the graphs' memory may be overwritten; its micro-batches not
             torch.compiler.cudagraph_mark_step_begin()
         parts = zip(*(x.chunk(self.micro_batches) for x in (images, *masking)), strict=True)

@@ -30,7 +30,7 @@ def masking(noise, counts, num_keep, num_mask):
 
 def gather_tokens(tokens, ids):
     chosen = torch.gather(tokens, 1, ids.clamp(min=0)[:, :, None].expand(-1, -1, tokens.shape[2]))
-    return chosen * (ids >= 0)[:, :, None]
+    return torch.where((ids >= 0)[:, :, None], chosen, 0)
 
 
 def patch_embed(images, weight, bias, pos_embed, ids_keep, prefix, statistics, compute_dtype, out_dtype):
@@ -42,7 +42,7 @@ def patch_embed(images, weight, bias, pos_embed, ids_keep, prefix, statistics, c
     if pos_embed is not None:
         tokens = tokens + (pos_embed if ids_keep is None else pos_embed[ids_keep])
     if ids_keep is not None:
-        tokens = tokens * (ids_keep >= 0)[:, :, None]
+        tokens = torch.where((ids_keep >= 0)[:, :, None], tokens, 0)
     if prefix is not None:
         tokens = torch.cat([prefix[None].expand(tokens.shape[0], -1, -1), tokens], dim=1)
     return tokens.to(out_dtype)
@@ -63,7 +63,7 @@ def masked_mse(pred, images, selected, statistics, keep_residual, *target):
     patches = reference.pixel_target(_pixels(images, statistics, dtype), tuple(patch), _NORM_PIX[norm_pix], eps, layout)
     if selected.dtype == torch.int64:
         patches, selected = gather_tokens(patches, selected), selected >= 0
-    residual = (pred.to(dtype) - patches) * selected[:, :, None].to(dtype)
+    residual = torch.where(selected[:, :, None] != 0, pred.to(dtype) - patches, 0)
     scale = 2 / (selected.to(dtype).sum().clamp(min=1) * pred.shape[2])
     loss = residual.square().sum() * (scale / 2)
     return loss, residual.to(pred.dtype) if keep_residual else pred.new_empty(0), scale

@@ -11,7 +11,7 @@ from mae_kernels import checks
 from mae_kernels.masked_mse import SCHEMA_OF_TARGET, NormPix, Target, masked_mse_backward, masked_mse_eager
 from mae_kernels.patch_grid import PatchGrid, Sizes, as_video
 from mae_kernels.patchify import Layout
-from mae_kernels.precision import accumulation_dtype
+from mae_kernels.precision import accumulation_dtype, autocast_dtype
 from mae_kernels.registration import (
     differentiable,
     implementation,
@@ -94,9 +94,9 @@ def linear_masked_mse(
 
 
 def _compute_dtype(op: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
-        return torch.get_autocast_dtype(device_type)
+    autocast = autocast_dtype(hidden.device)
+    if autocast is not None and torch.float64 not in (hidden.dtype, weight.dtype):
+        return autocast
     if hidden.dtype != weight.dtype:
         raise TypeError(
             f"{op}: hidden is {checks.dtype_name(hidden)}, but weight is {checks.dtype_name(weight)}; "

@@ -115,10 +115,11 @@ class Target(NamedTuple):
         checks.layout(op, layout)
         checks.norm_pix(op, norm_pix)
         checks.eps(op, eps)
-        target = cls(grid.patch, "channel" if norm_pix == "channel" else "patch" if norm_pix else "none", eps, layout)
-        if norm_pix == "channel" and grid.patch_values == grid.channels:
-            raise ValueError(f"{op}: norm_pix 'channel' needs patches of more than one pixel")
-        return target
+        if norm_pix and grid.patch_values == (grid.channels if norm_pix == "channel" else 1):
+            raise ValueError(
+                f"{op}: norm_pix {norm_pix!r} needs more than one value for each mean; pass norm_pix=False"
+            )
+        return cls(grid.patch, "channel" if norm_pix == "channel" else "patch" if norm_pix else "none", eps, layout)
 
     @property
     def eps_of_variance_and_deviation(self) -> tuple[float, float]:
@@ -204,6 +205,8 @@ def masked_mse_eager(pred, images, selected, statistics, keep_residual, *target)
 
 
 def _normalize(x: Tensor, dim: int, eps_of_variance: float, eps_of_deviation: float) -> None:
+    if eps_of_deviation:  # magnifies the rounding of a mean, which differences from the first value do not have
+        x -= x.narrow(dim, 0, 1).clone()
     # Two passes: the variance is a sum of squares of centred values, never a difference of large sums.
     x -= x.mean(dim, keepdim=True)
     variance = torch.linalg.vector_norm(x, dim=dim, keepdim=True).square_().div_(x.shape[dim] - 1)

@@ -55,7 +55,8 @@ class _ReadsPixels(nn.Module):
     ):
         super().__init__()
         op = type(self).__name__
-        self.patch_size = checks.sizes(op, "patch_size", patch_size, 2)
+        checks.sizes(op, "patch_size", patch_size, 2)
+        self.patch_size = patch_size if isinstance(patch_size, int) else tuple(patch_size)
         if (pixel_mean is None) != (pixel_std is None):
             given, missing = ("pixel_mean", "pixel_std") if pixel_std is None else ("pixel_std", "pixel_mean")
             raise ValueError(f"{op}: {given} was given without {missing}; pass both or neither")
@@ -159,6 +160,7 @@ class MaskedPatchEmbed(_ReadsPixels):
                 f"MaskedPatchEmbed: pixel_mean has {len(self._pixel_stats[0])} values for {in_chans} channels"
             )
         self.embed_dim, self.out_dtype = embed_dim, out_dtype
+        self.patch_size = checks.sizes("MaskedPatchEmbed", "patch_size", patch_size, 2)
         convolution = nn.Conv3d if len(self.patch_size) == 3 else nn.Conv2d
         self.proj = convolution(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
         self.reset_parameters()
@@ -183,8 +185,11 @@ class MaskedPatchEmbed(_ReadsPixels):
             stats = self.normalization(images)
             return patch_embed(images, proj.weight, proj.bias, pos_embed, ids_keep, **options, **stats)
         pixels = self.floating_pixels(images)
-        pixels = as_video(pixels) if len(self.patch_size) == 3 else pixels
-        tokens = proj(pixels).flatten(2).transpose(1, 2)
+        if len(self.patch_size) == 3:
+            pixels = as_video(pixels)
+        elif pixels.ndim == 5:  # each frame is an image
+            pixels = pixels.transpose(1, 2).flatten(0, 1)
+        tokens = proj(pixels).flatten(2).transpose(1, 2).reshape(images.shape[0], -1, self.embed_dim)
         return _assemble(tokens, pos_embed, ids_keep, **options)
 
     def _split_positions(self, images: Tensor, prefix: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,7 +242,7 @@ class MaskTokenScatter(nn.Module):
 class MaskedMSELoss(_ReadsPixels):
     """Mean squared error on the pixels of the masked patches: :func:`mae_kernels.masked_mse`, with its arguments.
 
-    ``patch_size``, ``pixel_mean`` and ``pixel_std``: as of :class:`MaskedPatchEmbed`.
+    ``pixel_mean`` and ``pixel_std``: as of :class:`MaskedPatchEmbed`.
     """
 
     def __init__(
@@ -252,6 +257,7 @@ class MaskedMSELoss(_ReadsPixels):
     ):
         super().__init__(patch_size, pixel_mean, pixel_std)
         checks.layout("MaskedMSELoss", layout)
+        checks.norm_pix("MaskedMSELoss", norm_pix)
         checks.eps("MaskedMSELoss", eps)
         self.norm_pix, self.eps, self.layout = norm_pix, eps, layout
 

@@ -14,7 +14,7 @@ from mae_kernels import checks
 from mae_kernels.gather_tokens import gather_tokens_backward_eager
 from mae_kernels.patch_grid import PatchGrid, as_video
 from mae_kernels.patchify import gather_patches, normalize_pixels, unpatchify
-from mae_kernels.precision import accumulation_dtype
+from mae_kernels.precision import accumulation_dtype, autocast_dtype
 from mae_kernels.registration import differentiable, once_differentiable, only_needed, register_op
 from mae_kernels.rows import row_ids, without_padding
 
@@ -95,9 +95,9 @@ def patch_embed(
 
 
 def _compute_dtype(op: str, images: Tensor, weight: Tensor) -> torch.dtype:
-    device_type = images.device.type
-    if torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
+    autocast = autocast_dtype(images.device)
+    if autocast is not None and weight.dtype != torch.float64:
+        return autocast
     if images.is_floating_point() and images.dtype != weight.dtype:
         raise TypeError(
             f"{op}: images are {checks.dtype_name(images)}, but weight is {checks.dtype_name(weight)}; "
@@ -191,12 +191,9 @@ class Steps(NamedTuple):
 
 
 def _gradient_rows(grad: Tensor, ids: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``[N, K, D] -> [N K, D]`` in dtype, zero where the id is -1, in one pass."""
-    padding = None if ids is None else without_padding(ids)[1]
-    if padding is None:
-        return grad.to(dtype).reshape(-1, grad.shape[2])
-    rows = grad.new_empty(grad.shape, dtype=dtype)
-    return torch.mul(grad, padding.logical_not(), out=rows).view(-1, grad.shape[2])
+    """``[N, K, D] -> [N K, D]`` in dtype, zero where the id is -1, whatever arrives there."""
+    padding, rows = None if ids is None else without_padding(ids)[1], grad.to(dtype)
+    return (rows if padding is None else torch.where(padding, 0, rows)).reshape(-1, grad.shape[2])
 
 
 def _assemble(tokens, pos_embed, ids_keep, prefix, out_dtype):

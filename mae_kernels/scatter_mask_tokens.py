@@ -145,12 +145,12 @@ def _scatter_mask_tokens_backward_eager(grad, ids_restore, num_tokens, num_prefi
             g_tokens[:, num_prefix:].masked_fill_(padding, 0)
     if needs_mask_token:
         ids_mask, padding = without_padding(ids_mask)
-        weights = None if padding is None else padding.logical_not().to(sum_dtype).flatten()
+        masked, table = row_ids(ids_mask, step, num_prefix), table.to(sum_dtype)
+        if padding is not None:
+            masked, table = torch.where(padding.flatten(), len(table), masked), F.pad(table, (0, 0, 0, 1))
         # Sums of 32 rows each, then their sum: one long chain of additions would lose three bits at 1568 patches.
-        masked = row_ids(ids_mask, step, num_prefix)
         bags = torch.arange(0, len(masked), 32, device=grad.device)
-        table = table.to(sum_dtype)
-        g_mask_token = F.embedding_bag(masked, table, bags, mode="sum", per_sample_weights=weights).sum(0)
+        g_mask_token = F.embedding_bag(masked, table, bags, mode="sum").sum(0)
     if needs_pos:
         g_pos = grad[:, grad.shape[1] - pos_rows :].sum(0, dtype=sum_dtype)
     return g_tokens, g_mask_token, g_pos

@@ -14,6 +14,7 @@ from cases import (
     head_inputs,
     images_of,
     loss_inputs,
+    mean_std,
     patch_embed_inputs,
     run,
     scatter_inputs,
@@ -112,6 +113,24 @@ def test_an_image_is_a_video_of_one_frame():
     assert torch.equal(out[:, :12], out[:, 12:])
 
 
+@pytest.mark.parametrize("value", [0, 77, 255])
+def test_the_channels_of_a_flat_patch_have_a_target_of_zero(value):
+    clips = torch.full((1, 3, 2, 16, 16), value, dtype=U8)
+    options = {"patch_size": (2, 16, 16), "mask": torch.ones(1, 1).bool(), "norm_pix": "channel", **mean_std(3)}
+    assert masked_mse(torch.zeros(1, 1, 1536), clips, **options).item() == 0
+
+
+@pytest.mark.eager
+def test_tensors_without_memory():
+    inputs = patch_embed_inputs(2, (2, 1, 2), (2, 4, 4), 3, 24, pixels=U8, k=3, r=1)
+    out = patch_embed(**{name: x.to("meta") for name, x in inputs.items()})
+    assert (out.device.type, out.shape) == ("meta", (2, 4, 24))
+    inputs = head_inputs(2, (2, 2), (4, 4), 3, 24)
+    assert linear_masked_mse(
+        **{n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
+    ).is_meta
+
+
 @pytest.mark.eager
 def test_videomae_target_by_hand():
     """Tubelets of 2 x 4 x 4, each channel by its own statistics, eps outside the root: Tong et al. 2022."""
@@ -143,7 +162,9 @@ def test_ids_of_no_token_are_zeros():
         inputs["images"][0, :, :4, :8] = float("nan")  # patch 0 of sample 0 spoils its own token and no other
         inputs["images"][1, :, :4, :8] = float("nan")
         inputs["ids_keep"] = torch.where(PADDED == 0, 4, PADDED)
-        result = run(patch_embed, inputs, tokens(3, r + 3, 24), ("weight", "bias"))
+        grad = tokens(3, r + 3, 24)
+        grad[:, r:][PADDED < 0] = float("nan")
+        result = run(patch_embed, inputs, grad, ("weight", "bias"))
         assert result["value"][:, r:][PADDED < 0].count_nonzero() == 0
         assert all(x.isfinite().all() for x in result.values())
         inputs["images"] = inputs["images"].nan_to_num()
@@ -175,6 +196,9 @@ def test_tokens_that_nobody_reads(counts):
     result = compare(
         scatter_mask_tokens, reference.scatter_mask_tokens, inputs, tokens(3, 8, 24), SCATTER, exact=("value", "tokens")
     )
+    grad = tokens(3, 8, 24)
+    grad[:, 2:][inputs["ids_restore"] < 3] = float("nan")  # visible patches have no mask token
+    assert run(scatter_mask_tokens, inputs, grad, ("mask_token",))["mask_token"].isfinite().all()
     unread = torch.arange(3) >= torch.tensor(counts)[:, None]
     assert result["tokens"][:, 2:][unread].count_nonzero() == 0
 
@@ -229,7 +253,8 @@ def test_gradcheck_with_padding(op):
         (lambda pred, x: masked_mse(pred, target=pred[:, :0], mask=MASK), "target is empty"),
         (lambda pred, x: masked_mse(pred, target=pred.int(), mask=MASK), "target must be float32"),
         (lambda pred, x: masked_mse(pred, target=pred.clone().requires_grad_(), mask=MASK), r"pass target.detach\(\)"),
-        (lambda pred, x: masked_mse(pred, target=pred, mask=MASK, norm_pix="channel"), "of more than one pixel"),
+        (lambda pred, x: masked_mse(pred, target=pred, mask=MASK, norm_pix="channel"), "more than one value"),
+        (lambda pred, x: masked_mse(pred, x[:, :1, :2, :2], patch_size=1, mask=MASK), "more than one value"),
         (lambda pred, x: masked_mse(pred, x, patch_size=4, mask=MASK, norm_pix="patch"), "True, False or 'channel'"),
         (lambda pred, x: masked_mse(pred, x[:, :, None], patch_size=(2, 4, 4), mask=MASK),
          "images frames 1 is not a multiple of the patch frames 2"),

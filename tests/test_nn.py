@@ -294,3 +294,19 @@ def embed(images=None, prefix=None, pos_embed=None):
 def test_a_star_import_leaves_nn_to_torch():
     assert mae_kernels.nn.MaskedPatchEmbed is MaskedPatchEmbed
     assert "nn" not in mae_kernels.__all__
+
+
+@pytest.mark.parametrize("patch", [(4, 4), (2, 4, 4)])
+def test_a_called_projection_takes_clips(patch):
+    embed = MaskedPatchEmbed(patch, 3, 16)
+    clips, ids = torch.rand(2, 3, 2, 8, 12), torch.tensor([[1, 3], [0, -1]])
+    expected = embed(clips, ids)
+    embed.proj.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(embed(clips, ids)[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert embed(clips, ids)[1, 1].count_nonzero() == 0
+
+
+def test_one_number_is_a_cube_for_clips():
+    pred, clips, mask = torch.randn(2, 4, 192), torch.rand(2, 3, 4, 8, 8), torch.ones(2, 4).bool()
+    expected = mae_kernels.masked_mse(pred, clips, patch_size=4, mask=mask)
+    assert torch.equal(MaskedMSELoss(4)(pred, clips, mask=mask), expected)

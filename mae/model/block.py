@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mae.model.attention import attention
 from mae_kernels import gather_tokens
+from mae_kernels.precision import autocast_dtype
 from mae_kernels.untouched import untouched
 
 
@@ -122,10 +123,8 @@ def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return x.dtype
+    autocast = autocast_dtype(x.device)
+    return x.dtype if autocast is None or x.dtype == torch.float64 else autocast
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:  # [N, T, O], [N, T, D] -> [O, D]

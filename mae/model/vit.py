@@ -65,6 +65,8 @@ class VisionTransformer(nn.Module):
     def positions(self, table: Tensor, grid: PatchGrid) -> Tensor:
         """The model's position embedding ``[1, 1 + L, D]`` for a grid, which is the table itself for the config's."""
         sides = self.config.sides
+        if len(sides) == 2 and grid.grid[0] > 1:
+            raise ValueError(f"{type(self).__name__}: images have {grid.grid[0]} frames, and this is a model of images")
         return pos_embed_for(table, sides, grid.grid[-len(sides) :])
 
     def encode(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
