@@ -22,8 +22,8 @@ REMEDY = (
     f"python -m benchmarks.inspect --json > tests/recorded/{RECORD.name}"
 )
 
-# Bytes of stack of a thread, by Triton: crops in tiles that won a race on a GPU all the same, and losses that ptxas keeps
-# at 96 and 128 registers.
+# Bytes of stack of a thread, by Triton: crops in tiles that won a race on a GPU all the same, and losses that ptxas
+# keeps at 96 and 128 registers.
 SPILLS = {
     "masked_mse of masked_mse masked-only, sm_120": {"3.8": 16, "3.9": 16},
     "masked_mse of masked_mse uint8 bfloat16 channels_first, sm_100": {"3.8": 8, "3.9": 8},
