@@ -128,7 +128,8 @@ def _backward(ctx, grad):
     needs_images, needs_weight, needs_bias, needs_pos, _, needs_prefix = ctx.needs_input_grad[:6]
     needs = [needs_images, needs_weight, needs_bias, needs_pos, needs_prefix]
     arguments = grad, *ctx.saved_tensors, ctx.num_prefix, ctx.compute_dtype, needs
-    *grads, g_prefix = once_differentiable(_patch_embed_backward, *arguments)
+    grads = once_differentiable(_patch_embed_backward, *arguments)
+    *grads, g_prefix = (g if need else None for g, need in zip(grads, needs, strict=True))
     return *grads, None, g_prefix
 
 

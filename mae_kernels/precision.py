@@ -9,7 +9,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to on a device, None where it is off, as it always is for tensors without memory."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+    """What autocast casts to on a device, None where it is off."""
+    try:
+        return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    except RuntimeError:  # the device knows no autocast
         return None
-    return torch.get_autocast_dtype(device.type)

@@ -17,21 +17,23 @@ def register_op(
 ) -> torch._ops.OpOverload:
     """Register ``mae_kernels::<name>`` and return its overload.
 
-    Before each call of :func:`implementation`, ``check`` refuses wrong values: on a CPU always, elsewhere only with
-    MAE_KERNELS_DEBUG=1, since reading them waits for the device. An op without kernels of its own is made of others.
+    Each call takes an implementation as :func:`implementation` does; an op without kernels is made of others. Before
+    that, ``check`` refuses wrong values: on a CPU always, elsewhere only with MAE_KERNELS_DEBUG=1, since reading them
+    waits for the device.
 
     The first argument holds the batch. Where that is empty nothing runs: the results have the fake's shapes, and are
     the zeros that a sum over nothing gives.
     """
     name = schema.partition("(")[0]
-    chosen = implementation(name, eager) if has_kernels else lambda *args: _outside_autocast(eager, *args)
 
     def run(first: Tensor, *rest):
         if first.shape[0] == 0:
             return tree_map(Tensor.zero_, fake(first, *rest))
-        if check is not None and (backend.DEBUG or first.device.type == "cpu"):
+        if check is not None and (first.is_cpu or backend.DEBUG):
             check(first, *rest)
-        return chosen(first, *rest)
+        if has_kernels and backend.takes_triton(name, first, *rest):
+            return _run_kernels(name, first, *rest)
+        return _outside_autocast(eager, first, *rest)
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -40,9 +42,9 @@ def register_op(
 
 
 def implementation(name: str, eager: Callable) -> Callable:
-    """The function of that name in ``mae_kernels.kernels`` where a call takes it, else the eager one, on any device.
+    """Runs the function of that name in ``mae_kernels.kernels`` where a call takes Triton, and the eager one elsewhere.
 
-    See :func:`mae_kernels.backend.takes_triton`.
+    For ops that are made of another one, without its checks and the dispatcher.
     """
 
     def run(first: Tensor, *rest):
@@ -56,11 +58,12 @@ def implementation(name: str, eager: Callable) -> Callable:
 def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> Callable:
     """Give the op a gradient and return the function that calls it.
 
-    ``backward`` returns the gradients of the op's first arguments, anything where none is needed; the rest have none.
-    Calls go through a Function, which torch.func needs; vmap maps its two ops, sample by sample. Graphs that hold the
-    bare op, such as exported programs, find the same gradient there.
+    ``backward`` returns the gradients of the op's first arguments; the rest have none. Calls go through a Function,
+    which torch.func needs; vmap maps its two ops, sample by sample. Graphs that hold the bare op, such as exported
+    programs, find the same gradient there.
     """
     names = [argument.name for argument in op._schema.arguments]
+    nothing = [None] * len(names)
 
     def forward(*args):
         return op(*args)
@@ -70,8 +73,7 @@ def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward:
 
     def padded(ctx, *grads):
         found = backward(ctx, *grads)
-        needed = [g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False)]
-        return *needed, *[None] * (len(names) - len(needed))
+        return *found, *nothing[len(found) :]
 
     members = {"forward": forward, "setup_context": setup_context, "backward": padded}
     members = {name: staticmethod(member) for name, member in members.items()}

@@ -92,7 +92,8 @@ def _backward(ctx, grad):
     needs_tokens, needs_mask_token, _, needs_pos = ctx.needs_input_grad[:4]
     needs = [needs_tokens, needs_mask_token, needs_pos]
     arguments = grad, ids_restore, ctx.num_tokens, ctx.num_prefix, ctx.pos_rows, ctx.dtype, needs
-    g_tokens, g_mask_token, g_pos = once_differentiable(_scatter_mask_tokens_backward, *arguments)
+    grads = once_differentiable(_scatter_mask_tokens_backward, *arguments)
+    g_tokens, g_mask_token, g_pos = (g if need else None for g, need in zip(grads, needs, strict=True))
     return g_tokens, g_mask_token, None, g_pos
 
 
