@@ -163,7 +163,7 @@ MODEL = [
         ("pictures that stay normalised", "unpatchify(patches, *sizes) * std + mean", "unpatchify(patches, *sizes)")),
     *room("mae/model/positions.py", "test_positions.py -k column",
         ("rows and columns of positions swapped", "in reversed([*enumerate(grid)])", "in enumerate(grid)")),
-    *room("mae_kernels/nn.py", "test_nn.py -k 'published or prefix'",
+    *room("mae_kernels/nn.py", "test_model.py -k published_pass",
         ("the class token without its position", "return prefix + pos_embed[:num_prefix], pos", "return prefix, pos")),
     *room("mae/model/block.py", "test_block.py -k 'value or published'",
         ("no residual around attention", "x = rows + attended", "x = attended"),
