@@ -62,7 +62,7 @@ def masks() -> None:
 def images() -> None:
     """Six clothes in a rectangle; the same checkpoint then takes squares of four."""
     seen, unseen = clothes()
-    recipe = recipe_of(steps=2500)
+    recipe = recipe_of(steps=2500, base_lr=0.016)
     model = model_of(image_size=(56, 84), patch_size=7, **GREY)
     learn("images", model, lambda n, g: mosaic(some(seen, 6 * n, g), n, rows=2), recipe)
     draw("images", model, mosaic(unseen[50::111], 3, rows=2), recipe, per_row=1)
@@ -78,7 +78,7 @@ def channels() -> None:
         spectrum = 40 * torch.rand(len(pieces), 6, 1, 1, generator=generator)  # to 10,200, as reflectances
         return (spectrum * pieces).to(torch.uint16)
 
-    recipe = recipe_of(steps=2500)
+    recipe = recipe_of(steps=2500, base_lr=0.016)
     model = model_of(image_size=28, patch_size=7, in_chans=6, pixel_mean=(1500.0,) * 6, pixel_std=(2300.0,) * 6)
     learn("channels", model, lambda n, g: bands(some(seen, n, g), g), recipe)
     draw("channels", model, bands(unseen[7::222], torch.Generator().manual_seed(2)), recipe, channels=3)
@@ -103,14 +103,14 @@ def volume() -> None:
 
 def sound() -> None:
     """Log-mel spectrograms of chirps and harmonic tones, with whole frequencies and times hidden."""
-    recipe = recipe_of(steps=1500, masking="axis")
+    recipe = recipe_of(steps=1500, base_lr=0.016, masking="axis")
     model = model_of(image_size=(64, 128), patch_size=8, in_chans=1, pixel_mean=(0.4,), pixel_std=(0.25,))
     learn("sound", model, tones, recipe)
     draw("sound", model, tones(3, torch.Generator().manual_seed(1)), recipe, view="sound")
 
 
-def recipe_of(steps: int, **options) -> TrainConfig:
-    return TrainConfig(steps=steps, batch_size=16, base_lr=0.024, device="cpu", precision="bfloat16", **options)
+def recipe_of(steps: int, base_lr: float = 0.024, **options) -> TrainConfig:
+    return TrainConfig(steps=steps, batch_size=16, base_lr=base_lr, device="cpu", precision="bfloat16", **options)
 
 
 def model_of(**sizes) -> MaskedAutoencoder:

@@ -207,7 +207,7 @@ def _image_size(
     if are_all(asked, is_whole) and _patches(asked, patch) == tokens - 1:
         return tuple(asked), []
     kind = "cube" if len(patch) == 3 else "square image"
-    raise CheckpointError(f"its {tokens - 1} positions are those of no {kind}; pass image_size")
+    raise CheckpointError(f"its {tokens - 1} positions are those of no {kind}; pass the image_size of its training")
 
 
 def _patches(size: tuple[int, ...], patch: tuple[int, ...]) -> int | None:

@@ -85,9 +85,11 @@ def pair(op: str, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
 def sizes(op: str, name: str, value: int | Sequence[int], sides: int) -> tuple[int, ...]:
     """Two or three sizes, of height and width or of frames too; one for all sides is repeated."""
     result = tuple(value) if isinstance(value, tuple | list) else (value,) * sides
+    fits = len(result) in (2, 3)
     for side in result:
-        if not isinstance(side, int | torch.SymInt) or side <= 0 or len(result) not in (2, 3):
-            raise ValueError(f"{op}: {name} must be a positive int, or two or three of them, got {value!r}")
+        fits = fits and isinstance(side, int | torch.SymInt) and side > 0
+    if not fits:
+        raise ValueError(f"{op}: {name} must be a positive int, or two or three of them, got {value!r}")
     return result
 
 
@@ -110,14 +112,13 @@ def statistics(op: str, mean, std, images: Tensor, dtype: torch.dtype) -> Tensor
     if mean is None:
         return None
     dtype = accumulation_dtype(dtype)
-    pair = [_per_channel(op, name, x, images, dtype) for name, x in (("mean", mean), ("std", std))]
+    both = [_per_channel(op, name, x, images) for name, x in (("mean", mean), ("std", std))]
     if isinstance(mean, Tensor) or isinstance(std, Tensor):
-        pair = [torch.as_tensor(x, dtype=dtype, device=images.device).flatten() for x in pair]
-        return torch.stack(pair)
-    return torch.tensor(pair, dtype=dtype, device=images.device)
+        return torch.stack([torch.as_tensor(x, dtype=dtype, device=images.device).flatten() for x in both])
+    return torch.tensor(both, dtype=dtype, device=images.device)
 
 
-def _per_channel(op: str, name: str, values, images: Tensor, dtype: torch.dtype) -> Tensor | list[float]:
+def _per_channel(op: str, name: str, values, images: Tensor) -> Tensor | list[float]:
     if isinstance(values, Tensor):
         floating(op, name, values)
         same_device(op, "images", images, **{name: values})

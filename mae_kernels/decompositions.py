@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from mae_kernels import reference
+from mae_kernels.patch_embed import Inputs
+from mae_kernels.patch_grid import three_sides
 from mae_kernels.precision import accumulation_dtype
 
 
@@ -33,19 +35,20 @@ def gather_tokens(tokens, ids):
     return torch.where((ids >= 0)[:, :, None], chosen, 0)
 
 
-def patch_embed(images, weight, bias, pos_embed, ids_keep, prefix, statistics, compute_dtype, out_dtype):
-    patch = (1, *weight.shape[2:])[-3:]
-    patches = reference.patchify(_pixels(images, statistics, compute_dtype), patch, "channels_first")
+def patch_embed(*inputs):
+    x = Inputs(*inputs)
+    pixels, ids_keep = _pixels(x.images, x.statistics, x.compute_dtype), x.ids_keep
+    patches = reference.patchify(pixels, three_sides(x.weight.shape[2:]), "channels_first")
     patches = patches if ids_keep is None else gather_tokens(patches, ids_keep)
-    bias = None if bias is None else bias.to(compute_dtype)
-    tokens = F.linear(patches, weight.to(compute_dtype).flatten(1), bias)
-    if pos_embed is not None:
-        tokens = tokens + (pos_embed if ids_keep is None else pos_embed[ids_keep])
+    weight, bias = (None if w is None else w.to(x.compute_dtype) for w in (x.weight, x.bias))
+    tokens = F.linear(patches, weight.flatten(1), bias)
+    if x.pos_embed is not None:
+        tokens = tokens + (x.pos_embed if ids_keep is None else x.pos_embed[ids_keep])
     if ids_keep is not None:
         tokens = torch.where((ids_keep >= 0)[:, :, None], tokens, 0)
-    if prefix is not None:
-        tokens = torch.cat([prefix[None].expand(tokens.shape[0], -1, -1), tokens], dim=1)
-    return tokens.to(out_dtype)
+    if x.prefix is not None:
+        tokens = torch.cat([x.prefix[None].expand(tokens.shape[0], -1, -1), tokens], dim=1)
+    return tokens.to(x.out_dtype)
 
 
 def scatter_mask_tokens(tokens, mask_token, ids_restore, pos_embed, num_prefix, out_dtype):

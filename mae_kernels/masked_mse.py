@@ -111,7 +111,9 @@ class Target(NamedTuple):
     layout: Layout
 
     @classmethod
-    def of(cls, op: str, grid: PatchGrid, norm_pix: NormPix, eps: float, layout: Layout) -> "Target":
+    def of(
+        cls, op: str, grid: PatchGrid, norm_pix: NormPix, eps: float = 1e-6, layout: Layout = "channels_last"
+    ) -> "Target":
         checks.layout(op, layout)
         checks.norm_pix(op, norm_pix)
         checks.eps(op, eps)
@@ -120,6 +122,10 @@ class Target(NamedTuple):
                 f"{op}: norm_pix {norm_pix!r} needs more than one value for each mean; pass norm_pix=False"
             )
         return cls(grid.patch, "channel" if norm_pix == "channel" else "patch" if norm_pix else "none", eps, layout)
+
+    def groups(self, channels: int) -> int:
+        """How many parts of a patch are normalised each by itself."""
+        return channels if self.norm_pix == "channel" else 1
 
     @property
     def eps_of_variance_and_deviation(self) -> tuple[float, float]:
@@ -186,9 +192,9 @@ def masked_mse_eager(pred, images, selected, statistics, keep_residual, *target)
     patches = gather_patches(images, flat_ids, grid, target.layout)  # [masked, E]
     patches = normalize_pixels(patches, statistics, dtype, target.layout)
     if target.norm_pix != "none":
-        groups = grid.channels if target.norm_pix == "channel" else 1
-        dim, shape = (1, (-1, groups)) if target.layout == "channels_last" else (2, (groups, -1))
-        shape = [values // groups if size == -1 else size for size in shape]
+        groups = target.groups(grid.channels)
+        each = values // groups
+        dim, shape = (1, (each, groups)) if target.layout == "channels_last" else (2, (groups, each))
         _normalize(patches.view(-1, *shape), dim, *target.eps_of_variance_and_deviation)
     patches = patches.view(pred_rows.shape)  # [N, M, E] or [masked, E]
     residual = torch.sub(pred_rows, patches, out=patches)

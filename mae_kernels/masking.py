@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mae_kernels import backend, checks
-from mae_kernels.patch_grid import Sizes
+from mae_kernels import checks
+from mae_kernels.patch_grid import Sizes, three_sides
 from mae_kernels.registration import decomposed, in_onnx_export, register_op
 
 # Of a hundred thousand masks of 14 x 14 at a ratio of 0.9 none needed more.
@@ -113,7 +113,7 @@ def tube_masking(
     Source: Tong et al. 2022, "VideoMAE", section 3.3.
     """
     op = "tube_masking"
-    frames, height, width = _three_sides(op, grid)
+    frames, height, width = three_sides(checks.sizes(op, "grid", grid, 2))
     visible = _num_keep(op, batch_size, height * width, mask_ratio, "masked")
     return _alike_in_frames(_draw((batch_size, height * width), generator, device), visible, frames)
 
@@ -140,7 +140,7 @@ def block_masking(
     does not fit into the grid is drawn again, and the last ones are left out rather than cut: counts vary.
     """
     op = "block_masking"
-    frames, height, width = _three_sides(op, grid)
+    frames, height, width = three_sides(checks.sizes(op, "grid", grid, 2))
     visible = _num_keep(op, batch_size, height * width, mask_ratio, "masked")
     hidden = height * width - visible
     area, aspect, top, left = _draw((batch_size, 4, _RECTANGLES), generator, device).unbind(1)  # [N, R]
@@ -181,7 +181,7 @@ def grid_masking(
     Source: He et al. 2021, figure 6, "grid".
     """
     op = "grid_masking"
-    frames, height, width = _three_sides(op, grid)
+    frames, height, width = three_sides(checks.sizes(op, "grid", grid, 2))
     visible = _num_keep(op, batch_size, height * width, mask_ratio, "masked")
     if mask_ratio not in (0.25, 0.5, 0.75):
         raise ValueError(
@@ -313,11 +313,6 @@ def _num_keep(op: str, batch_size: int, num_patches: int, mask_ratio: float, cou
     return visible
 
 
-def _three_sides(op: str, grid: Sizes) -> tuple[int, int, int]:
-    sides = checks.sizes(op, "grid", grid, 2)
-    return (1,) * (3 - len(sides)) + sides
-
-
 def _draw(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
     # ONNX knows no generator, not even None.
     options = {} if generator is None else {"generator": generator}
@@ -342,7 +337,7 @@ def _masking_of(*args) -> Masking:
 
 
 def _masking_check(noise, counts, num_keep, num_mask):
-    if counts is None or (counts.device.type != "cpu" and not backend.DEBUG):
+    if counts is None:
         return
     outside = (counts < 1) | (counts > num_keep)
     if outside.any():

@@ -106,7 +106,9 @@ def _compute_dtype(op: str, images: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
+    """What reaches the op."""
+
     images: Tensor  # [N, C, T, H, W]
     weight: Tensor  # [D, C, ph, pw] or [D, C, pt, ph, pw]
     bias: Tensor | None
@@ -118,6 +120,18 @@ class _Inputs(NamedTuple):
     out_dtype: torch.dtype
 
 
+class Saved(NamedTuple):
+    """What its backward needs beside the gradient."""
+
+    images: Tensor
+    weight: Tensor
+    ids_keep: Tensor | None
+    statistics: Tensor | None
+    num_prefix: int
+    compute_dtype: torch.dtype
+    needs: list[bool]  # of images, weight, bias, pos_embed and prefix
+
+
 def _setup_context(ctx, inputs, output):
     images, weight, _, _, ids_keep, prefix, statistics, ctx.compute_dtype, _ = inputs
     ctx.save_for_backward(images, weight, ids_keep, statistics)
@@ -127,8 +141,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     needs_images, needs_weight, needs_bias, needs_pos, _, needs_prefix = ctx.needs_input_grad[:6]
     needs = [needs_images, needs_weight, needs_bias, needs_pos, needs_prefix]
-    arguments = grad, *ctx.saved_tensors, ctx.num_prefix, ctx.compute_dtype, needs
-    grads = once_differentiable(_patch_embed_backward, *arguments)
+    saved = *ctx.saved_tensors, ctx.num_prefix, ctx.compute_dtype, needs
+    grads = once_differentiable(_patch_embed_backward, grad, *saved)
     *grads, g_prefix = (g if need else None for g, need in zip(grads, needs, strict=True))
     return *grads, None, g_prefix
 
@@ -151,49 +165,50 @@ class Steps(NamedTuple):
     sum_positions: Callable  # rows [N, K, D], ids_keep, L, dtype -> [L, D], the sum of those of the same patch
 
     def embed(self, *inputs):
-        x = _Inputs(*inputs)
+        x = Inputs(*inputs)
         patches = self.gather(x.images, x.ids_keep, _grid(x.images, x.weight), x.statistics, x.compute_dtype)
         bias = None if x.bias is None else x.bias.to(x.compute_dtype)
         tokens = _project(patches, x.weight.to(x.compute_dtype).flatten(1), bias)
         tokens = tokens.view(len(x.images), -1, tokens.shape[1])  # [N, K, D]
-        zero_is_kept = x.ids_keep is None or bias is None
-        if x.prefix is None and x.pos_embed is None and tokens.dtype == x.out_dtype and zero_is_kept:
+        has_biased_padding = x.ids_keep is not None and bias is not None
+        if x.prefix is None and x.pos_embed is None and tokens.dtype == x.out_dtype and not has_biased_padding:
             return tokens
         return self.assemble(tokens, x.pos_embed, x.ids_keep, x.prefix, x.out_dtype)
 
-    def gradients(self, grad, images, weight, ids_keep, statistics, num_prefix, compute_dtype, needs):
-        needs_images, needs_weight, needs_bias, needs_pos, needs_prefix = needs
-        grid = _grid(images, weight)
+    def gradients(self, grad, *saved):
+        x = Saved(*saved)
+        needs_images, needs_weight, needs_bias, needs_pos, needs_prefix = x.needs
+        grid, images = _grid(x.images, x.weight), x.images
         sum_dtype = accumulation_dtype(grad.dtype)  # autograd casts once, to the dtype of the parameter
-        g_images, g_weight, g_bias, g_pos, g_prefix = (grad.new_empty(0) for _ in needs)
+        g_images, g_weight, g_bias, g_pos, g_prefix = (grad.new_empty(0) for _ in x.needs)
 
         if needs_prefix:
-            g_prefix = grad[:, :num_prefix].sum(0, dtype=sum_dtype)
-        g_tokens = grad[:, num_prefix:]  # [N, K, D]
-        if needs_pos and ids_keep is None:
+            g_prefix = grad[:, : x.num_prefix].sum(0, dtype=sum_dtype)
+        g_tokens = grad[:, x.num_prefix :]  # [N, K, D]
+        if needs_pos and x.ids_keep is None:
             g_pos = g_tokens.sum(0, dtype=sum_dtype)
         elif needs_pos:
-            g_pos = self.sum_positions(g_tokens, ids_keep, grid.num_patches, sum_dtype)
-        g_tokens = _gradient_rows(g_tokens, ids_keep, compute_dtype)  # [N K, D]
+            g_pos = self.sum_positions(g_tokens, x.ids_keep, grid.num_patches, sum_dtype)
+        g_tokens = _gradient_rows(g_tokens, x.ids_keep, x.compute_dtype)  # [N K, D]
         if needs_bias:
             g_bias = g_tokens.sum(0, dtype=sum_dtype)
         if needs_weight:
-            patches = self.gather(images, ids_keep, grid, statistics, compute_dtype)
-            g_weight = _weight_gradient(g_tokens, patches).reshape(weight.shape).to(sum_dtype)
+            patches = self.gather(images, x.ids_keep, grid, x.statistics, x.compute_dtype)
+            g_weight = _weight_gradient(g_tokens, patches).reshape(x.weight.shape).to(sum_dtype)
         if needs_images:
-            g_patches = g_tokens @ weight.to(compute_dtype).flatten(1)  # [N K, E]
-            if statistics is not None:
-                g_patches.view(-1, grid.channels, grid.patch_values // grid.channels).div_(statistics[1][:, None])
+            g_patches = g_tokens @ x.weight.to(x.compute_dtype).flatten(1)  # [N K, E]
+            if x.statistics is not None:
+                g_patches.view(-1, grid.channels, grid.patch_values // grid.channels).div_(x.statistics[1][:, None])
             g_patches = g_patches.view(len(images), -1, grid.patch_values)
-            if ids_keep is not None:
-                g_patches = self.spread(g_patches, ids_keep, grid.num_patches)  # [N, L, E]
+            if x.ids_keep is not None:
+                g_patches = self.spread(g_patches, x.ids_keep, grid.num_patches)  # [N, L, E]
             g_images = unpatchify(g_patches, grid.patch, tuple(images.shape[2:]), "channels_first").to(images.dtype)
         return g_images, g_weight, g_bias, g_pos, g_prefix
 
 
 def _gradient_rows(grad: Tensor, ids: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``[N, K, D] -> [N K, D]`` in dtype, zero where the id is -1, whatever arrives there."""
-    padding, rows = None if ids is None else without_padding(ids)[1], grad.to(dtype)
+    padding, rows = without_padding(ids)[1], grad.to(dtype)
     return (rows if padding is None else torch.where(padding, 0, rows)).reshape(-1, grad.shape[2])
 
 
@@ -202,7 +217,7 @@ def _assemble(tokens, pos_embed, ids_keep, prefix, out_dtype):
     out = tokens.new_empty((tokens.shape[0], num_prefix + tokens.shape[1], tokens.shape[2]), dtype=out_dtype)
     if prefix is not None:
         out[:, :num_prefix] = prefix
-    ids_keep, padding = (None, None) if ids_keep is None else without_padding(ids_keep)
+    ids_keep, padding = without_padding(ids_keep)
     if pos_embed is None:
         out[:, num_prefix:] = tokens
     else:
@@ -215,7 +230,7 @@ def _assemble(tokens, pos_embed, ids_keep, prefix, out_dtype):
 
 
 def _fake(*inputs):
-    x = _Inputs(*inputs)
+    x = Inputs(*inputs)
     num_prefix = 0 if x.prefix is None else x.prefix.shape[0]
     visible = _grid(x.images, x.weight).num_patches if x.ids_keep is None else x.ids_keep.shape[1]
     return x.images.new_empty((x.images.shape[0], num_prefix + visible, x.weight.shape[0]), dtype=x.out_dtype)
@@ -227,14 +242,15 @@ def _sum_positions(grad, ids_keep, num_patches, sum_dtype):
     return torch.ops.aten.embedding_dense_backward(rows, ids_keep.flatten(), num_patches, no_position, False)
 
 
-def _backward_fake(grad, images, weight, ids_keep, statistics, num_prefix, compute_dtype, needs):
-    sum_dtype, d = accumulation_dtype(grad.dtype), weight.shape[0]
-    shapes = [images.shape, weight.shape, (d,), (_grid(images, weight).num_patches, d), (num_prefix, d)]
-    return only_needed(grad, needs, shapes, [images.dtype] + [sum_dtype] * 4)
+def _backward_fake(grad, *saved):
+    x, sum_dtype = Saved(*saved), accumulation_dtype(grad.dtype)
+    d, num_patches = x.weight.shape[0], _grid(x.images, x.weight).num_patches
+    shapes = [x.images.shape, x.weight.shape, (d,), (num_patches, d), (x.num_prefix, d)]
+    return only_needed(grad, x.needs, shapes, [x.images.dtype] + [sum_dtype] * 4)
 
 
 def _gather(images, ids_keep, grid, statistics, dtype):
-    ids_keep, padding = (None, None) if ids_keep is None else without_padding(ids_keep)
+    ids_keep, padding = without_padding(ids_keep)
     flat_ids = None if ids_keep is None else row_ids(ids_keep, grid.num_patches)
     patches = normalize_pixels(gather_patches(images, flat_ids, grid, "channels_first"), statistics, dtype)
     return patches if padding is None else patches.masked_fill_(padding.flatten(0, 1), 0)

@@ -13,7 +13,7 @@ _SIDES = ("frames", "height", "width")
 
 
 class PatchGrid(NamedTuple):
-    """A grid of patches, in row-major order. Inside the ops all images are ``[N, C, T, H, W]``: one is a video of 1."""
+    """A grid of patches, in row-major order, of images ``[N, C, T, H, W]``; an image is a video of one frame."""
 
     patch: tuple[int, int, int]  # frames, height and width of a patch in pixels
     grid: tuple[int, int, int]  # patches along each of the three
@@ -51,7 +51,7 @@ class PatchGrid(NamedTuple):
 
     @classmethod
     def _cut(cls, op: str, sizes: Sequence[int], patch_size: Sizes, channels: int) -> "PatchGrid":
-        patch, sizes = _three(checks.sizes(op, "patch_size", patch_size, len(sizes))), _three(sizes)
+        patch, sizes = three_sides(checks.sizes(op, "patch_size", patch_size, len(sizes))), three_sides(sizes)
         (t, h, w), (pt, ph, pw) = sizes, patch
         if t % pt or h % ph or w % pw:
             side, size, p = next(x for x in zip(_SIDES, sizes, patch, strict=True) if x[1] % x[2])
@@ -61,11 +61,12 @@ class PatchGrid(NamedTuple):
     @classmethod
     def inside(cls, sizes: Sequence[int], patch: Sequence[int], channels: int) -> "PatchGrid":
         """The grid of what has passed the border."""
-        (t, h, w), (pt, ph, pw) = sizes, _three(patch)
+        (t, h, w), (pt, ph, pw) = sizes, three_sides(patch)
         return cls((pt, ph, pw), (t // pt, h // ph, w // pw), channels)
 
 
-def _three(sides: Sequence[int]) -> tuple[int, ...]:
+def three_sides(sides: Sequence[int]) -> tuple[int, ...]:
+    """Frames, height and width of two or three sides."""
     return (1, *sides) if len(sides) == 2 else tuple(sides)
 
 

@@ -24,11 +24,11 @@ def row_ids(ids: Tensor, step: int, first: int = 0) -> Tensor:
     return (ids + starts[:, None]).flatten()
 
 
-def without_padding(ids: Tensor) -> tuple[Tensor, Tensor | None]:
+def without_padding(ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The ids with 0 in place of each -1, and where those stood, ``[N, K, 1]``; None where none is -1.
 
     On a device that would have to be waited for nobody looks, and the second result is never None.
     """
-    if ids.device.type == "cpu" and (ids.numel() == 0 or ids.min().item() >= 0):
+    if ids is None or (ids.device.type == "cpu" and (ids.numel() == 0 or ids.min().item() >= 0)):
         return ids, None
     return ids.clamp(min=0), (ids < 0)[:, :, None]

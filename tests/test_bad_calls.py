@@ -323,6 +323,8 @@ CALLS = [
      "patchify: images height 30 is not a multiple of the patch height 16"),
     ("patchify patch 3-D", lambda: patchify(IMAGES, (2, 16, 16)), V,
      "patchify: images frames 1 is not a multiple of the patch frames 2"),
+    ("patchify patch ()", lambda: patchify(IMAGES, ()), V,
+     "patchify: patch_size must be a positive int, or two or three of them, got ()"),
     ("patchify patch None", lambda: patchify(IMAGES, None), V,
      "patchify: patch_size must be a positive int, or two or three of them, got None"),
     ("patchify patch -1", lambda: patchify(IMAGES, -1), V,

@@ -214,8 +214,8 @@ def test_what_is_no_clip_is_refused(tmp_path):
 
 
 def test_packages_are_named_where_they_are_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr("mae.data.readers.av", None)
-    monkeypatch.setattr("mae.data.readers.soundfile", None)
+    monkeypatch.setattr("mae.data.readers.video.av", None)
+    monkeypatch.setattr("mae.data.readers.sound.soundfile", None)
     video(tmp_path / "x.mp4", FRAMES)
     soundfile.write(tmp_path / "x.flac", np.zeros(400), 8000)
     needs = "which needs the package"

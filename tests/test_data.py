@@ -83,8 +83,8 @@ def test_what_is_left_out_is_counted(tmp_path):
 def test_packages_that_files_wait_for_are_named(tmp_path, monkeypatch):
     for name in ("a.mp4", "b.mkv", "c.flac"):
         (tmp_path / name).touch()
-    monkeypatch.setattr("mae.data.readers.av", None)
-    monkeypatch.setattr("mae.data.readers.soundfile", None)
+    monkeypatch.setattr("mae.data.readers.video.av", None)
+    monkeypatch.setattr("mae.data.readers.sound.soundfile", None)
     suffixes.cache_clear()
     try:
         with pytest.raises(DataError) as error:

@@ -292,7 +292,8 @@ def test_sizes_that_nothing_tells(tmp_path):
     with pytest.raises(CheckpointError, match=r"x.pth: it has no config.json beside it; name the model, one of "):
         load(path)
     assert load(path, num_heads=2, decoder_num_heads=16)[0].config.num_heads == 2
-    with pytest.raises(CheckpointError, match=r"its 6 positions are those of no square image; pass image_size$"):
+    refusal = r"its 6 positions are those of no square image; pass the image_size of its training$"
+    with pytest.raises(CheckpointError, match=refusal):
         load(saved(tmp_path, wide(image_size=(32, 48)).state_dict()))
 
 

@@ -370,7 +370,7 @@ def test_overviews_of_a_tiff_are_no_channels(tmp_path):
 
 def test_without_tifffile_the_package_is_named(tmp_path, monkeypatch):
     tifffile.imwrite(tmp_path / "x.tif", (BANDS * 255).astype(np.uint8), photometric="minisblack")
-    monkeypatch.setattr("mae.data.readers.tifffile", None)
+    monkeypatch.setattr("mae.data.readers.tiff.tifffile", None)
     assert refusal(tmp_path / "x.tif", 13) == (
         "it has more than one page, which needs the package tifffile: pip install 'mae_kernels[multiband]'"
     )

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mae.data.errors import DataError, printable
 from mae.data.levels import ENOUGH, PLAIN, to_8_bits
-from mae.data.readers import READERS, Reading, Values, Wanted, planes_of
+from mae.data.readers import READERS, Reading, Values, Wanted
+from mae.data.readers.pillow import planes_of
 
 
 class Picture(NamedTuple):

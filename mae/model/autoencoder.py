@@ -14,6 +14,7 @@ from mae.model.block import Block, of_some
 from mae.model.sizes import MAEConfig
 from mae.model.vit import VisionTransformer, fill_positions, initialize
 from mae_kernels import Masking, gather_tokens, linear_masked_mse, masked_mse, patchify, random_masking, unpatchify
+from mae_kernels.masked_mse import Target
 from mae_kernels.nn import MaskTokenScatter
 from mae_kernels.patch_grid import PatchGrid
 from mae_kernels.untouched import untouched
@@ -145,15 +146,15 @@ class MaskedAutoencoder(VisionTransformer):
         Returns:
             :class:`Reconstruction`.
         """
-        config, embed = self.config, self.patch_embed
-        masking = _masking(images, self.patch_grid(images).num_patches, mask_ratio, noise, masking)
+        config, embed, grid = self.config, self.patch_embed, self.patch_grid(images)
+        masking = _masking(images, grid.num_patches, mask_ratio, noise, masking)
         patches = self.forward(images, masking=masking, return_pred=True).pred.float()  # [N, L, E]
         mean, std = (x.view(-1, *[1] * (images.ndim - 2)) for x in (embed.pixel_mean, embed.pixel_std))
         pixels = embed.floating_pixels(images).float()  # [N, C, (T,) H, W]
         sizes = config.patch_size, tuple(images.shape[2:])
         if config.norm_pix_loss:
-            truth = patchify(pixels, config.patch_size)
-            patches = _denormalized(patches, truth, config.in_chans if config.norm_pix_loss == "channel" else 1)
+            target = Target.of("MaskedAutoencoder", grid, config.norm_pix_loss)
+            patches = _denormalized(patches, patchify(pixels, config.patch_size), config.in_chans, target)
         hidden = unpatchify(masking.mask[..., None].expand(patches.shape), *sizes)  # as pixels
         original, predicted = pixels * std + mean, unpatchify(patches, *sizes) * std + mean
         low, high = original.flatten(1).aminmax(dim=1)
@@ -190,9 +191,9 @@ def _padding(masking: Masking, num_patches: int) -> Tensor | None:
     return F.pad(masking.ids_keep >= 0, (1, 0), value=True)  # the class token is always one
 
 
-def _denormalized(patches: Tensor, truth: Tensor, groups: int) -> Tensor:
+def _denormalized(patches: Tensor, truth: Tensor, channels: int, target: Target) -> Tensor:
     """Predictions ``[N, L, E]`` with the mean and deviation of the true patches, or of each of their channels."""
-    patches, truth = (x.unflatten(2, (-1, groups)) for x in (patches, truth))
-    variance, eps = truth.var(2, keepdim=True), 1e-6
-    deviation = (variance + eps).sqrt() if groups == 1 else variance.sqrt() + eps
+    patches, truth = (x.unflatten(2, (-1, target.groups(channels))) for x in (patches, truth))
+    eps_of_variance, eps_of_deviation = target.eps_of_variance_and_deviation
+    deviation = (truth.var(2, keepdim=True) + eps_of_variance).sqrt() + eps_of_deviation
     return (patches * deviation + truth.mean(2, keepdim=True)).flatten(2)

@@ -205,7 +205,7 @@ def _residuals(pred, images, selected, statistics, grad, scale, out, target):
     statistics = None if statistics is None else statistics.contiguous()  # read without strides
     (n, rows, values), grid = pred.shape, target.grid(images)
     (pt, ph, pw), (_, grid_h, grid_w) = grid.patch, grid.grid
-    groups = grid.channels if target.norm_pix == "channel" else 1
+    groups = target.groups(grid.channels)
     s_pn, s_pl, s_pe = pred.stride()
     unit = gcd(values, s_pn, s_pl)  # known to the compiler, so that rows of any multiple of 4 values are read widely
     strides = images.stride()

@@ -1,0 +1,72 @@
+"""Options that several commands have: how files are read, and the sizes of a model that is built anew."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from mae.data import Reading
+from mae.fields import unknown_statistics
+from mae.model import MODELS, MAEConfig
+
+ModelName = Literal[tuple(MODELS)]
+Sizes = int | tuple[int, int] | tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How files become pictures, for every command that reads some."""
+
+    value_range: tuple[float, float] | None = None
+    """Values that become black and white, such as 0 4095: the same ones in every command. By default 8 bits are taken
+    as they are, 16 bits as 0 to 65535 and floats between 0 and 1 as that; other values, and pictures that this leaves
+    with fewer than 32 levels, are scaled by the picture's own range, and counted."""
+    max_pixels: int = Reading.max_pixels
+    """Pictures and frames of more pixels are passed over: decoding takes a byte or more for each channel of each."""
+
+    frame_stride: int = Reading.frame_stride
+    """For models of several frames: 2 takes every second frame of a file. In training a clip begins at a random frame,
+    elsewhere it lies in the middle of the file."""
+
+    def reading(self, model: MAEConfig | None = None) -> Reading:
+        """For that model; without one the options are only checked."""
+        taken = {} if model is None else {"channels": model.in_chans, "image_size": model.image_size}
+        return Reading(**taken, **vars(self))
+
+
+@dataclass(frozen=True)
+class SizeOptions:
+    """Sizes of a model that is built anew; what is left out is as its name says."""
+
+    image_size: int | tuple[int, int] | None = None
+    """Height and width in pixels, or one number for both: multiples of the patch."""
+    num_frames: int | None = None
+    """Frames of a clip, or slices of a volume: a multiple of the patch's."""
+    patch_size: Sizes | None = None
+    """Sides of a patch in pixels: one number for all, height and width, or frames, height and width."""
+    in_chans: int | None = None
+    """Channels of the images. Other numbers than 1 and 3 come from multi-band TIFFs and NumPy files, and are normalised
+    with mean 0.5 and standard deviation 0.5; sound has one."""
+
+    def config(self, model: ModelName, **fields) -> MAEConfig:
+        """The configuration of the model of that name with these sizes, and other fields that are not None."""
+        with torch.device("meta"):
+            own = MODELS[model]().config
+        *frames, height, width = own.image_size
+        frames = frames if self.num_frames is None else [self.num_frames]
+        if self.image_size is not None:
+            height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        fields |= {"image_size": (*frames, height, width), "patch_size": self.patch_size, **_channels(self.in_chans)}
+        return replace(own, **{name: value for name, value in fields.items() if value is not None})
+
+
+def _channels(in_chans: int | None) -> dict:
+    """Arguments of a model with that many channels."""
+    if in_chans is None:
+        return {}
+    if in_chans in (1, 3):  # ImageNet's, for grey the mean of its colours
+        stats = {name: getattr(MAEConfig, name) for name in ("pixel_mean", "pixel_std")}
+        stats = {name: x if in_chans == 3 else (round(sum(x) / 3, 3),) for name, x in stats.items()}
+    else:
+        stats = unknown_statistics(in_chans)
+    return {"in_chans": in_chans, **stats}
