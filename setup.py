@@ -9,8 +9,8 @@ multiband = ["imagecodecs", "tifffile"]  # TIFFs beyond 8-bit grey and colour, c
 video, audio = ["av>=14"], ["soundfile"]
 bench = [*model, "pytest", "pytest-benchmark"]
 test = [
-    *bench, *multiband, *video, *audio, "accelerate", "hypothesis", "onnxruntime", "onnxscript", "peft", "pytest-xdist",
-    "transformers>=5.17",
+    *bench, *multiband, *video, *audio, "accelerate", "hypothesis", "mmasim", "onnxruntime", "onnxscript", "peft",
+    "pytest-xdist", "transformers>=5.17",
 ]  # fmt: skip
 
 setup(

@@ -63,7 +63,7 @@ def matrix_rate(dtype: torch.dtype, product: Callable[[Tensor, Tensor], Tensor] 
 
 
 def _convolution(a: Tensor, b: Tensor) -> Tensor:
-    # All four strides are those of channels last: see mae_kernels.patch_embed.
+    # All four strides are those of channels last: see mae_kernels.products.
     return F.conv2d(a[None, None].permute(0, 3, 1, 2), b[:, :, None, None])
 
 

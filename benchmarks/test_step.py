@@ -9,6 +9,7 @@ import torch
 from benchmarks import measure
 from benchmarks.ceilings import matrix_rate
 from benchmarks.measure import DEVICE
+from mae_kernels import products
 
 mae = pytest.importorskip("mae")  # its requirements are more than those of the ops
 pytest.importorskip("transformers")
@@ -34,7 +35,7 @@ def test_step(step_dtype, step_shape, hand_over, request):
 
     rates, samples = [], {runner.name: [] for runner in runners}
     for number in range(2 + options.step_rounds):  # the first two compile and warm up
-        rate = matrix_rate(getattr(torch, step_dtype))
+        rate = matrix_rate(getattr(torch, step_dtype), products.linear)
         times = {runner.name: _seconds(runner.step) for runner in runners}
         if number >= 2:
             rates.append(rate)

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from math import ceil
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mae_kernels import checks
+from mae_kernels import checks, products
 from mae_kernels.masked_mse import SCHEMA_OF_TARGET, NormPix, Target, masked_mse_backward, masked_mse_eager
 from mae_kernels.patch_grid import PatchGrid, Sizes, as_video
 from mae_kernels.patchify import Layout
@@ -20,7 +19,6 @@ from mae_kernels.registration import (
     register_op,
     wants_gradient,
 )
-from mae_kernels.rows import without_padding
 
 
 def linear_masked_mse(
@@ -135,39 +133,39 @@ def _in_chunks(hidden, weight, bias, images, ids_mask, statistics, compute_dtype
     needs_hidden, needs_weight, needs_bias = needs
     sum_dtype = accumulation_dtype(compute_dtype)
     weight, bias = weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype)
-    loss = hidden.new_zeros((), dtype=sum_dtype)
-    padding = without_padding(ids_mask)[1]
-    count = torch.full_like(loss, n * m) if padding is None else padding.logical_not().sum(dtype=sum_dtype)
-    scale = count.clamp_(min=1).reciprocal_().mul_(2)
-    shapes = [hidden.shape, weight.shape, weight.shape[:1]]
-    g_hidden, g_weight, g_bias = only_needed(hidden, needs, shapes, [compute_dtype, sum_dtype, sum_dtype])
-    for sums in (g_weight, g_bias):
-        sums.zero_()
+    scale = 2 / (ids_mask >= 0).sum(dtype=sum_dtype).clamp_(min=1)
+    (g_hidden,) = only_needed(hidden, needs[:1], [hidden.shape], [compute_dtype])
+    g_weight, g_bias = (hidden.new_empty(0, dtype=sum_dtype) for _ in range(2))
 
+    def added(total: Tensor, x: Tensor, factor: float) -> Tensor:
+        return total.add_(x, alpha=factor) if total.numel() else x.to(sum_dtype).mul_(factor)
+
+    losses = []  # of the chunks, half of the sums over their patches
     step = chunk_samples(n, m, values, hidden.device.type)
     for first in range(0, n, step):
         chunk = slice(first, min(first + step, n))
         rows = hidden[chunk].reshape(-1, d).to(compute_dtype)  # [B, D]
-        pred = F.linear(rows, weight, bias).view(-1, m, values)
+        pred = products.linear(rows, weight, bias).view(-1, m, values)
         chunk_loss, residual, chunk_scale = _score(
             pred, images[chunk], ids_mask[chunk], statistics, any(needs), *target
         )
         del pred
-        loss.addcdiv_(chunk_loss, chunk_scale)  # half of the sum over its patches
+        losses.append(chunk_loss / chunk_scale)
         residual = residual.view(-1, values)  # [B, E]
         if needs_hidden:
-            g_hidden[chunk].view(-1, d).addmm_(residual, weight, beta=0, alpha=1 / values)
+            out = g_hidden[chunk].view(-1, d)
+            out.copy_(products.input_gradient(residual, weight, out, values))  # mostly the same memory
         if needs_weight and compute_dtype == sum_dtype:
-            g_weight.addmm_(residual.t(), rows, alpha=1 / values)
+            g_weight = added(g_weight, products.weight_gradient(residual, rows), 1 / values)
         elif needs_weight:
             product = residual.new_empty(weight.shape)
             # A sum over many rows may leave the range of float16, their mean over E values is below its normal numbers.
             share = len(rows) * values**0.5
             product.addmm_(residual.t(), rows, beta=0, alpha=1 / share)
-            g_weight.add_(product, alpha=share / values)
+            g_weight = added(g_weight, product, share / values)
         if needs_bias:
-            g_bias.add_(residual.sum(0, dtype=sum_dtype), alpha=1 / values)
-    return loss.mul_(scale / values), g_hidden, g_weight, g_bias, scale
+            g_bias = added(g_bias, residual.sum(0, dtype=sum_dtype), 1 / values)
+    return sum(losses[1:], losses[0]) * (scale / values), g_hidden, g_weight, g_bias, scale
 
 
 def chunk_samples(n: int, m: int, values: int, device_type: str) -> int:

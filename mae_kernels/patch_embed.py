@@ -1,16 +1,13 @@
 """Patchify, normalise, project, add positions and prefix tokens: for the visible patches only."""
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from math import gcd
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mae_kernels import checks
+from mae_kernels import checks, products
 from mae_kernels.gather_tokens import gather_tokens_backward_eager
 from mae_kernels.patch_grid import PatchGrid, as_video
 from mae_kernels.patchify import gather_patches, normalize_pixels, unpatchify
@@ -168,7 +165,7 @@ class Steps(NamedTuple):
         x = Inputs(*inputs)
         patches = self.gather(x.images, x.ids_keep, _grid(x.images, x.weight), x.statistics, x.compute_dtype)
         bias = None if x.bias is None else x.bias.to(x.compute_dtype)
-        tokens = _project(patches, x.weight.to(x.compute_dtype).flatten(1), bias)
+        tokens = products.linear(patches, x.weight.to(x.compute_dtype).flatten(1), bias)
         tokens = tokens.view(len(x.images), -1, tokens.shape[1])  # [N, K, D]
         has_biased_padding = x.ids_keep is not None and bias is not None
         if x.prefix is None and x.pos_embed is None and tokens.dtype == x.out_dtype and not has_biased_padding:
@@ -196,7 +193,7 @@ class Steps(NamedTuple):
             patches = self.gather(images, x.ids_keep, grid, x.statistics, x.compute_dtype)
             g_weight = _weight_gradient(g_tokens, patches).reshape(x.weight.shape).to(sum_dtype)
         if needs_images:
-            g_patches = g_tokens @ x.weight.to(x.compute_dtype).flatten(1)  # [N K, E]
+            g_patches = products.input_gradient(g_tokens, x.weight.to(x.compute_dtype).flatten(1))  # [N K, E]
             if x.statistics is not None:
                 g_patches.view(-1, grid.channels, grid.patch_values // grid.channels).div_(x.statistics[1][:, None])
             g_patches = g_patches.view(len(images), -1, grid.patch_values)
@@ -256,26 +253,12 @@ def _gather(images, ids_keep, grid, statistics, dtype):
     return patches if padding is None else patches.masked_fill_(padding.flatten(0, 1), 0)
 
 
-def _project(patches: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``patches [B, E] @ weight [D, E].T + bias`` as ``[B, D]``."""
-    if not _convolution_is_faster(patches):
-        return F.linear(patches, weight, bias)
-    return F.conv2d(_as_pixels(patches), weight[:, :, None, None], bias)[0, :, 0].t().contiguous()
-
-
 def _weight_gradient(grad: Tensor, patches: Tensor) -> Tensor:
     """``grad [B, D].T @ patches [B, E]`` as ``[D, E]``, in float32 or the dtype of both."""
     # PyTorch promises a float32 product of half precision on CUDA alone, and calls ROCm's devices cuda too.
     if grad.is_cuda and torch.version.hip is None and grad.dtype != torch.float64:
         return _product_in_float32(grad, patches)
-    if not _convolution_is_faster(patches):
-        return grad.t() @ patches
-    weight = patches.new_empty((grad.shape[1], patches.shape[1], 1, 1))
-    _, g_weight, _ = torch.ops.aten.convolution_backward(
-        _as_pixels(grad), _as_pixels(patches), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
-        [False, True, False],
-    )  # fmt: skip
-    return g_weight
+    return products.weight_gradient(grad, patches)
 
 
 def _product_in_float32(grad: Tensor, patches: Tensor) -> Tensor:
@@ -285,27 +268,6 @@ def _product_in_float32(grad: Tensor, patches: Tensor) -> Tensor:
     # it splits the rows itself, parts cost a sixth of the time (benchmarks/NOTES.md, "On a GPU").
     parts = gcd(len(grad), 16)
     return (grad.view(parts, -1, grad.shape[1]).mT @ patches.view(parts, -1, patches.shape[1])).sum(0)
-
-
-def _convolution_is_faster(x: Tensor) -> bool:
-    # On x86 oneDNN serves convolutions and MKL matrix products. [1568, 768] x [768, 768] on two cores, torch 2.13:
-    # AMD EPYC (Zen 5): 1x1 convolution 4.3 ms forward and 5.1 ms weight gradient, matrix product 9.9 ms and 9.9 ms;
-    # Intel Xeon (AMX): 5.6 and 7.0 ms against 5.5 and 5.7 ms.
-    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and _is_amd()
-
-
-@cache
-def _is_amd() -> bool:
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
-    except OSError:  # not on Linux
-        return False
-
-
-def _as_pixels(rows: Tensor) -> Tensor:
-    # [B, E] -> [1, E, 1, B]: one image of B pixels. The permutation makes all four strides those of channels last;
-    # with any other PyTorch copies, which takes twice the memory and adds in a less accurate order.
-    return rows[None, None].permute(0, 3, 1, 2)
 
 
 _EAGER = Steps(_gather, _assemble, gather_tokens_backward_eager, _sum_positions)

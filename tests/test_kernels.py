@@ -2,6 +2,7 @@
 
 import importlib
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -24,6 +25,7 @@ from cases import (
 )
 from conftest import DEVICE
 from torch.utils._pytree import tree_leaves, tree_map
+from triton.runtime.interpreter import InterpreterBuilder
 
 from mae_kernels import (
     gather_tokens,
@@ -177,6 +179,29 @@ def test_packed_images_outside_their_buffer_are_black(place):
     assert (out == 255).all()
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter tells the addresses")
+@pytest.mark.parametrize("strides", ["contiguous", "channels_last"])
+def test_no_place_outside_its_box_is_read(strides, monkeypatch):
+    """Where the filter is zero a result would not show it: box 1 is the whole image, which ends its memory."""
+    pictures = images(2, 3, 13, 38, U8, strides)
+    boxes = torch.tensor([[2, 5, 7, 33], [0, 0, 13, 38]])
+    load, read = InterpreterBuilder.create_masked_load, []
+
+    def recorded(builder, places, mask, *rest):
+        if places.get_element_ty() == tl.uint8 and places.data.ndim > 0:
+            read.append(np.unique(places.data[mask.data]))
+        return load(builder, places, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", recorded)
+    kernels.random_resized_crop(pictures, None, None, boxes, torch.tensor([False, True]), [9, 40])
+    places = torch.arange(pictures.untyped_storage().nbytes()).as_strided(pictures.shape, pictures.stride())
+    allowed = [
+        places[n, :, top : top + height, left : left + width].flatten() + pictures.data_ptr()
+        for n, (top, left, height, width) in enumerate(boxes.tolist())
+    ]
+    assert {*np.concatenate(read).tolist()} == {*torch.cat(allowed).tolist()}
+
+
 @pytest.mark.parametrize("num_patches", [4097, 5000])
 @pytest.mark.parametrize("levels", [3, 10**6])
 def test_masks_of_more_patches_than_one_launch_sorts(num_patches, levels):
@@ -200,7 +225,7 @@ def test_noise_of_any_value_is_ordered_as_by_pytorch():
 @pytest.mark.parametrize(("layout", "by"), [("channels_last", "mask"), ("channels_first", "ids_mask")])
 @pytest.mark.parametrize("norm_pix", [False, True])
 def test_patches_larger_than_the_registers(c, turns, layout, by, norm_pix):
-    tiles = loss_kernels.loss_tiles(4, c * 40 * 64)
+    tiles = loss_kernels.loss_tiles(4, c * 40 * 64, True)
     assert -(-c * 40 * 64 // tiles.values) == turns
     inputs = loss_inputs(2, (1, 2), (40, 64), c, layout=layout, by=by, masked=1, norm_pix=norm_pix, norm=True)
     compare(masked_mse, reference.masked_mse, inputs, torch.tensor(1.0), ("pred",))
@@ -235,9 +260,9 @@ def test_frames_more_than_32_bits_apart():
 @pytest.mark.parametrize(
     "tiles",
     [
-        loss_kernels.LossTiles(patches=1, values=512, turns=4, num_warps=1),
-        loss_kernels.LossTiles(patches=4, values=512, turns=1, num_warps=4),
-        loss_kernels.LossTiles(patches=8, values=128, turns=2, num_warps=4),
+        loss_kernels.LossTiles(patches=1, values=512, turns=4, adjacent=1, num_warps=1),
+        loss_kernels.LossTiles(patches=4, values=512, turns=1, adjacent=2, num_warps=4),
+        loss_kernels.LossTiles(patches=8, values=128, turns=2, adjacent=8, num_warps=4),
     ],
     ids=["turns", "patches", "both"],
 )

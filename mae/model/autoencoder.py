@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mae.model.block import Block, of_some
+from mae.model.block import Block, linear, of_some
 from mae.model.sizes import MAEConfig
 from mae.model.vit import VisionTransformer, fill_positions, initialize
 from mae_kernels import Masking, gather_tokens, linear_masked_mse, masked_mse, patchify, random_masking, unpatchify
@@ -97,7 +97,7 @@ class MaskedAutoencoder(VisionTransformer):
         tokens = self.scatter_mask_tokens(latent, masking.ids_restore, grid)  # [N, 1 + L, D']
         if return_pred:
             hidden = self.decoder_norm(self.decode(tokens))  # [N, 1 + L, D']
-            pred = self.decoder_pred(hidden)[:, 1:]  # [N, L, E]
+            pred = linear(hidden, self.decoder_pred)[:, 1:]  # [N, L, E]
             loss = masked_mse(pred, images, mask=masking.mask, **self._target(images))
             return MAEOutput(loss, pred, masking.mask)
         hidden = self.decode(tokens, masking.ids_mask)  # [N, M, D']
@@ -106,7 +106,7 @@ class MaskedAutoencoder(VisionTransformer):
     def scatter_mask_tokens(self, latent: Tensor, ids_restore: Tensor, grid: PatchGrid) -> Tensor:
         """The decoder's input, mask tokens in place: ``[N, 1 + K, D]`` -> ``[N, 1 + L, D']``."""
         positions = self.positions(self.decoder_pos_embed, grid)
-        return self.mask_token_scatter(self.decoder_embed(latent), self.mask_token, ids_restore, positions)
+        return self.mask_token_scatter(linear(latent, self.decoder_embed), self.mask_token, ids_restore, positions)
 
     def decode(self, x: Tensor, ids_mask: Tensor | None = None) -> Tensor:
         """Hidden states before the final norm, of all tokens ``[N, 1 + L, D']``, or of the patches ids_mask ``[N, M]``.

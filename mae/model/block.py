@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mae.model.attention import attention
-from mae_kernels import gather_tokens
+from mae_kernels import gather_tokens, products
 from mae_kernels.precision import autocast_dtype
 from mae_kernels.untouched import untouched
 
@@ -36,7 +36,7 @@ class Attention(nn.Module):
         parts, heads = (3 if queries is None else 2), self.num_heads
         packed = torch.unflatten(packed, 2, (parts, heads, -1))
         queries = None if queries is None else torch.unflatten(queries, 2, (heads, -1))
-        return self.proj(attention(packed, queries, keys).flatten(2))
+        return linear(attention(packed, queries, keys).flatten(2), self.proj)
 
 
 class Mlp(nn.Module):
@@ -104,6 +104,15 @@ def _queries_and_rest(p: Tensor | None) -> tuple[Tensor | None, Tensor | None]: 
     return (None, None) if p is None else (p[: len(p) // 3], p[len(p) // 3 :])
 
 
+def linear(x: Tensor, layer: nn.Module) -> Tensor:
+    """``layer(x)``, ``[N, T, D] -> [N, T, O]``."""
+    if x.is_cpu and untouched(layer, nn.Linear):
+        x = x.to(dtype := _compute_dtype(x))
+        if products.onednn_is_faster("forward", x, layer.weight.shape[0]):
+            return _Linear.apply(x, layer.weight.to(dtype), _to(layer.bias, dtype))
+    return layer(x)
+
+
 def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``linear(norm(x))``: ``[N, T, D] -> [N, T, O]``. The backward normalises x again."""
     dtype = _compute_dtype(x)
@@ -127,19 +136,6 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if autocast is None or x.dtype == torch.float64 else autocast
 
 
-def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:  # [N, T, O], [N, T, D] -> [O, D]
-    return grad.flatten(0, -2).t() @ x.flatten(0, -2)
-
-
-# Both write into memory that is not needed any more: on a CPU touching fresh memory costs as much as the whole of gelu.
-# Where gradients are recorded, for a second derivative or by torch.func, PyTorch does not allow that.
-def _product_into(out: Tensor, grad: Tensor, weight: Tensor) -> Tensor:  # [N, T, O], [O, D] -> [N, T, D]
-    if torch.is_grad_enabled():
-        return grad @ weight
-    torch.mm(grad.flatten(0, -2), weight, out=out.view(-1, out.shape[-1]))
-    return out
-
-
 def _gelu_backward_into(grad: Tensor, x: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return torch.ops.aten.gelu_backward(grad, x)
@@ -153,7 +149,7 @@ class _NormLinear(torch.autograd.Function):
     def forward(x, norm_weight, norm_bias, eps, weight, bias):
         # Mean and variance in the precision of the norm's parameters: x may be a bfloat16 residual stream.
         normed = F.layer_norm(x.to(norm_weight.dtype), norm_weight.shape, norm_weight, norm_bias, eps)
-        return F.linear(normed.to(weight.dtype), weight, bias)
+        return products.linear(normed.to(weight.dtype), weight, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -168,10 +164,10 @@ class _NormLinear(torch.autograd.Function):
         x = x.to(norm_weight.dtype)
         normed, mean, rstd = torch.native_layer_norm(x, shape, norm_weight, norm_bias, ctx.eps)
         normed = normed.to(weight.dtype)
-        g_weight = _weight_gradient(grad, normed) if needs_weight else None
+        g_weight = products.weight_gradient(grad, normed) if needs_weight else None
         g_x = g_norm_weight = g_norm_bias = None
         if any(needs_norm):
-            g_normed = _product_into(normed, grad, weight).to(x.dtype)
+            g_normed = products.input_gradient(grad, weight, normed).to(x.dtype)
             g_x, g_norm_weight, g_norm_bias = torch.ops.aten.native_layer_norm_backward(
                 g_normed, x, shape, mean, rstd, norm_weight, norm_bias, needs_norm
             )
@@ -179,12 +175,32 @@ class _NormLinear(torch.autograd.Function):
         return g_x, g_norm_weight, g_norm_bias, None, g_weight, grad.sum((0, 1)) if needs_bias else None
 
 
+class _Linear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias):
+        return products.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        g_x = products.input_gradient(grad, weight) if needs_x else None
+        g_weight = products.weight_gradient(grad, x) if needs_weight else None
+        return g_x, g_weight, grad.sum((0, 1)) if needs_bias else None
+
+
 class _GeluLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x, weight, bias):
-        return F.linear(F.gelu(x).to(weight.dtype), weight, bias)
+        return products.linear(F.gelu(x).to(weight.dtype), weight, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -195,9 +211,9 @@ class _GeluLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         active = F.gelu(x).to(weight.dtype)
-        g_weight = _weight_gradient(grad, active) if needs_weight else None
+        g_weight = products.weight_gradient(grad, active) if needs_weight else None
         g_x = None
         if needs_x:
-            g_active = _product_into(active, grad, weight).to(x.dtype)
+            g_active = products.input_gradient(grad, weight, active).to(x.dtype)
             g_x = _gelu_backward_into(g_active, x)
         return g_x, g_weight, grad.sum((0, 1)) if needs_bias else None

@@ -17,17 +17,19 @@ from mae_kernels.masked_mse import Target
 @triton.jit
 def _write_residual(
     p_pred, p_out, target, factor, first, o_pred, o_out, m_row, m_pred, s_pe,
-    E: tl.constexpr, STEP: tl.constexpr, VALUES: tl.constexpr,
+    E: tl.constexpr, STEP: tl.constexpr, ADJACENT: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     # Sum of (pred - target)^2 over every STEP-th value [B]; what is written is zero where m_pred is not set.
     m_e = (first + tl.arange(0, VALUES) < E)[None, :]
     e = (first + tl.arange(0, VALUES)) * STEP
     m_value = m_pred[:, None] & m_e
-    pred = tl.load(p_pred + o_pred[:, None] + (e.to(tl.int64) * s_pe)[None, :], mask=m_value, other=0)
+    o_pred = tl.max_contiguous(o_pred[:, None] + (e.to(tl.int64) * s_pe)[None, :], [1, ADJACENT])
+    pred = tl.load(p_pred + o_pred, mask=m_value, other=0)
     residual = tl.where(m_value, pred.to(tl.float32) - target, 0)  # [B, VALUES]
     if p_out is not None:
         out = rounded(residual * factor, p_out.dtype.element_ty)
-        tl.store(p_out + o_out[:, None] + e[None, :], out, mask=m_row[:, None] & m_e)
+        o_out = tl.max_contiguous(o_out[:, None] + e[None, :], [1, ADJACENT])
+        tl.store(p_out + o_out, out, mask=m_row[:, None] & m_e)
     return tl.sum(residual * residual, axis=1)
 
 
@@ -47,7 +49,7 @@ def masked_mse_kernel(
     s_pn, s_pl, s_pe, s_xn, s_xc, s_xt, s_xh, s_xw, s_in, s_il,
     C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, GROUPS: tl.constexpr,
     NORM_PIX: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK: tl.constexpr, VALUES: tl.constexpr,
+    ADJACENT: tl.constexpr, BLOCK: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """residual = pred - target on masked patches; partial sums of residual^2, and of the patches.
 
@@ -115,7 +117,9 @@ def masked_mse_kernel(
                 else:
                     scale = 1 / (tl.sqrt_rn(moment / (E - 1) + eps_of_variance) + eps_of_deviation)
         target = (x - mean[:, None]) * scale[:, None]
-        total += _write_residual(p_pred, p_out, target, factor, 0, o_pred, o_out, m_i, m_pred, s_pe, E, STEP, VALUES)
+        total += _write_residual(
+            p_pred, p_out, target, factor, 0, o_pred, o_out, m_i, m_pred, s_pe, E, STEP, ADJACENT, VALUES
+        )
         for first in range(VALUES, E, VALUES):
             o, m, inverse = decoded_values(
                 p_statistics, first, C * GROUPS, s_xc, s_xt, s_xh, s_xw, C, PT, PH, PW, CHANNELS_LAST, WIDE, VALUES
@@ -123,7 +127,7 @@ def masked_mse_kernel(
             more = load_values(p_images, o_patch, m_pred, first, o, m, inverse, E) - pivot
             target = (more - mean[:, None]) * scale[:, None]
             total += _write_residual(
-                p_pred, p_out, target, factor, first, o_pred, o_out, m_i, m_pred, s_pe, E, STEP, VALUES
+                p_pred, p_out, target, factor, first, o_pred, o_out, m_i, m_pred, s_pe, E, STEP, ADJACENT, VALUES
             )
     if p_sums is not None:
         tl.store(p_sums + tl.program_id(0), tl.sum(total))
@@ -161,17 +165,21 @@ def masked_mse_backward_kernel(
     tl.store(p_out + i, rounded(factor * residual, p_out.dtype.element_ty), mask=i < num_values)
 
 
-def loss_tiles(num_patches: int, patch_values: int) -> LossTiles:
+def loss_tiles(num_patches: int, patch_values: int, interleaved: bool) -> LossTiles:
     """A warp for up to 1024 values; several turns, so that decoding the values costs a patch little.
 
     From the inspector for sm_90, not raced on a GPU: a patch of 3 x 16 x 16 takes one warp 610 to 700 instructions,
     without a barrier, in 80 registers, or 128 where pixels are normalised; two warps take 890 to 1000.
     Blocks of 8192 values spill; patches of more than 4096 are read three times.
+
+    Where channels are interleaved, a load of pixels by threads that take eight adjacent values, as wide a load of
+    bfloat16 predictions, touches 16 cache lines; with two it touches 7, for 12 instructions more a patch. On an H200
+    the former waited for the L1 cache 45 % of the time (benchmarks/NOTES.md, "On a GPU"); two were not run.
     """
     values = min(next_power_of_2(patch_values), 4096)
     patches = max(1, 512 // values)
     turns = min(max(num_patches // (4096 * patches), 1), 8)
-    return LossTiles(patches, values, turns, num_warps=1 if values <= 1024 else values // 512)
+    return LossTiles(patches, values, turns, 2 if interleaved else values, 1 if values <= 1024 else values // 512)
 
 
 def backward_tiles() -> BlockTiles:
@@ -211,7 +219,9 @@ def _residuals(pred, images, selected, statistics, grad, scale, out, target):
     strides = images.stride()
     sides = (grid.channels, *grid.patch)
     last = sum((side - 1) * stride for side, stride in zip(sides, strides[1:], strict=True))  # pixel of a patch
-    tiles = loss_tiles(n * rows, values // groups)
+    channels_last = target.layout == "channels_last"
+    tiles = loss_tiles(n * rows, values // groups, channels_last and grid.channels > 1)
+    adjacent = tiles.adjacent if s_pe == 1 and not (channels_last and groups > 1) else 1  # of those side by side
     programs = cdiv(n * rows, tiles.patches * tiles.turns) * groups
     sums = pred.new_empty(programs, dtype=torch.float32) if grad is None else None
     counts = pred.new_empty(programs, dtype=torch.int32) if grad is None else None
@@ -220,8 +230,8 @@ def _residuals(pred, images, selected, statistics, grad, scale, out, target):
         n * rows, rows, grid.num_patches, grid_h, grid_w, tiles.turns, *target.eps_of_variance_and_deviation,
         s_pn // unit, s_pl // unit, s_pe, *strides, *selected.stride(),
         C=grid.channels // groups, PT=pt, PH=ph, PW=pw, GROUPS=groups,
-        NORM_PIX=target.norm_pix != "none", CHANNELS_LAST=target.layout == "channels_last", WIDE=last >= 2**31,
-        UNIT=unit, BLOCK=tiles.patches, VALUES=tiles.values, num_warps=tiles.num_warps,
+        NORM_PIX=target.norm_pix != "none", CHANNELS_LAST=channels_last, WIDE=last >= 2**31,
+        UNIT=unit, ADJACENT=adjacent, BLOCK=tiles.patches, VALUES=tiles.values, num_warps=tiles.num_warps,
     )  # fmt: skip
     return sums, counts, values // groups
 

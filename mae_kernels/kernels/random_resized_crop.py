@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mae_kernels.kernels.host import cdiv
+from mae_kernels.kernels.host import cdiv, next_power_of_2
 from mae_kernels.kernels.tiles import CropTiles
 
 
@@ -19,9 +19,17 @@ def cubic(x):
 
 @triton.jit
 def weights(source, center, inverse, length):
-    """Weight of the pixels at source for an output centred at center, not normalised; zero outside 0 to length - 1."""
+    """Weight of the pixels at source for an output centred at center, 128 in sum; zero outside 0 to length - 1."""
     inside = (source >= 0) & (source < length)
-    return tl.where(inside, cubic((source.to(tl.float32) + 0.5 - center) * inverse), 0.0)
+    # With a sum of 1 the lower halves would be subnormal numbers, which some chips take for zero.
+    return tl.where(inside, cubic((source.to(tl.float32) + 0.5 - center) * inverse) * (inverse * 128), 0.0)
+
+
+@triton.jit
+def halves(x):
+    """x as a sum of two float16 numbers, which hold 22 of its bits."""
+    upper = x.to(tl.float16)
+    return upper, (x - upper.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
@@ -36,37 +44,38 @@ def random_resized_crop_kernel(
     p_images, p_starts, p_sizes, p_boxes, p_flips, p_out,
     height, width, num_pixels, channels, out_height, out_width,
     s_xn, s_xc, s_xh, s_xw, s_tn, s_zn, s_zk, s_bn, s_bk, s_fn,
-    ROWS: tl.constexpr, COLS: tl.constexpr, LINES: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr, LINES: tl.constexpr, SPAN: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """out[n, c] = flip(weights_y @ box(images[n, c]) @ weights_x), rounded to uint8; weights normalised to a sum of 1.
 
-    The sum over x has a tap for every pixel under the filter, the one over y is a product with a banded matrix. An
-    input row is resized once for all ROWS that it adds to: per output pixel of a box s times as large on each side,
-    s >= 1, (s + 4 s / ROWS) (4 s + 1) loads and products of taps, about 13 at s = 1.5, and s ROWS + 4 s products
-    of the matrix.
+    Both products are those of tensor cores, with banded matrices of which only the band is made: once for all channels.
+    Pixels are exact in float16; weights, and what the first product leaves, take two float16 numbers each.
     """
     blocks_x, blocks_y = tl.cdiv(out_width, COLS), tl.cdiv(out_height, ROWS)
     pid = tl.program_id(0)
-    image = pid // blocks_x // blocks_y
-    n, c = (image // channels).to(tl.int64), (image % channels).to(tl.int64)
-    y = pid // blocks_x % blocks_y * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    groups = tl.cdiv(channels, CHANNELS)
+    n = (pid // blocks_x // blocks_y // groups).to(tl.int64)
+    first_channel = (pid // blocks_x // blocks_y % groups) * CHANNELS
+    first_row = pid // blocks_x % blocks_y * ROWS
+    y = first_row + tl.arange(0, ROWS)  # [ROWS]
     x = pid % blocks_x * COLS + tl.arange(0, COLS)  # [COLS]
 
-    o_image = c * s_xc
+    o_image = n * s_xn
+    is_image = n >= 0
     if p_sizes is not None:
         start = tl.load(p_starts + n * s_tn)
         height, width = tl.load(p_sizes + n * s_zn), tl.load(p_sizes + n * s_zn + s_zk)
-        # Images that reach outside the buffer are never read: they come out black.
+        # Of images that reach outside the buffer its first pixel is read alone: they come out black.
         is_image = (height > 0) & (width > 0) & (height < 2**31) & (width < 2**31)
         height, width = tl.where(is_image, height, 1), tl.where(is_image, width, 1)
         is_image = is_image & (start >= 0) & (start <= num_pixels - height * width)
-        o_image += start * s_xw
+        height, width = tl.where(is_image, height, 1), tl.where(is_image, width, 1)
+        o_image = tl.where(is_image, start, 0) * s_xw
         s_xh = width * s_xw
-    else:
-        is_image = n >= 0
-        o_image += n * s_xn
     top, box_height = clamped(tl.load(p_boxes + n * s_bn), tl.load(p_boxes + n * s_bn + 2 * s_bk), height)
     left, box_width = clamped(tl.load(p_boxes + n * s_bn + s_bk), tl.load(p_boxes + n * s_bn + 3 * s_bk), width)
+    p_images += o_image + top.to(tl.int64) * s_xh + left.to(tl.int64) * s_xw
 
     # Rounded division: a box of the output's own size is copied.
     scale = tl.div_rn(box_width.to(tl.float32), tl.cast(out_width, tl.float32))
@@ -75,47 +84,60 @@ def random_resized_crop_kernel(
     column = tl.minimum(x, out_width - 1)  # those behind the last one are computed and not stored
     column = tl.where(tl.load(p_flips + n * s_fn), out_width - 1 - column, column)
     center_x = (column.to(tl.float32) + 0.5) * scale  # [COLS]
-    first_x = tl.maximum((center_x - 2 * stretch + 0.5).to(tl.int32), 0)
-    taps = (4 * stretch).to(tl.int32) + 1
-    sum_x = tl.zeros([COLS], tl.float32)
-    for k in range(taps):
-        sum_x += weights(first_x + k, center_x, inverse_x, box_width)
+    begin_x = tl.maximum((tl.min(center_x) - 2 * stretch + 0.5).to(tl.int32), 0)
+    end_x = tl.minimum((tl.max(center_x) + 2 * stretch + 0.5).to(tl.int32), box_width)
 
     scale = tl.div_rn(box_height.to(tl.float32), tl.cast(out_height, tl.float32))
     stretch = tl.maximum(scale, 1.0)
     inverse_y = 1 / stretch
     center_y = (tl.minimum(y, out_height - 1).to(tl.float32) + 0.5) * scale  # [ROWS]
-    begin = tl.maximum((tl.min(center_y) - 2 * stretch + 0.5).to(tl.int32), 0)
-    end = tl.minimum((tl.max(center_y) + 2 * stretch + 0.5).to(tl.int32), box_height)
-    sum_y = tl.zeros([ROWS], tl.float32)
+    begin_y = tl.maximum((tl.min(center_y) - 2 * stretch + 0.5).to(tl.int32), 0)
+    end_y = tl.minimum((tl.max(center_y) + 2 * stretch + 0.5).to(tl.int32), box_height)
 
-    acc = tl.zeros([ROWS, COLS], tl.float32)
-    for line in range(begin, end, LINES):
-        source_y = line + tl.arange(0, LINES)  # [LINES]
-        m_y = (source_y < end) & is_image
-        o_line = o_image + (top + source_y).to(tl.int64) * s_xh
-        lines = tl.zeros([LINES, COLS], tl.float32)
-        for k in range(taps):
-            tap = first_x + k  # [COLS]
-            o_tap = (left + tap).to(tl.int64) * s_xw
-            m_tap = m_y[:, None] & ((tap < box_width) & (x < out_width))[None, :]
-            pixels = tl.load(p_images + o_line[:, None] + o_tap[None, :], mask=m_tap, other=0)  # [LINES, COLS]
-            lines += pixels.to(tl.float32) * weights(tap, center_x, inverse_x, box_width)[None, :]
-        weights_y = weights(source_y[None, :], center_y[:, None], inverse_y, box_height)  # [ROWS, LINES]
-        sum_y += tl.sum(weights_y, axis=1)
-        acc = tl.dot(weights_y, lines, acc, input_precision="ieee")
+    # Offsets of 32 bits take half the registers and instructions.
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    s_xc, s_xh, s_xw = tl.cast(s_xc, OFFSET), tl.cast(s_xh, OFFSET), tl.cast(s_xw, OFFSET)
+    # Where a filter is zero any pixel will do: places outside the box become its edge, which is cheaper than a mask.
+    o_channel = tl.minimum(first_channel + tl.arange(0, CHANNELS), channels - 1) * s_xc  # [CHANNELS]
+    acc = tl.zeros([ROWS * CHANNELS, COLS], tl.float32)
+    sum_x = tl.zeros([SPAN, COLS], tl.float32)
+    sum_y = tl.zeros([ROWS, LINES], tl.float32)
+    for first_x in range(begin_x, end_x, SPAN):
+        source_x = first_x + tl.arange(0, SPAN)  # [SPAN]
+        weights_x = weights(source_x[:, None], center_x[None, :], inverse_x, box_width)  # [SPAN, COLS]
+        sum_x += weights_x
+        o_place = o_channel[:, None] + (tl.minimum(source_x, box_width - 1) * s_xw)[None, :]  # [CHANNELS, SPAN]
+        narrow = tl.zeros([ROWS, CHANNELS * SPAN], tl.float32)
+        for first_y in range(begin_y, end_y, LINES):
+            source_y = first_y + tl.arange(0, LINES)  # [LINES]
+            weights_y = weights(source_y[None, :], center_y[:, None], inverse_y, box_height)  # [ROWS, LINES]
+            sum_y += tl.where(first_x == begin_x, weights_y, 0)
+            o_line = tl.minimum(source_y, box_height - 1) * s_xh
+            pixels = tl.load(p_images + (o_line[:, None, None] + o_place[None, :, :]))  # [LINES, CHANNELS, SPAN]
+            pixels = tl.reshape(pixels.to(tl.float16), [LINES, CHANNELS * SPAN])
+            upper, lower = halves(weights_y)
+            narrow = tl.dot(lower, pixels, tl.dot(upper, pixels, narrow))
+        upper_x, lower_x = halves(weights_x)
+        upper, lower = halves(tl.reshape(narrow, [ROWS * CHANNELS, SPAN]))
+        acc = tl.dot(upper, lower_x, tl.dot(lower, upper_x, tl.dot(upper, upper_x, acc)))
 
-    value = tl.div_rn(acc, sum_y[:, None] * sum_x[None, :])
-    # Added to this number, what is behind the point is rounded away, ties to even.
-    value = tl.minimum(tl.maximum(value, 0.0), 255.0) + 12582912.0 - 12582912.0
-    o_out = (image.to(tl.int64) * out_height + y)[:, None] * out_width + x[None, :]
-    tl.store(p_out + o_out, value.to(tl.uint8), mask=(y < out_height)[:, None] & (x < out_width)[None, :])
+    row = tl.arange(0, ROWS * CHANNELS)  # row y of the tile * CHANNELS + channel
+    factor_y = tl.where(is_image, 1 / tl.sum(sum_y, axis=1), 0)  # [ROWS]
+    factor_y = tl.reshape(tl.broadcast_to(factor_y[:, None], [ROWS, CHANNELS]), [ROWS * CHANNELS])
+    value = acc * (1 / tl.sum(sum_x, axis=0))[None, :] * factor_y[:, None]
+    # Added to this number, a value is rounded, ties to even, and stands in the last bits.
+    value = (tl.minimum(tl.maximum(value, 0.0), 255.0) + 12582912.0).to(tl.int32, bitcast=True)
+    y = first_row + row // CHANNELS
+    c = first_channel + row % CHANNELS
+    o_out = ((n * channels + c) * out_height + y)[:, None] * out_width + x[None, :]
+    m_out = ((c < channels) & (y < out_height))[:, None] & (x < out_width)[None, :]
+    tl.store(p_out + o_out, value.to(tl.uint8), mask=m_out)
 
 
 def crop_tiles() -> CropTiles:
-    # These won a race on an H200 in which four taps were loaded at a time (benchmarks/NOTES.md, "On a GPU"). One tap at
-    # a time, as here, was not raced.
-    return CropTiles(rows=16, cols=32, lines=16, num_warps=2)
+    # Of those that the inspector compiled for sm_90 the fewest instructions at 12 warps a multiprocessor, 145 for each
+    # value of an output from a box 1.5 times as large. Not raced on a GPU.
+    return CropTiles(rows=32, cols=32, lines=16, span=32, num_warps=4)
 
 
 def random_resized_crop(
@@ -124,18 +146,21 @@ def random_resized_crop(
     n, (out_height, out_width) = boxes.shape[0], size
     if sizes is None:
         channels, height, width = images.shape[1:]
-        num_pixels, strides = 0, (*images.stride(), 0, 0, 0)
+        num_pixels, sides, strides = 0, images.shape[1:], (*images.stride(), 0, 0, 0)
     else:
         channels, num_pixels = images.shape
-        height, width = 0, 0
+        height, width, sides = 0, 0, images.shape
         strides = (0, images.stride(0), 0, images.stride(1), *starts.stride(), *sizes.stride())
+    last = sum((side - 1) * stride for side, stride in zip(sides, images.stride()[-len(sides) :], strict=True))
     tiles = crop_tiles()
     out = images.new_empty((n, channels, out_height, out_width))
-    blocks = cdiv(out_height, tiles.rows) * cdiv(out_width, tiles.cols)
-    random_resized_crop_kernel[(n * channels * blocks,)](
+    together = min(next_power_of_2(channels), 4)
+    blocks = cdiv(out_height, tiles.rows) * cdiv(out_width, tiles.cols) * cdiv(channels, together)
+    random_resized_crop_kernel[(n * blocks,)](
         images, starts, sizes, boxes, flips, out,
         height, width, num_pixels, channels, out_height, out_width,
         *strides, *boxes.stride(), *flips.stride(),
-        ROWS=tiles.rows, COLS=tiles.cols, LINES=tiles.lines, num_warps=tiles.num_warps,
+        ROWS=tiles.rows, COLS=tiles.cols, CHANNELS=together, LINES=tiles.lines, SPAN=tiles.span,
+        WIDE=last >= 2**31, num_warps=tiles.num_warps,
     )  # fmt: skip
     return out

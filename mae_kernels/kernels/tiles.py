@@ -22,19 +22,24 @@ class RowTiles:
 
 @dataclass(frozen=True)
 class LossTiles:
-    """A program turns ``turns`` times to ``patches`` patches, of which it holds ``values`` values at a time."""
+    """A program turns ``turns`` times to ``patches`` patches, of which it holds ``values`` values at a time.
+
+    A thread reads and writes ``adjacent`` of them at once.
+    """
 
     patches: int
     values: int
     turns: int
+    adjacent: int
     num_warps: int
 
 
 @dataclass(frozen=True)
 class CropTiles:
-    """A program makes ``rows`` x ``cols`` pixels of an output and resizes ``lines`` lines of the input at a time."""
+    """A program makes ``rows`` x ``cols`` pixels of an output, from ``lines`` x ``span`` pixels at a time."""
 
     rows: int
     cols: int
     lines: int
+    span: int
     num_warps: int
