@@ -1,24 +1,27 @@
 """The three products of a linear layer, on AMD's processors by the faster of the ways that PyTorch has."""
 
+import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mae_kernels.registration import register_op
 
 
 def _amd_family() -> int:
-    """Of the processor, 0 for others and where PyTorch has no oneDNN."""
-    if not torch.backends.mkldnn.is_available():
+    """Of a processor with all the units of its family; 0 for others, and where PyTorch's oneDNN may not use them."""
+    if not torch.backends.mkldnn.is_available() or {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"} & {*os.environ}:
         return 0
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore").splitlines()
     except OSError:  # not on Linux
         return 0
     facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    return int(facts["cpu family"]) if facts.get("vendor_id") == "AuthenticAMD" else 0
+    is_whole = facts.get("vendor_id") == "AuthenticAMD" and "avx512_bf16" in facts["flags"].split()
+    return int(facts["cpu family"]) if is_whole else 0
 
 
 # On x86 PyTorch takes MKL for float32, which leaves half the width of AMD's newer units idle; for bfloat16 it takes
@@ -73,30 +76,34 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 def onednn_is_faster(product: str, x: Tensor, outputs: int) -> bool:
     """Whether oneDNN takes a product, ``"forward"``, or the gradient of ``"input"`` or ``"weight"``.
 
-    Not where PyTorch has to see it: to differentiate a gradient, to map over samples, to export, or to count.
+    Not where PyTorch has to see it: to differentiate it in other ways, to map over samples, to export, or to count.
     """
     first = _FIRST_FAMILY.get((product, x.dtype))
     if first is None or first > _AMD_FAMILY or x.device.type != "cpu":
         return False
-    # Exports come first: they allow no question about sizes.
-    if torch.compiler.is_exporting() or x.numel() * outputs < _FEWEST_PRODUCTS:
+    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
         return False
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # nor may a graph ask for the number of samples
         return True
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0 or not torch._C._get_mkldnn_enabled():
         return False
-    return product == "forward" or not torch.is_grad_enabled()
+    if product != "forward" and torch.is_grad_enabled():
+        return False
+    return x.numel() * outputs >= _FEWEST_PRODUCTS
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not (x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()):
-        return F.linear(x, weight, bias)  # in a graph that was made for other tensors
+    is_right = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    if not is_right or x.numel() * weight.shape[0] < _FEWEST_PRODUCTS:  # in a graph that was made for other tensors
+        return F.linear(x, weight, bias)
     bias = None if bias is None else bias.contiguous()  # it is read without strides
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _sum_of_outer_products(grad: Tensor, x: Tensor) -> Tensor:
     (rows, outputs), inputs = grad.shape, x.shape[1]
+    if grad.numel() * inputs < _FEWEST_PRODUCTS:
+        return grad.t() @ x
     if rows < 1024 or outputs < inputs:
         return _product(grad.t(), x.t(), None)
     # Over many rows a 1x1 convolution takes the same time or less, and adds as accurately as MKL.

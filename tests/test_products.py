@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae.model.block import Block, linear
@@ -49,12 +50,11 @@ def error(ours: torch.Tensor, gold: torch.Tensor) -> float:
 def test_products_are_pytorchs(sizes, family):
     """To the rounding of a float32 sum in one chain, with every bias, scratch memory and factor."""
     x, weight, bias, grad = operands(*sizes)
-    in_double = [t.double() for t in (x, weight, bias, grad)]
-    gold_x, gold_weight, gold_bias, gold_grad = in_double
+    gold_x, gold_weight, gold_grad = (t.double() for t in (x, weight, grad))
     (rows, inputs, outputs), eps = sizes, torch.finfo(torch.float32).eps
     with torch.no_grad():
-        for b, gold_b in ((None, None), (bias, gold_bias)):
-            gold = F.linear(gold_x, gold_weight, gold_b)
+        for b in (None, bias, bias[:1].expand(sizes[2])):
+            gold = F.linear(gold_x, gold_weight, b if b is None else b.double())
             assert error(products.linear(x, weight, b), gold) <= 4 * inputs**0.5 * eps * gold.std()
         gold = gold_grad @ gold_weight
         for scratch in (None, torch.full_like(x, torch.nan)):
@@ -131,6 +131,45 @@ def test_pytorch_sees_what_it_has_to(family):
     torch.testing.assert_close(second, plain, rtol=1e-4, atol=1e-5)
     exported = torch.export.export(block, (x,))
     assert not [node for node in exported.graph.nodes if "mae_kernels.linear" in str(node.target)]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("family", [26], indirect=True)
+def test_transforms_differentiate_it(family, compiled):
+    layer, x, v = torch.nn.Linear(16, 8), torch.randn(2, 3, 16), torch.randn(2, 3, 16)
+
+    def loss(x):
+        return linear(x, layer).square().sum()
+
+    transforms = {
+        "jvp": lambda x: torch.func.jvp(lambda x: linear(x, layer), (x,), (v,))[1],
+        "second": torch.func.grad(lambda x: torch.func.grad(loss)(x).square().sum()),
+        "hvp": lambda x: torch.func.jvp(torch.func.grad(loss), (x,), (v,))[1],
+        "each": lambda x: torch.vmap(torch.func.grad(loss))(x[:, None])[:, 0],
+    }
+    square = 2 * layer.weight.t() @ layer.weight
+    gold = {
+        "jvp": v @ layer.weight.t(),
+        "second": 2 * torch.func.grad(loss)(x) @ square,
+        "hvp": v @ square,
+        "each": torch.func.grad(loss)(x),
+    }
+    torch.compiler.reset()
+    for name, transform in transforms.items():
+        ours = (torch.compile(transform, backend="aot_eager") if compiled else transform)(x)
+        torch.testing.assert_close(ours, gold[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("family", [26], indirect=True)
+def test_what_a_layer_refuses_and_what_is_switched_off(family):
+    layer, x = torch.nn.Linear(16, 8), torch.randn(2, 3, 16)
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(x.bfloat16(), layer)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(linear(forward_ad.make_dual(x, x), layer)).tangent
+    torch.testing.assert_close(tangent, x @ layer.weight.t())
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not products.onednn_is_faster("forward", x, 8)
 
 
 @pytest.mark.parametrize("family", [26], indirect=True)

@@ -106,8 +106,10 @@ def _queries_and_rest(p: Tensor | None) -> tuple[Tensor | None, Tensor | None]: 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
     """``layer(x)``, ``[N, T, D] -> [N, T, O]``."""
-    if x.is_cpu and untouched(layer, nn.Linear):
-        x = x.to(dtype := _compute_dtype(x))
+    dtype = _compute_dtype(x)
+    is_cast = autocast_dtype(x.device) is not None
+    if x.is_cpu and untouched(layer, nn.Linear) and (is_cast or layer.weight.dtype == dtype):
+        x = x.to(dtype)
         if products.onednn_is_faster("forward", x, layer.weight.shape[0]):
             return _Linear.apply(x, layer.weight.to(dtype), _to(layer.bias, dtype))
     return layer(x)
@@ -195,16 +197,10 @@ class _Linear(torch.autograd.Function):
         return g_x, g_weight, grad.sum((0, 1)) if needs_bias else None
 
 
-class _GeluLinear(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _GeluLinear(_Linear):
     @staticmethod
     def forward(x, weight, bias):
         return products.linear(F.gelu(x).to(weight.dtype), weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx, grad):
