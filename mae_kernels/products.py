@@ -97,6 +97,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not is_right or x.numel() * weight.shape[0] < _FEWEST_PRODUCTS:  # in a graph that was made for other tensors
         return F.linear(x, weight, bias)
     bias = None if bias is None else bias.contiguous()  # it is read without strides
+    if x.ndim == 2 and len(x) >= 1024 and x.dtype == torch.float32 and weight.is_contiguous():
+        # Of many patches that were gathered a moment ago: as fast with warm caches, twice as fast with cold ones.
+        return F.conv2d(_as_pixels(x), weight[:, :, None, None], bias)[0, :, 0].t().contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

@@ -55,7 +55,10 @@ def test_products_are_pytorchs(sizes, family):
     with torch.no_grad():
         for b in (None, bias, bias[:1].expand(sizes[2])):
             gold = F.linear(gold_x, gold_weight, b if b is None else b.double())
-            assert error(products.linear(x, weight, b), gold) <= 4 * inputs**0.5 * eps * gold.std()
+            for tokens in (x, x.flatten(0, 1)):
+                out = products.linear(tokens, weight, b)
+                assert out.shape == (*tokens.shape[:-1], outputs)
+                assert error(out.view_as(gold), gold) <= 4 * inputs**0.5 * eps * gold.std()
         gold = gold_grad @ gold_weight
         for scratch in (None, torch.full_like(x, torch.nan)):
             for divisor in (1, 4):
