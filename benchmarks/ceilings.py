@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks import record
 from benchmarks.measure import DEVICE, host_samples, seconds
+from mae_kernels.products import as_pixels
 
 ON_GPU = DEVICE.type == "cuda"
 
@@ -63,8 +64,7 @@ def matrix_rate(dtype: torch.dtype, product: Callable[[Tensor, Tensor], Tensor] 
 
 
 def _convolution(a: Tensor, b: Tensor) -> Tensor:
-    # All four strides are those of channels last: see mae_kernels.products.
-    return F.conv2d(a[None, None].permute(0, 3, 1, 2), b[:, :, None, None])
+    return F.conv2d(as_pixels(a), b[:, :, None, None])
 
 
 def floor_seconds(bytes_moved: int, flops: int, compute: torch.dtype, ceilings: dict) -> float:

@@ -98,8 +98,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     bias = None if bias is None else bias.contiguous()  # it is read without strides
     if x.ndim == 2 and len(x) >= 1024 and x.dtype == torch.float32 and weight.is_contiguous():
-        # Of many patches that were gathered a moment ago: as fast with warm caches, twice as fast with cold ones.
-        return F.conv2d(_as_pixels(x), weight[:, :, None, None], bias)[0, :, 0].t().contiguous()
+        # Of many patches that were gathered a moment ago: 6.2 ms instead of 10 (benchmarks/NOTES.md).
+        return F.conv2d(as_pixels(x), weight[:, :, None, None], bias)[0, :, 0].t().contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -112,14 +112,15 @@ def _sum_of_outer_products(grad: Tensor, x: Tensor) -> Tensor:
     # Over many rows a 1x1 convolution takes the same time or less, and adds as accurately as MKL.
     weight = x.new_empty((outputs, inputs, 1, 1))
     _, g_weight, _ = torch.ops.aten.convolution_backward(
-        _as_pixels(grad), _as_pixels(x), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
+        as_pixels(grad), as_pixels(x), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
     )
     return g_weight[:, :, 0, 0]
 
 
-def _as_pixels(rows: Tensor) -> Tensor:
-    # [B, E] -> [1, E, 1, B]: one image of B pixels. The permutation makes all four strides those of channels last;
-    # with any other PyTorch copies, which takes twice the memory and adds in a less accurate order.
+def as_pixels(rows: Tensor) -> Tensor:
+    """Rows ``[B, E]`` as one image of B pixels ``[1, E, 1, B]``, of which a 1x1 convolution makes a product."""
+    # The permutation makes all four strides those of channels last; with any other PyTorch copies, which takes twice
+    # the memory and adds in a less accurate order.
     return rows[None, None].permute(0, 3, 1, 2)
 
 

@@ -78,6 +78,10 @@ KERNELS = [
          "weights_y")),
     *room("mae_kernels/kernels/random_resized_crop.py", "test_kernels.py -k outside",
         ("a place beside the box is read", "tl.minimum(source_x, box_width - 1)", "source_x")),
+    *room("mae_kernels/kernels/random_resized_crop.py", "test_kernels.py -k bits_apart",
+        ("offsets of 32 bits for channels further apart", "WIDE=last >= 2**31", "WIDE=False")),
+    *room("mae_kernels/kernels/masked_mse.py", "test_kernels.py -k adjacent",
+        ("strided predictions said to be adjacent", "if s_pe == 1 and not", "if not")),
     *room("mae_kernels/kernels/numerics.py", "test_kernels.py -k half_precision",
         ("rounding towards zero", "bits + 0x7FFF + ((bits >> 16) & 1)", "bits")),
 ]  # fmt: skip

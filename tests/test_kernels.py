@@ -247,6 +247,42 @@ def test_channels_more_than_32_bits_apart(layout):
     assert torch.equal(masked_mse(images=far.copy_(near), **inputs), masked_mse(images=near, **inputs))
 
 
+def test_crops_of_channels_more_than_32_bits_apart():
+    near = images(1, 3, 8, 16, U8)
+    far = torch.empty(2**32 + 128, dtype=U8).as_strided((1, 3, 8, 16), (0, 2**31, 16, 1))
+    boxes, flips = torch.tensor([[1, 2, 6, 13]]), torch.tensor([True])
+    ours, expected = (kernels.random_resized_crop(x, None, None, boxes, flips, [5, 9]) for x in (far.copy_(near), near))
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "adjacent"),
+    [
+        (1, {}, 2),
+        (2, {}, 1),
+        (1, {"norm_pix": "channel"}, 1),
+        (1, {"layout": "channels_first"}, 256),
+        (2, {"layout": "channels_first"}, 1),
+    ],
+)
+def test_the_compiler_is_told_of_adjacent_values_that_are(step, options, adjacent, monkeypatch):
+    """The interpreter takes no notice; a chip would read what lies between strided predictions."""
+    kernel, told = loss_kernels.masked_mse_kernel, []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *args, ADJACENT, **rest: (
+                told.append(ADJACENT),
+                kernel[grid](*args, ADJACENT=ADJACENT, **rest),
+            )
+
+    monkeypatch.setattr(loss_kernels, "masked_mse_kernel", Recorded())
+    inputs = loss_inputs(1, (2, 2), (8, 8), 3, **options)
+    inputs["pred"] = inputs["pred"].repeat_interleave(step, 2)[..., ::step]
+    masked_mse(**inputs)
+    assert told == [adjacent]
+
+
 def test_frames_more_than_32_bits_apart():
     inputs = loss_inputs(1, (2, 1, 2), (1, 4, 8), 2, pixels=U8, norm_pix="channel")
     far = torch.empty(3 * 2**31 + 256, dtype=U8).as_strided((1, 2, 2, 4, 16), (0, 64, 2**31 + 128, 16, 1))
