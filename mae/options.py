@@ -57,7 +57,12 @@ class SizeOptions:
         if self.image_size is not None:
             height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
         fields |= {"image_size": (*frames, height, width), "patch_size": self.patch_size, **_channels(self.in_chans)}
-        return replace(own, **{name: value for name, value in fields.items() if value is not None})
+        return replace(own, **given(**fields))
+
+
+def given(**options) -> dict:
+    """Those that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _channels(in_chans: int | None) -> dict:

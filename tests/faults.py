@@ -216,7 +216,7 @@ TRAINING = [
         ("a learning rate for any batch size", "config.base_lr * config.batch_size / 256", "config.base_lr")),
     *room("mae/train.py", "test_cli.py -k not_finite",
         ("weights behind a loss of NaN are kept", "if not math.isfinite(loss)", "if False")),
-    *room("mae/__main__.py", "test_cli.py -k 'test_linprobe or clear_sentence'",
+    *room("mae/commands/linprobe.py", "test_cli.py -k 'test_linprobe or clear_sentence'",
         ("the last images of a probe left out", "        if waiting:\n", "        if False:\n"),
         ("classes that differ share their numbers", "if classes != test_classes:", "if False:")),
 ]  # fmt: skip

@@ -164,7 +164,7 @@ def drawn(monkeypatch) -> list:
         pictures.append((reconstruction, view))
         save_reconstructions(reconstruction, file, view=view)
 
-    monkeypatch.setattr("mae.__main__.save_reconstructions", save)
+    monkeypatch.setattr("mae.commands.reconstruct.save_reconstructions", save)
     return pictures
 
 

@@ -103,7 +103,9 @@ def test_a_picture_lies_where_it_says(run, tmp_path, capsys):
 
 def test_more_workers_than_cores_are_not_started(tmp_path, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr("mae.__main__.Batches", lambda *_, workers, **__: seen.append(workers) or pytest.skip.Exception)
+    monkeypatch.setattr(
+        "mae.commands.pretrain.Batches", lambda *_, workers, **__: seen.append(workers) or pytest.skip.Exception
+    )
     data, out = good_folder(tmp_path / "data", 1), tmp_path / "run"
     with pytest.raises((AttributeError, TypeError)):  # there are no batches
         main(["pretrain", "--data", str(data), "--out", str(out), *SMALL, "--workers", "100000"])

@@ -1,0 +1,79 @@
+"""``python -m mae reconstruct``."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from mae.checkpoint import CheckpointError, load_checkpoint
+from mae.data import find_images, is_sound, printable, read_pictures
+from mae.fields import COUNT, RATIO, SEED, check
+from mae.figures import View, default_count, picture_file, save_reconstructions
+from mae.model import MaskedAutoencoder
+from mae.options import ModelName, ReadingOptions, Sizes, given
+from mae.step import MaskStrategy, StrategyName
+from mae.train import choose_device
+from mae_kernels import Masking
+
+
+@dataclass(frozen=True)
+class ReconstructConfig:
+    """Hide patches of images, predict them, and save masked | reconstruction | original."""
+
+    checkpoint: Path
+    """Run folder, or a checkpoint file of any layout that convert reads."""
+    images: tuple[Path, ...]
+    """Image files, or folders of them."""
+    out: Path = Path("reconstructions.png")
+    """Picture to write, a .png unless its name ends otherwise."""
+    model: ModelName | None = None
+    """Architecture, for a checkpoint file that does not tell it by a config.json, its settings or its shapes."""
+    norm_pix_loss: bool | Literal["channel"] | None = None
+    """Whether the model was trained on normalised pixels, or channels of them, for such a file."""
+    ema: bool = False
+    """Take the averaged weights, of a file that holds them beside the plain ones."""
+    image_size: Sizes | None = None
+    """Height and width, one number for both, or frames, height and width, where they are not those of the training."""
+    masking: StrategyName = "random"
+    """Which patches are hidden, as in pretrain."""
+    mask_ratio: float = 0.75
+    """Share of hidden patches."""
+    most: int | None = None
+    """Take only this many images, spread over all files; by default 18, of clips and wide pictures 6."""
+    view: View = "frames"
+    """How clips and volumes are drawn: eight frames side by side, or the three central slices."""
+    seed: int = 0
+    """Of the masks."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps."""
+    reading: Annotated[ReadingOptions, tyro.conf.arg(name="")] = field(default_factory=ReadingOptions)
+
+
+def reconstruct(config: ReconstructConfig) -> None:
+    check(vars(config), {"mask_ratio": RATIO, "most": (lambda x: x is None or COUNT[0](x), COUNT[1]), "seed": SEED})
+    config.reading.reading()
+    out = picture_file(config.out)
+    fields = given(image_size=config.image_size, norm_pix_loss=config.norm_pix_loss)
+    model = load_checkpoint(config.checkpoint, config.model, ema=config.ema, **fields)
+    if not isinstance(model, MaskedAutoencoder):
+        raise CheckpointError(
+            f"{config.checkpoint} holds the encoder alone, so there is nothing to reconstruct with; take a checkpoint "
+            "that holds the decoder too (published ones are called *_full or mae_visualize_*)"
+        )
+    model = model.to(choose_device(config.device))
+    reading = config.reading.reading(model.config)
+    files = [f for path in config.images for f in (find_images(path) if path.is_dir() else [path])]
+    pictures, indices = zip(
+        *read_pictures(files, reading, config.most or default_count(reading.image_size)), strict=True
+    )
+    images = torch.stack(pictures).to(model.cls_token.device)
+    strategy, generator = MaskStrategy(config.masking, config.mask_ratio), torch.Generator().manual_seed(config.seed)
+    masking = strategy(len(images), model.config.grid.grid, generator=generator)
+    result = model.reconstruct(images, masking=Masking(*(x.to(images.device) for x in masking)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_reconstructions(result, out, view="sound" if all(is_sound(files[i]) for i in indices) else config.view)
+    print(f"Wrote {len(images)} reconstructions to {printable(out)}")
+    if result.uses_true_statistics:
+        print("The model was trained on normalised pixels: hidden patches take mean and contrast from the original.")
