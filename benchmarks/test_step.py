@@ -15,7 +15,7 @@ mae = pytest.importorskip("mae")  # its requirements are more than those of the 
 pytest.importorskip("transformers")
 
 from benchmarks.contenders import LABELS, Batch, contenders  # noqa: E402 (needs both)
-from mae.profile import training_flops  # noqa: E402
+from mae.training.profile import training_flops  # noqa: E402
 
 
 def test_step(step_dtype, step_shape, hand_over, request):

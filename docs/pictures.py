@@ -18,10 +18,10 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from mae import MAEConfig, MaskedAutoencoder, load_checkpoint
+from mae.commands.demo import fashion_mnist
 from mae.data.sound import HOP, RATE, WINDOW, below_loudest, spectrogram
-from mae.demo import fashion_mnist
-from mae.figures import save_reconstructions
-from mae.train import TrainConfig, train
+from mae.report.figures import save_reconstructions
+from mae.training.loop import TrainConfig, train
 from mae_kernels import (
     PackedImages,
     axis_masking,

@@ -5,7 +5,7 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from mae.demo import fashion_mnist
+from mae.commands.demo import fashion_mnist
 from mae_kernels import random_masking
 from mae_kernels.nn import MaskedMSELoss, MaskedPatchEmbed, MaskTokenScatter, learned_token
 

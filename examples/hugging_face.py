@@ -6,7 +6,7 @@ import tempfile
 from transformers import Trainer, TrainingArguments, ViTMAEConfig, ViTMAEForPreTraining, set_seed
 
 import mae_kernels
-from mae.demo import fashion_mnist
+from mae.commands.demo import fashion_mnist
 
 
 def main(steps: int) -> None:

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import nn
 
 import mae_kernels  # the first new line
-from mae.demo import fashion_mnist
+from mae.commands.demo import fashion_mnist
 from mae.model import sincos_pos_embed
 
 

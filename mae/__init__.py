@@ -5,8 +5,8 @@ from mae.requirements import require
 
 require("safetensors")
 
-from mae.checkpoint import CheckpointError, CheckpointWarning, load_checkpoint, save_checkpoint
-from mae.convert import convert_checkpoint
+from mae.checkpoints.checkpoint import CheckpointError, CheckpointWarning, load_checkpoint, save_checkpoint
+from mae.checkpoints.convert import convert_checkpoint
 from mae.model import (
     MODELS,
     MAEConfig,
@@ -25,7 +25,7 @@ from mae.model import (
     mae_vit_small_video,
     mae_vit_tiny_patch16,
 )
-from mae.step import TrainingStep, adamw
+from mae.training.step import TrainingStep, adamw
 
 __all__ = [
     "MODELS",

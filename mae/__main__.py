@@ -12,16 +12,16 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from mae.checkpoint import CheckpointError, CheckpointWarning
+from mae.checkpoints.checkpoint import CheckpointError, CheckpointWarning
 from mae.commands.convert import ConvertConfig, convert
+from mae.commands.demo import DemoConfig, run_demo
 from mae.commands.linprobe import LinprobeConfig, linprobe
 from mae.commands.pretrain import PretrainConfig, pretrain
 from mae.commands.profile import ProfileConfig, profile
 from mae.commands.reconstruct import ReconstructConfig, reconstruct
 from mae.data import DataError, DataWarning, printable
-from mae.demo import DemoConfig, run_demo
-from mae.run import RunError
-from mae.train import TrainingStopped
+from mae.training.loop import TrainingStopped
+from mae.training.run import RunError
 
 
 def main(arguments: list[str] | None = None) -> None:

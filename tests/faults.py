@@ -201,7 +201,7 @@ MODEL = [
 ]  # fmt: skip
 
 TRAINING = [
-    *room("mae/step.py", "test_step.py -k 'micro or clipping or decay or left or draw'",
+    *room("mae/training/step.py", "test_step.py -k 'micro or clipping or decay or left or draw'",
         ("accumulated losses that are not divided", "return loss / self.micro_batches", "return loss"),
         ("accumulated losses divided twice", "loss / self.micro_batches", "loss / self.micro_batches**2"),
         ("a gradient that is not clipped", "_parameters, self.clip_grad)", "_parameters, torch.inf)"),
@@ -209,12 +209,12 @@ TRAINING = [
         ("gradients that stay for the next step", "self.optimizer.zero_grad()", "pass"),
         ("masks of another ratio", "(batch_size, grid, self.ratio,", "(batch_size, grid, 0.5,"),
         ("a draw before the masks", "if masking is None:", "if masking is None and torch.rand(()) >= 0:")),
-    *room("mae/step.py", "test_step.py -k strategy",
+    *room("mae/training/step.py", "test_step.py -k strategy",
         ("a strategy that is not asked for", "_STRATEGIES[self.name]", '_STRATEGIES["random"]')),
-    *room("mae/train.py", "test_step.py -k learning_rate",
+    *room("mae/training/loop.py", "test_step.py -k learning_rate",
         ("a schedule one step late", "(step + 1) / rise", "step / rise"),
         ("a learning rate for any batch size", "config.base_lr * config.batch_size / 256", "config.base_lr")),
-    *room("mae/train.py", "test_cli.py -k not_finite",
+    *room("mae/training/loop.py", "test_cli.py -k not_finite",
         ("weights behind a loss of NaN are kept", "if not math.isfinite(loss)", "if False")),
     *room("mae/commands/linprobe.py", "test_cli.py -k 'test_linprobe or clear_sentence'",
         ("the last images of a probe left out", "        if waiting:\n", "        if False:\n"),
@@ -259,32 +259,32 @@ DATA = [
 ]  # fmt: skip
 
 CHECKPOINTS = [
-    *room("mae/checkpoint.py", "test_checkpoint.py -k 'round or encoder or mismatch'",
+    *room("mae/checkpoints/checkpoint.py", "test_checkpoint.py -k 'round or encoder or mismatch'",
         ("keys and shapes that are not checked", "_check(file, weights, to_layout(expected, weights.layout))", "pass"),
         ("a decoder of random weights", "VisionTransformer(config) if encoder_only else ", ""),
         ("a loaded model in training mode", "return network.eval()", "return network")),
-    *room("mae/saving.py", "test_checkpoint.py -k 'failing or leftovers'",
+    *room("mae/checkpoints/saving.py", "test_checkpoint.py -k 'failing or leftovers'",
         ("a crash that leaves half a file", "path = stage / name", "path = folder / name"),
         ("a file that another process writes is removed", "_idle(path) > _MINUTE", "True")),
-    *room("mae/foreign.py", "test_foreign.py -k found",
+    *room("mae/checkpoints/foreign.py", "test_foreign.py -k found",
         ("averages taken for the weights", "model.averaged != ema", "model.averaged == ema")),
-    *room("mae/shapes.py", "test_foreign.py -k settings_decide",
+    *room("mae/checkpoints/shapes.py", "test_foreign.py -k settings_decide",
         ("settings in the file that decide nothing", '= settings.get("norm_pix_loss", True)\n', "= True\n")),
     *room("mae/fields.py", "test_checkpoint.py -k before_anything",
         ("a configuration that is built unchecked", "if name in values and not fits(values[name])", "if False")),
-    *room("mae/files.py", "test_checkpoint.py -k pickled",
+    *room("mae/checkpoints/files.py", "test_checkpoint.py -k pickled",
         ("a checkpoint that runs code", "weights_only=True", "weights_only=False")),
-    *room("mae/layouts.py", "test_parity.py -k predictions",
+    *room("mae/checkpoints/layouts.py", "test_parity.py -k predictions",
         ("queries written where keys belong", '("attention.q_proj", "attention.k_proj",',
          '("attention.k_proj", "attention.q_proj",'),
         ("the three parts of qkv turned around", "x.chunk(len(theirs))", "x.chunk(len(theirs))[::-1]")),
-    *room("mae/layouts.py", "test_convert.py -k tensors_keep",
+    *room("mae/checkpoints/layouts.py", "test_convert.py -k tensors_keep",
         ("the decoder kept in a file for timm", "in state.items() if not is_decoder(name)}", "in state.items()}"),
         ("parts that share memory", "part.clone() for part", "part for part")),
-    *room("mae/configs.py", "test_convert.py -k 'defaults or mask_ratio'",
+    *room("mae/checkpoints/configs.py", "test_convert.py -k 'defaults or mask_ratio'",
         ("a default that is not Hugging Face's", '"norm_pix_loss": False', '"norm_pix_loss": True'),
         ("a mask ratio that does not travel", '"mask_ratio": mask_ratio,', '"mask_ratio": 0.75,')),
-    *room("mae/convert.py", "test_convert.py -k every_way",
+    *room("mae/checkpoints/convert.py", "test_convert.py -k every_way",
         ("a published file without its model key", '{"model": state} if under_model else state', "state")),
 ]  # fmt: skip
 
@@ -332,11 +332,11 @@ APPLY = [
 ]  # fmt: skip
 
 RUNS = [
-    *room("mae/run.py", "test_run_folder.py -k 'unasked or one_process or several'",
+    *room("mae/training/run.py", "test_run_folder.py -k 'unasked or one_process or several'",
         ("a run that is overwritten unasked", "if found and not overwrite:", "if False:"),
         ("two processes in one folder", "        lock.acquire()\n", ""),
         ("a run of several processes", 'os.environ.get("WORLD_SIZE") or 1', "1")),
-    *room("mae/train.py", "test_cli.py -k clear_sentence",
+    *room("mae/training/loop.py", "test_cli.py -k clear_sentence",
         ("options that nobody checks", "check(vars(self), _RULES)", "pass")),
 ]  # fmt: skip
 

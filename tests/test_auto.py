@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mae import MAEConfig, MaskedAutoencoder
-from mae.train import TrainConfig, choose_execution, train, uses_bfloat16
+from mae.training.loop import TrainConfig, choose_execution, train, uses_bfloat16
 from mae_kernels import backend
 
 RECENT = {(7, 5): False, (8, 0): True, (9, 0): True, (9, 4): True}  # the last is an MI300, whose gfx number is 942
@@ -43,8 +43,8 @@ def test_training_takes_it(recent, monkeypatch, tmp_path):
     def step(model, optimizer, *, bfloat16, execution, **options):
         raise Chosen(bfloat16, execution)
 
-    monkeypatch.setattr("mae.train.is_recent_gpu", lambda device: recent)
-    monkeypatch.setattr("mae.train.TrainingStep", step)
+    monkeypatch.setattr("mae.training.loop.is_recent_gpu", lambda device: recent)
+    monkeypatch.setattr("mae.training.loop.TrainingStep", step)
     model = MaskedAutoencoder(MAEConfig(image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1))
     with pytest.raises(Chosen) as chosen:
         train(model, [], TrainConfig(device="cpu"), tmp_path)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae.model.attention import attention
 from mae.model.block import Block, gelu_linear, norm_linear
-from mae.profile import saved_bytes
+from mae.training.profile import saved_bytes
 from mae_kernels import gather_tokens, reference
 
 

@@ -63,7 +63,7 @@ def test_a_failing_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         path.write_bytes(b"half a file")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mae.saving.save_file", fail)
+    monkeypatch.setattr("mae.checkpoints.saving.save_file", fail)
     with pytest.raises(CheckpointError) as error:
         save_checkpoint(MaskedAutoencoder(replace(SMALL, norm_pix_loss=True)), tmp_path)
     names = "config.json, model.safetensors"
@@ -78,8 +78,8 @@ def test_a_failing_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 FULL_DISK = """
 import resource, torch
-from mae.layouts import CheckpointError
-from mae.saving import write_files, write_folder, write_pickle
+from mae.checkpoints.layouts import CheckpointError
+from mae.checkpoints.saving import write_files, write_folder, write_pickle
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 state = {"x": torch.zeros(1000)}
@@ -142,7 +142,7 @@ def test_leftovers_of_killed_saves_go_and_those_of_living_ones_stay(tmp_path):
 
 def test_two_saves_at_once_do_not_meet(tmp_path, monkeypatch):
     model = MaskedAutoencoder(SMALL)
-    inner, real = [], mae.saving.save_file
+    inner, real = [], mae.checkpoints.saving.save_file
 
     def save(state, path, metadata):
         if not inner:
@@ -150,7 +150,7 @@ def test_two_saves_at_once_do_not_meet(tmp_path, monkeypatch):
             save_checkpoint(model, tmp_path)
         real(state, path, metadata=metadata)
 
-    monkeypatch.setattr("mae.saving.save_file", save)
+    monkeypatch.setattr("mae.checkpoints.saving.save_file", save)
     save_checkpoint(model, tmp_path)
     assert same_weights(load_checkpoint(tmp_path), model)
     assert len(list(tmp_path.iterdir())) == 2
@@ -289,7 +289,7 @@ def test_a_configuration_is_checked_before_anything_is_built(tmp_path, values, s
 def test_blocks_that_the_file_does_not_hold_are_not_built(tmp_path, monkeypatch):
     save_checkpoint(MaskedAutoencoder(SMALL), tmp_path)
     write_text(tmp_path / "config.json", json.dumps(asdict(SMALL) | {"depth": 1000}))
-    monkeypatch.setattr("mae.checkpoint.MaskedAutoencoder", None)
+    monkeypatch.setattr("mae.checkpoints.checkpoint.MaskedAutoencoder", None)
     with pytest.raises(CheckpointError) as error:
         load_checkpoint(tmp_path)
     assert str(error.value) == f"{tmp_path / 'config.json'}: depth is 1000, and the weights have 1 blocks"

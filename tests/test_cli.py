@@ -18,10 +18,10 @@ from scipy.io import wavfile
 
 from mae import load_checkpoint, mae_vit_demo_patch7
 from mae.__main__ import main
-from mae.demo import DemoConfig, fashion_mnist, run_demo
-from mae.figures import save_reconstructions
-from mae.step import MaskStrategy, TrainingStep
-from mae.train import TrainConfig, TrainingStopped, train
+from mae.commands.demo import DemoConfig, fashion_mnist, run_demo
+from mae.report.figures import save_reconstructions
+from mae.training.loop import TrainConfig, TrainingStopped, train
+from mae.training.step import MaskStrategy, TrainingStep
 
 SMALL = [
     "--model", "mae_vit_tiny_patch16", "--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu",
@@ -275,7 +275,7 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
 
 def test_demo_in_short(tmp_path, capsys, monkeypatch):
     # A fifth of each class: the logistic regressions take most of the time.
-    monkeypatch.setattr("mae.demo.fashion_mnist", lambda part: tuple(x[::5] for x in fashion_mnist(part)))
+    monkeypatch.setattr("mae.commands.demo.fashion_mnist", lambda part: tuple(x[::5] for x in fashion_mnist(part)))
     accuracies = run_demo(DemoConfig(out=tmp_path, steps=12))
     assert set(accuracies) == {"raw pixels", "untrained encoder", "pre-trained encoder"}
     assert 0.5 < accuracies["untrained encoder"] < accuracies["raw pixels"] < 0.9
@@ -467,7 +467,7 @@ def test_precision_and_parts_reach_the_step(tmp_path, monkeypatch):
             seen.update(options)
             super().__init__(model, optimizer, **options)
 
-    monkeypatch.setattr("mae.train.TrainingStep", Step)
+    monkeypatch.setattr("mae.training.loop.TrainingStep", Step)
     options = {"precision": "bfloat16", "micro_batches": 2, "clip_grad": 0.5, "masking": "axis", "mask_ratio": 0.5}
     small_run([torch.rand(4, 1, 28, 28)], tmp_path, steps=1, **options)
     assert seen == {

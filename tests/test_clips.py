@@ -14,7 +14,7 @@ from scipy.io import wavfile
 from mae.data import DataError, Reading, TrainingImages, Wanted, random_box, read_image, read_pictures, to_tensor
 from mae.data.loader import _collate
 from mae.data.sound import below_loudest, mono, row_of, spectrogram
-from mae.figures import _flat
+from mae.report.figures import _flat
 from mae_kernels import random_resized_crop
 
 RNG = np.random.default_rng(0)

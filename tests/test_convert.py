@@ -25,8 +25,8 @@ from mae import (
     save_checkpoint,
 )
 from mae.__main__ import main
-from mae.configs import from_hugging_face_config, to_hugging_face_config, to_timm_config
-from mae.layouts import LAYOUTS, find_layout, from_layout, to_layout
+from mae.checkpoints.configs import from_hugging_face_config, to_hugging_face_config, to_timm_config
+from mae.checkpoints.layouts import LAYOUTS, find_layout, from_layout, to_layout
 
 SMALL = MAEConfig(
     image_size=32, patch_size=8, in_chans=4, embed_dim=48, depth=3, num_heads=4, decoder_embed_dim=24, decoder_depth=2,

@@ -19,7 +19,7 @@ from mae import (
     save_checkpoint,
 )
 from mae.__main__ import main
-from mae.layouts import from_layout, to_layout
+from mae.checkpoints.layouts import from_layout, to_layout
 
 
 @pytest.fixture(scope="module")

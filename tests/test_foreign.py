@@ -30,7 +30,7 @@ from mae import (
     mae_vit_demo_patch7,
 )
 from mae.__main__ import main
-from mae.layouts import is_decoder, to_layout
+from mae.checkpoints.layouts import is_decoder, to_layout
 
 MODEL = "mae_vit_demo_patch7"
 torch.manual_seed(0)

@@ -9,7 +9,7 @@ from cases import BF16, F16, F32, F64
 from conftest import DEVICE
 
 import mae_kernels
-from mae.profile import LaunchCounter
+from mae.training.profile import LaunchCounter
 from mae_kernels import (
     axis_masking,
     block_masking,

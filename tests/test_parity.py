@@ -6,8 +6,8 @@ import transformers
 from torch import Tensor
 
 from mae import MAEConfig, MaskedAutoencoder
-from mae.configs import to_hugging_face_config
-from mae.layouts import from_layout, to_layout
+from mae.checkpoints.configs import to_hugging_face_config
+from mae.checkpoints.layouts import from_layout, to_layout
 from mae_kernels import reference
 
 SMALL = MAEConfig(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mae import CheckpointError, MAEConfig, MaskedAutoencoder, load_checkpoint, save_checkpoint
 from mae.model import pos_embed_for, resample_pos_embed, sincos_pos_embed
-from mae.profile import LaunchCounter
+from mae.training.profile import LaunchCounter
 
 IMAGES = MAEConfig(
     image_size=(32, 48), patch_size=8, embed_dim=32, depth=1, num_heads=4, decoder_embed_dim=16, decoder_depth=2,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mae import MAEConfig, MaskedAutoencoder
-from mae.profile import LaunchCounter
+from mae.training.profile import LaunchCounter
 from mae_kernels import Masking, masking_from_mask
 
 CONFIG = MAEConfig(

@@ -11,8 +11,8 @@ from PIL import Image
 from mae import CheckpointError, mae_vit_demo_patch7
 from mae.__main__ import main
 from mae.requirements import require
-from mae.run import RunError, open_run
-from mae.train import TrainConfig, train
+from mae.training.loop import TrainConfig, train
+from mae.training.run import RunError, open_run
 
 SMALL = [
     "--model", "mae_vit_tiny_patch16", "--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu",
@@ -59,7 +59,7 @@ def test_an_overwriting_run_that_cannot_start_leaves_the_old_one(run):
 
 
 def test_one_process_at_a_time(tmp_path):
-    hold = "import sys; from pathlib import Path; from mae.run import open_run\n"
+    hold = "import sys; from pathlib import Path; from mae.training.run import open_run\n"
     hold += "with open_run(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     process = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE

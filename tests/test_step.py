@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mae_kernels
 from mae import MAEConfig, MaskedAutoencoder
-from mae.profile import LaunchCounter, saved_bytes
-from mae.step import MaskStrategy, TrainingStep, adamw
-from mae.train import TrainConfig, train
+from mae.training.loop import TrainConfig, train
+from mae.training.profile import LaunchCounter, saved_bytes
+from mae.training.step import MaskStrategy, TrainingStep, adamw
 from mae_kernels import Masking, products, random_masking, reference
 
 SMALL = MAEConfig(

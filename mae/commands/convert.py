@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mae.convert import TARGETS, convert_checkpoint
-from mae.options import ModelName, given
+from mae.checkpoints.convert import TARGETS, convert_checkpoint
+from mae.commands.options import ModelName, given
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ import torch
 import tyro
 from torch import Tensor
 
-from mae.checkpoint import load_checkpoint
+from mae.checkpoints.checkpoint import load_checkpoint
+from mae.checkpoints.saving import write_json
+from mae.commands.options import ModelName, ReadingOptions, Sizes, given
 from mae.data import DataError, find_labelled_images, printable, read_pictures
+from mae.evaluation.probe import extract_features, linear_probe
 from mae.fields import COUNT, SEED, check
 from mae.model import MaskedAutoencoder, VisionTransformer
-from mae.options import ModelName, ReadingOptions, Sizes, given
-from mae.probe import extract_features, linear_probe
-from mae.run import refuse_file
-from mae.saving import write_json
-from mae.train import choose_device
+from mae.training.loop import choose_device
+from mae.training.run import refuse_file
 
 _RESULTS = "results.json"
 

@@ -10,14 +10,14 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from mae.commands.options import ModelName, ReadingOptions, SizeOptions
 from mae.commands.reconstruct import ReconstructConfig, reconstruct
 from mae.data import Batches, DataWarning, TrainingImages, find_images, printable
 from mae.fields import check, is_whole
-from mae.figures import save_loss
 from mae.model import MaskedAutoencoder
-from mae.options import ModelName, ReadingOptions, SizeOptions
-from mae.run import open_run, refuse_run
-from mae.train import TrainConfig, choose_device, train
+from mae.report.figures import save_loss
+from mae.training.loop import TrainConfig, choose_device, train
+from mae.training.run import open_run, refuse_run
 
 
 @dataclass(frozen=True)

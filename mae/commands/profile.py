@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from mae.commands.options import ModelName, SizeOptions
 from mae.fields import COUNT, check
 from mae.model import MaskedAutoencoder
-from mae.options import ModelName, SizeOptions
-from mae.profile import Phase, profile_step, training_flops
-from mae.step import adamw
-from mae.train import choose_device, uses_bfloat16
+from mae.training.loop import choose_device, uses_bfloat16
+from mae.training.profile import Phase, profile_step, training_flops
+from mae.training.step import adamw
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from mae.checkpoint import CheckpointError, load_checkpoint
+from mae.checkpoints.checkpoint import CheckpointError, load_checkpoint
+from mae.commands.options import ModelName, ReadingOptions, Sizes, given
 from mae.data import find_images, is_sound, printable, read_pictures
 from mae.fields import COUNT, RATIO, SEED, check
-from mae.figures import View, default_count, picture_file, save_reconstructions
 from mae.model import MaskedAutoencoder
-from mae.options import ModelName, ReadingOptions, Sizes, given
-from mae.step import MaskStrategy, StrategyName
-from mae.train import choose_device
+from mae.report.figures import View, default_count, picture_file, save_reconstructions
+from mae.training.loop import choose_device
+from mae.training.step import MaskStrategy, StrategyName
 from mae_kernels import Masking
 
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mae.checkpoint import Checkpoint, CheckpointWarning, read_checkpoint
-from mae.configs import to_hugging_face_config, to_preprocessor_config, to_timm_config
-from mae.layouts import LAYOUTS, CheckpointError, is_decoder, to_layout
-from mae.saving import write_files, write_folder, write_pickle, write_safetensors
+from mae.checkpoints.checkpoint import Checkpoint, CheckpointWarning, read_checkpoint
+from mae.checkpoints.configs import to_hugging_face_config, to_preprocessor_config, to_timm_config
+from mae.checkpoints.layouts import LAYOUTS, CheckpointError, is_decoder, to_layout
+from mae.checkpoints.saving import write_files, write_folder, write_pickle, write_safetensors
 
 TARGETS = ("mae", *LAYOUTS)
 _TORCH_FILES = (".pth", ".pt", ".bin")
@@ -28,7 +28,7 @@ def convert_checkpoint(
     """Write a checkpoint as another system lays it out; tensors keep their dtype and every bit.
 
     Args:
-        source, model, ema, options: as of :func:`mae.checkpoint.read_checkpoint`.
+        source, model, ema, options: as of :func:`mae.checkpoints.checkpoint.read_checkpoint`.
         to: ``"mae"`` (a run folder), ``"published"``, ``"huggingface-4"`` (loads with transformers 4.x and 5.x),
             ``"huggingface-5"`` (its own names, which 4.x does not know), or ``"timm"`` (the encoder alone).
         out: a folder for ``model.safetensors`` and what describes the model (``from_pretrained(out)``,
@@ -40,7 +40,7 @@ def convert_checkpoint(
         CheckpointError: the source cannot be used, or the target cannot hold it or be written.
 
     Warns:
-        CheckpointWarning: as of :func:`mae.checkpoint.read_checkpoint`.
+        CheckpointWarning: as of :func:`mae.checkpoints.checkpoint.read_checkpoint`.
     """
     out = Path(out)
     if to not in TARGETS:

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mae.checkpoint import load_checkpoint
-from mae.figures import save_loss, save_reconstructions
+from mae.checkpoints.checkpoint import load_checkpoint
+from mae.evaluation.probe import extract_features, linear_probe
 from mae.model import mae_vit_demo_patch7
-from mae.probe import extract_features, linear_probe
-from mae.run import refuse_run
-from mae.train import TrainConfig, train
+from mae.report.figures import save_loss, save_reconstructions
+from mae.training.loop import TrainConfig, train
+from mae.training.run import refuse_run
 
 _CLASSES, _SIDE, _PER_ROW = 10, 28, 50
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mae.files import listed, read_file
-from mae.layouts import CheckpointError, find_layout, find_models, published_names
+from mae.checkpoints.files import listed, read_file
+from mae.checkpoints.layouts import CheckpointError, find_layout, find_models, published_names
 
 # Containers of weights, the likeliest first; any other name comes behind them.
 _CONTAINERS = ("model", "state_dict", "model_state_dict", "model_state", "module", "net", "network", "student")

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mae.checkpoint import CheckpointError, save_checkpoint
+from mae.checkpoints.checkpoint import CheckpointError, save_checkpoint
 from mae.data import DataError, counted, on_device
 from mae.fields import COUNT, RATIO, SEED, check, is_number
 from mae.model import MaskedAutoencoder
-from mae.run import open_run
-from mae.step import Execution, MaskStrategy, StrategyName, TrainingStep, adamw
+from mae.training.run import open_run
+from mae.training.step import Execution, MaskStrategy, StrategyName, TrainingStep, adamw
 from mae_kernels.backend import is_recent_gpu
 
 
@@ -131,7 +131,7 @@ def train(
         The entries of ``metrics.jsonl``: step, loss (mean since the entry before), lr, images_per_second, seconds.
 
     Raises:
-        RunError: as of :func:`mae.run.open_run`.
+        RunError: as of :func:`mae.training.run.open_run`.
         CheckpointError: something could not be written; the last checkpoint is whole.
         TrainingStopped: by Ctrl-C or because the data failed, with a checkpoint written; or by a non-finite loss,
             with the last good checkpoint left as it was.

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mae.configs import mlp_ratio
+from mae.checkpoints.configs import mlp_ratio
+from mae.checkpoints.layouts import CheckpointError, is_decoder
 from mae.fields import are_all, is_number, is_whole
-from mae.layouts import CheckpointError, is_decoder
 from mae.model import MODELS, MAEConfig
 from mae_kernels.patch_grid import Sizes
 

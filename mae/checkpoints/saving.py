@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mae.layouts import CheckpointError
+from mae.checkpoints.layouts import CheckpointError
 
 # What a killed save leaves: a folder of ours, which names its process, and the files of safetensors and of older saves.
 _STAGE = re.compile(r"\.saving-(?P<host>.+)-(?P<process>\d+)-[0-9a-f]{8}")

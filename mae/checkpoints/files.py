@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from mae.layouts import CheckpointError
+from mae.checkpoints.layouts import CheckpointError
 
 # What the first bytes of a file say that is none of ours.
 _SIGNATURES = {

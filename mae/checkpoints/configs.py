@@ -7,8 +7,8 @@ refused; what changes a result is said.
 import math
 import re
 
+from mae.checkpoints.layouts import CheckpointError
 from mae.fields import RULES, SHARE, WIDTH, check, is_number
-from mae.layouts import CheckpointError
 from mae.model import MAEConfig
 
 _LAYER_NORM_EPS = 1e-6  # of every norm of our model

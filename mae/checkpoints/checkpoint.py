@@ -10,14 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mae.configs import from_hugging_face_config, from_timm_config
+from mae.checkpoints.configs import from_hugging_face_config, from_timm_config
+from mae.checkpoints.files import listed, shorten
+from mae.checkpoints.foreign import Weights, read_weights
+from mae.checkpoints.layouts import CheckpointError, from_layout, is_decoder, published_names, to_layout
+from mae.checkpoints.saving import write_folder
+from mae.checkpoints.shapes import blocks_in, from_settings, from_weights
 from mae.fields import check_fields, unknown_statistics
-from mae.files import listed, shorten
-from mae.foreign import Weights, read_weights
-from mae.layouts import CheckpointError, from_layout, is_decoder, published_names, to_layout
 from mae.model import MODELS, MAEConfig, MaskedAutoencoder, VisionTransformer, pos_embed_for
-from mae.saving import write_folder
-from mae.shapes import blocks_in, from_settings, from_weights
 from mae_kernels.patch_grid import Sizes
 
 _TABLES = ("pos_embed", "decoder_pos_embed")

@@ -1,0 +1,1 @@
+"""What a person looks at: pictures, and one page from a run."""
