@@ -11,8 +11,18 @@ import torch
 from PIL import Image
 from scipy.io import wavfile
 
-from mae.data import DataError, Reading, TrainingImages, Wanted, random_box, read_image, read_pictures, to_tensor
-from mae.data.loader import _collate
+from mae.data import (
+    DataError,
+    ImageFiles,
+    Reading,
+    TrainingImages,
+    Wanted,
+    random_box,
+    read_image,
+    read_pictures,
+    to_tensor,
+)
+from mae.data.randomness import uniform
 from mae.data.sound import below_loudest, mono, row_of, spectrogram
 from mae.report.figures import _flat
 from mae_kernels import random_resized_crop
@@ -149,14 +159,12 @@ def test_a_model_of_one_frame_gets_the_first(tmp_path):
 def test_frames_of_a_sample_are_cut_flipped_and_resized_alike(tmp_path, suffix):
     file = tmp_path / f"x.{suffix}"
     np.save(file, FRAMES) if suffix == "npy" else animation(file, FRAMES)
-    images, starts, flips = TrainingImages([file], Reading(1, image_size=(4, 12, 10))), set(), set()
-    for seed in range(12):
-        torch.manual_seed(seed)
-        start = int(torch.randint(5, ()))
-        top, left, height, width = random_box(20, 30)
-        flip = bool(torch.rand(()) < 0.5)
-        torch.manual_seed(seed)
-        sample = images[0]
+    images, starts, flips = TrainingImages(ImageFiles([file]), Reading(1, image_size=(4, 12, 10))), set(), set()
+    for seed in range(24):
+        start, *box, flip = uniform("sample", 0, (seed, 0), 24)
+        start, flip = int(5 * start), flip < 0.5
+        top, left, height, width = random_box(20, 30, box)
+        sample = images[seed, 0]
         expected = torch.from_numpy(FRAMES[start : start + 4, top : top + height, left : left + width])
         assert torch.equal(sample.pixels, expected)
         assert sample.flip == flip
@@ -169,9 +177,9 @@ def test_frames_of_a_sample_are_cut_flipped_and_resized_alike(tmp_path, suffix):
 @pytest.mark.parametrize("resize", [False, True], ids=["on the device", "in the workers"])
 def test_batches_of_clips_are_their_frames_one_by_one(tmp_path, resize):
     np.save(tmp_path / "x.npy", COLOURS)
-    images = TrainingImages([tmp_path / "x.npy"], Reading(3, image_size=(4, 12, 10)))
-    samples = [images[0] for _ in range(3)]
-    batch = _collate((4, 12, 10), samples, resize=resize)[0].to("cpu")
+    images = TrainingImages(ImageFiles([tmp_path / "x.npy"]), Reading(3, image_size=(4, 12, 10)))
+    samples = [images[epoch, 0] for epoch in range(3)]
+    batch = images.collate(samples, resize=resize).images.to("cpu")
     assert batch.shape == (3, 3, 4, 12, 10)
     for n, sample in enumerate(samples):
         box = torch.tensor([[0, 0, *sample.pixels.shape[1:]]])
@@ -182,7 +190,7 @@ def test_batches_of_clips_are_their_frames_one_by_one(tmp_path, resize):
 
 def test_central_clips_of_evaluation(tmp_path):
     np.save(tmp_path / "x.npy", np.moveaxis(COLOURS, -1, 0))
-    ((ours, index),) = read_pictures([tmp_path / "x.npy"], Reading(3, image_size=(4, 20, 30)))
+    ((ours, index),) = read_pictures(ImageFiles([tmp_path / "x.npy"]), Reading(3, image_size=(4, 20, 30)))
     assert index == 0
     assert np.array_equal(ours.numpy(), np.moveaxis(COLOURS[2:6], -1, 0))
 
@@ -315,12 +323,10 @@ def test_silence_follows_a_short_sound(tmp_path):
 
 def test_sound_is_neither_stretched_nor_flipped(tmp_path):
     wavfile.write(tmp_path / "x.wav", 16000, RNG.uniform(-0.5, 0.5, 16000).astype(np.float32))
-    images = TrainingImages([tmp_path / "x.wav"], Reading(1, image_size=(32, 12)))
+    images = TrainingImages(ImageFiles([tmp_path / "x.wav"]), Reading(1, image_size=(32, 12)))
     for seed in range(8):
-        torch.manual_seed(seed)
-        start = int(torch.randint((16000 - 400) // 160 + 1 - 12 + 1, ()))
-        torch.manual_seed(seed)
-        sample = images[0]
+        start = int(uniform("sample", 0, (seed, 0), 1)[0] * ((16000 - 400) // 160 + 1 - 12 + 1))
+        sample = images[seed, 0]
         assert not sample.flip
         assert np.array_equal(sample.pixels[0], heard(tmp_path / "x.wav", start=start))
 

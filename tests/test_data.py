@@ -16,8 +16,11 @@ from mae.data import (
     Crops,
     DataError,
     DataWarning,
+    ImageFiles,
+    Order,
     Picture,
     Reading,
+    TensorImages,
     TrainingImages,
     find_images,
     find_labelled_images,
@@ -29,7 +32,7 @@ from mae.data import (
     resize_and_crop,
     to_tensor,
 )
-from mae.data.loader import _collate
+from mae.data.randomness import derived_seed, permutation, uniform
 from mae.data.readers import suffixes
 from mae_kernels import random_crop_boxes, random_resized_crop, reference
 
@@ -207,19 +210,17 @@ def test_boxes_of_single_images_are_those_of_the_batched_op(size):
         (expected,) = random_crop_boxes(torch.tensor([size])).tolist()
         torch.manual_seed(seed)
         # Sides are rounded to pixels, and the op draws in float32.
-        assert random_box(*size) == pytest.approx(expected, abs=int(size == (3000, 2000)))
+        assert random_box(*size, torch.rand(22).tolist()) == pytest.approx(expected, abs=int(size == (3000, 2000)))
 
 
 def test_pictures_are_cut_to_their_boxes(tmp_path):
     photo = photographs(1)[0]
     photo.save(tmp_path / "photo.png")
-    images = TrainingImages([tmp_path / "photo.png"], Reading(image_size=(100, 100)))
+    images = TrainingImages(ImageFiles([tmp_path / "photo.png"]), Reading(image_size=(100, 100)))
     flipped = 0
     for seed in range(40):
-        torch.manual_seed(seed)
-        top, left, height, width = random_box(120, 160)
-        torch.manual_seed(seed)
-        pixels, flip, problems, *_ = images[0]
+        top, left, height, width = random_box(120, 160, uniform("sample", 0, (seed, 0), 24)[1:23])
+        pixels, flip, problems, *_ = images[seed, 0]
         assert torch.equal(pixels, to_tensor(Picture((photo,)))[:, top : top + height, left : left + width])
         assert problems == []
         flipped += flip
@@ -231,14 +232,12 @@ def test_large_pictures_are_shrunk_before_they_travel(tmp_path, suffix):
     """As boxes of a picture that is shrunk to begin with, by a factor at which its file is decoded as a whole."""
     scene = photographs(2)[1].resize((1600, 1200), Image.Resampling.BICUBIC)
     scene.save(tmp_path / f"x.{suffix}", **({"quality": 95} if suffix == "jpg" else {}))
-    images = TrainingImages([tmp_path / f"x.{suffix}"], Reading(image_size=(64, 64)))
+    images = TrainingImages(ImageFiles([tmp_path / f"x.{suffix}"]), Reading(image_size=(64, 64)))
     whole = to_tensor(read_image(tmp_path / f"x.{suffix}", Reading()))
     off = []
     for seed in range(10):
-        torch.manual_seed(seed)
-        box = random_box(1200, 1600)
-        torch.manual_seed(seed)
-        sample = images[0]
+        box = random_box(1200, 1600, uniform("sample", 0, (seed, 0), 24)[1:23])
+        sample = images[seed, 0]
         height, width = sample.pixels.shape[1:]
         assert 1.5 * 64 <= min(height, width) < 3.1 * 64
         assert max(height, width) < 4.2 * 64
@@ -252,9 +251,9 @@ def test_large_pictures_are_shrunk_before_they_travel(tmp_path, suffix):
 
 @pytest.mark.parametrize("resize", [False, True], ids=["on the device", "in the workers"])
 def test_batches_are_resized_and_flipped(tmp_path, resize):
-    images = TrainingImages(find_images(good_folder(tmp_path, 5)), Reading(image_size=(24, 32)))
-    samples = [images[i] for i in range(5)]
-    batch, problems, _ = _collate((24, 32), samples, resize=resize)
+    images = TrainingImages(ImageFiles(find_images(good_folder(tmp_path, 5))), Reading(image_size=(24, 32)))
+    samples = [images[0, i] for i in range(5)]
+    batch, problems, _ = images.collate(samples, resize=resize)
     assert isinstance(batch, torch.Tensor if resize else Crops)
     assert len(batch) == 5
     assert problems == []
@@ -272,7 +271,7 @@ def test_batches_are_resized_and_flipped(tmp_path, resize):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
 def test_batches_travel_in_pinned_memory(tmp_path):
     files = find_images(good_folder(tmp_path, 5))
-    (batch,) = Batches(TrainingImages(files, Reading(image_size=(24, 32))), steps=1, batch_size=5, workers=1, seed=0)
+    (batch,) = Batches(TrainingImages(ImageFiles(files), Reading(image_size=(24, 32))), 5, range(1), workers=1)
     assert all(x.is_pinned() for x in (*batch.images, batch.flips))
     off = batch.to("cuda", non_blocking=True).cpu().int() - batch.to("cpu").int()
     assert off.abs().max() <= 1
@@ -283,8 +282,8 @@ def test_batches_pass_over_broken_files_and_count_them(tmp_path, workers):
     good_folder(tmp_path, 5)
     bad = unreadable_files(tmp_path)
     readable_oddities(tmp_path)
-    images = TrainingImages(find_images(tmp_path), Reading(image_size=(16, 16)))
-    batches = Batches(images, steps=8, batch_size=7, workers=workers, seed=0)
+    images = TrainingImages(ImageFiles(find_images(tmp_path)), Reading(image_size=(16, 16)))
+    batches = Batches(images, 7, range(8), workers=workers)
     shapes = [batch.to("cpu").shape for batch in batches]
     assert shapes == [(7, 3, 16, 16)] * 8
     assert len(batches.unreadable) == len(bad)
@@ -295,7 +294,7 @@ def test_other_channels_are_refused_at_once(tmp_path):
     for i in range(150):
         np.save(tmp_path / f"{i}.npy", np.zeros((13, 4, 4), np.uint8))
     batches = Batches(
-        TrainingImages(find_images(tmp_path), Reading(image_size=(16, 16))), steps=1, batch_size=64, workers=0, seed=0
+        TrainingImages(ImageFiles(find_images(tmp_path)), Reading(image_size=(16, 16))), 64, range(1), workers=0
     )
     with pytest.raises(DataError) as error:
         list(batches)
@@ -306,8 +305,8 @@ def test_other_channels_are_refused_at_once(tmp_path):
 def test_thirteen_bands_become_batches(tmp_path):
     for i in range(4):
         np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).integers(0, 256, (13, 40, 40), np.uint8))
-    images = TrainingImages(find_images(tmp_path), Reading(13, image_size=(16, 16)))
-    (batch,) = Batches(images, steps=1, batch_size=4, workers=1, seed=0)
+    images = TrainingImages(ImageFiles(find_images(tmp_path)), Reading(13, image_size=(16, 16)))
+    (batch,) = Batches(images, 4, range(1), workers=1)
     assert batch.to("cpu").shape == (4, 13, 16, 16)
 
 
@@ -316,7 +315,7 @@ def test_pictures_in_ranges_of_their_own_are_counted(tmp_path):
     for i in range(3):
         np.save(tmp_path / f"{i}.npy", np.linspace(-25, i, 400).reshape(20, 20))
     batches = Batches(
-        TrainingImages(find_images(tmp_path), Reading(image_size=(16, 16))), steps=5, batch_size=2, workers=0, seed=0
+        TrainingImages(ImageFiles(find_images(tmp_path)), Reading(image_size=(16, 16))), 2, range(5), workers=0
     )
     said = "scaled each by its own range of values, such as {}; --value-range LOW HIGH gives all the same scale"
     with pytest.warns(DataWarning) as warned:
@@ -338,37 +337,34 @@ def test_pictures_are_taken_from_everywhere(tmp_path):
 
     def taken(most: int) -> str:
         with pytest.warns(DataWarning):
-            return "".join(files[i].parent.name for _, i in read_pictures(files, Reading(image_size=(8, 8)), most))
+            pictures = read_pictures(ImageFiles(files), Reading(image_size=(8, 8)), most)
+            return "".join(files[i].parent.name for _, i in pictures)
 
     assert taken(4) == "acda"  # nothing in b can be read
     assert sorted(taken(100)) == sorted("aaaaacccccddddd")
-    assert [i for _, i in read_pictures(files[:5], Reading(image_size=(8, 8)), 2)] == [0, 2]
+    assert [i for _, i in read_pictures(ImageFiles(files[:5]), Reading(image_size=(8, 8)), 2)] == [0, 2]
 
 
 def test_replacements_for_broken_files_are_spread(tmp_path):
     for i in range(100):
         (tmp_path / f"{i:03}.png").touch() if i < 50 else Image.new("L", (4, 4), i).save(tmp_path / f"{i:03}.png")
-    images = TrainingImages(find_images(tmp_path), Reading(image_size=(4, 4)))
-    assert len({images[i].index for i in range(50)}) > 25
+    images = TrainingImages(ImageFiles(find_images(tmp_path)), Reading(image_size=(4, 4)))
+    assert len({images[0, i].index for i in range(50)}) > 25
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_folder_of_nothing_but_broken_files_is_refused(tmp_path, workers):
     unreadable_files(tmp_path)
     batches = Batches(
-        TrainingImages(find_images(tmp_path), Reading(image_size=(16, 16))),
-        steps=1,
-        batch_size=2,
-        workers=workers,
-        seed=0,
+        TrainingImages(ImageFiles(find_images(tmp_path)), Reading(image_size=(16, 16))), 2, range(1), workers=workers
     )
     with pytest.raises(DataError, match=r"^none of the 4 files can be read; first: cannot read "):
         list(batches)
 
 
 def test_control_c_does_not_end_the_workers(tmp_path):
-    images = TrainingImages(find_images(good_folder(tmp_path, 3)), Reading(image_size=(16, 16)))
-    batches = iter(Batches(images, steps=30, batch_size=2, workers=1, seed=0))
+    images = TrainingImages(ImageFiles(find_images(good_folder(tmp_path, 3))), Reading(image_size=(16, 16)))
+    batches = iter(Batches(images, 2, range(30), workers=1))
     next(batches)
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGINT)
@@ -379,8 +375,8 @@ def test_the_seed_fixes_the_batches(tmp_path):
     files = find_images(good_folder(tmp_path))
 
     def run(seed: int, workers: int = 1) -> torch.Tensor:
-        images = TrainingImages(files, Reading(image_size=(16, 16)))
-        batches = Batches(images, steps=4, batch_size=5, workers=workers, seed=seed)
+        images = TrainingImages(ImageFiles(files), Reading(image_size=(16, 16)), seed)
+        batches = Batches(images, 5, range(4), workers=workers)
         return torch.stack([batch.to("cpu") for batch in batches])
 
     assert torch.equal(run(0), run(0))
@@ -389,15 +385,16 @@ def test_the_seed_fixes_the_batches(tmp_path):
 
 def test_an_epoch_shows_every_image_once(tmp_path):
     files = find_images(good_folder(tmp_path, 6))
-    seen: list[int] = []
+    seen: list[tuple[int, int]] = []
 
     class Recorder(TrainingImages):
-        def __getitem__(self, index):
-            seen.append(index)
-            return super().__getitem__(index)
+        def __getitem__(self, key):
+            seen.append(key)
+            return super().__getitem__(key)
 
-    list(Batches(Recorder(files, Reading(image_size=(8, 8))), steps=4, batch_size=3, workers=0, seed=0))
-    assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
+    list(Batches(Recorder(ImageFiles(files), Reading(image_size=(8, 8))), 3, range(4), workers=0))
+    assert sorted(seen) == [(epoch, index) for epoch in range(2) for index in range(6)]
+    assert seen[:6] != [(0, index) for index in range(6)]
 
 
 def test_on_a_cpu_batches_are_moved_one_by_one():
@@ -450,3 +447,60 @@ def test_the_central_crop_of_an_oblong_size():
     photo = photographs(1)[0]  # 120 x 160
     centre = photo.resize((80, 40), Image.Resampling.BICUBIC, box=(0, 20, 160, 100))
     assert resize_and_crop(Picture((photo,)), (40, 80)).images[0].tobytes() == centre.tobytes()
+
+
+def test_random_numbers_never_change():
+    """A run that is resumed in a year draws what it would have drawn: these are the numbers of the first release."""
+    assert permutation("order", 7, (3, 0), 8).tolist() == [3, 5, 4, 0, 6, 7, 2, 1]
+    assert uniform("sample", 7, (3, 5), 2).tolist() == [0.541016634529307, 0.03822679839937282]
+    assert derived_seed("mask", 7, (3, 0)) == 7641074490653411507
+
+
+def test_random_numbers_of_one_place_say_nothing_of_another():
+    places = [
+        (purpose, seed, (a, b)) for purpose in ("sample", "mask") for seed in (0, 1) for a in (0, 1) for b in (0, 1)
+    ]
+    draws = np.stack([uniform(*place, 2000) for place in places])
+    off = np.corrcoef(draws) - np.eye(len(places))
+    assert np.abs(off).max() < 0.1
+    assert np.abs(draws.mean(1) - 0.5).max() < 0.03
+
+
+def test_rows_of_processes_make_the_batch():
+    order = Order(10, 4, seed=3)
+    steps = [order.keys(step) for step in range(5)]
+    assert sorted(key for keys in steps for key in keys) == [
+        (epoch, index) for epoch in range(2) for index in range(10)
+    ]
+    assert [order.keys(1, slice(0, 2)) + order.keys(1, slice(2, 4))] == [steps[1]]
+    assert Order(10, 4, seed=4).keys(0) != steps[0]
+
+
+def test_batches_are_the_same_for_any_number_of_workers_and_wherever_they_begin(tmp_path):
+    images = TrainingImages(ImageFiles(find_images(good_folder(tmp_path, 5))), Reading(image_size=(16, 16)), seed=2)
+
+    def run(steps: range, workers: int, rows: slice = slice(None)) -> list[torch.Tensor]:
+        return [batch.to("cpu") for batch in Batches(images, 4, steps, workers=workers, rows=rows)]
+
+    whole = torch.stack(run(range(5), 0))
+    assert torch.equal(torch.stack(run(range(2, 5), 2)), whole[2:])
+    assert torch.equal(torch.stack(run(range(5), 1, slice(1, 3))), whole[:, 1:3])
+
+
+def test_tensors_in_memory_are_flipped_half_of_the_time():
+    images = TensorImages(torch.arange(24).reshape(6, 1, 1, 4).byte(), seed=1)
+    batches = torch.cat([batch.to("cpu") for batch in Batches(images, 6, range(20))])
+    flipped = batches[:, 0, 0, 0] > batches[:, 0, 0, 3]
+    whole = torch.where(flipped[:, None, None, None], batches.flip(3), batches)
+    assert sorted(whole[:6, 0, 0, 0].tolist()) == [0, 4, 8, 12, 16, 20]
+    assert 40 < flipped.sum() < 80
+
+
+def test_a_killed_worker_is_a_sentence(tmp_path):
+    images = TrainingImages(ImageFiles(find_images(good_folder(tmp_path, 3))), Reading(image_size=(16, 16)))
+    batches = iter(Batches(images, 2, range(1000), workers=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"^one of 1 worker processes was killed"):
+        list(batches)

@@ -14,7 +14,7 @@ from torch import Tensor
 from mae.checkpoints.checkpoint import load_checkpoint
 from mae.checkpoints.saving import write_json
 from mae.commands.options import ModelName, ReadingOptions, Sizes, given
-from mae.data import DataError, find_labelled_images, printable, read_pictures
+from mae.data import DataError, ImageFiles, find_labelled_images, printable, read_pictures
 from mae.evaluation.probe import extract_features, linear_probe
 from mae.fields import COUNT, SEED, check
 from mae.model import MaskedAutoencoder, VisionTransformer
@@ -103,7 +103,7 @@ def _features(model: VisionTransformer, files: list[Path], labels: list[int], co
     def batches() -> Iterator[Tensor]:
         reading = config.reading.reading(model.config)
         waiting = []
-        for picture, index in read_pictures(files, reading):
+        for picture, index in read_pictures(ImageFiles(files), reading):
             waiting.append(picture)
             kept.append(labels[index])
             if len(waiting) == config.batch_size:

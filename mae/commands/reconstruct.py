@@ -9,7 +9,7 @@ import tyro
 
 from mae.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from mae.commands.options import ModelName, ReadingOptions, Sizes, given
-from mae.data import find_images, is_sound, printable, read_pictures
+from mae.data import ImageFiles, find_images, is_sound, printable, read_pictures
 from mae.fields import COUNT, RATIO, SEED, check
 from mae.model import MaskedAutoencoder
 from mae.report.figures import View, default_count, picture_file, save_reconstructions
@@ -66,7 +66,7 @@ def reconstruct(config: ReconstructConfig) -> None:
     reading = config.reading.reading(model.config)
     files = [f for path in config.images for f in (find_images(path) if path.is_dir() else [path])]
     pictures, indices = zip(
-        *read_pictures(files, reading, config.most or default_count(reading.image_size)), strict=True
+        *read_pictures(ImageFiles(files), reading, config.most or default_count(reading.image_size)), strict=True
     )
     images = torch.stack(pictures).to(model.cls_token.device)
     strategy, generator = MaskStrategy(config.masking, config.mask_ratio), torch.Generator().manual_seed(config.seed)

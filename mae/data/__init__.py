@@ -1,18 +1,24 @@
 """Images, clips, volumes and sound from folders, as uint8 tensors: whatever people have, broken files included."""
 
+from mae.data.crops import Crops, TensorImages, TrainingImages, random_box
 from mae.data.errors import DataError, DataWarning, counted, printable
-from mae.data.loader import Batches, Crops, TrainingImages, on_device, random_box, read_pictures
+from mae.data.loader import Batches, Order, on_device, usable_workers
 from mae.data.pictures import Picture, read_image, resize_and_crop, to_tensor
 from mae.data.readers import Reading, Wanted, is_sound
-from mae.data.sources import find_images, find_labelled_images
+from mae.data.sources import ImageFiles, Source, find_images, find_labelled_images
+from mae.data.whole import read_pictures
 
 __all__ = [
     "Batches",
     "Crops",
     "DataError",
     "DataWarning",
+    "ImageFiles",
+    "Order",
     "Picture",
     "Reading",
+    "Source",
+    "TensorImages",
     "TrainingImages",
     "Wanted",
     "counted",
@@ -26,4 +32,5 @@ __all__ = [
     "read_pictures",
     "resize_and_crop",
     "to_tensor",
+    "usable_workers",
 ]

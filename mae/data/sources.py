@@ -1,13 +1,16 @@
-"""Folders of images, whatever else is in them."""
+"""Where pictures come from: folders of images, whatever else is in them."""
 
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from mae.data.errors import DataError, DataWarning, counted, printable
-from mae.data.readers import missing_for, suffixes
+from mae.data.pictures import Picture, read_image
+from mae.data.readers import Reading, Wanted, missing_for, suffixes
 
 _MOST_KINDS = 8  # named in a line; further ones are summed up
 _IMAGE, _FOLDER, _NO_SUFFIX, _BROKEN_LINK, _SPECIAL, _LOCKED = "image", "folder", "none", "link", "special", "locked"
@@ -17,6 +20,38 @@ _WORDS = {  # of what has no suffix to be called by: one, and more than one
     _SPECIAL: ("special file (a FIFO, socket or device)", "special files (FIFOs, sockets or devices)"),
     _LOCKED: ("folder that cannot be opened", "folders that cannot be opened"),
 }
+
+
+class Source(Protocol):
+    """Pictures by their numbers, from 0 on."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What a person finds the picture by."""
+
+    def read(self, index: int, reading: Reading, wanted: Wanted | None = None) -> Picture:
+        """The picture, as :func:`mae.data.read_image` reads it.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Files, in the order given."""
+
+    files: list[Path]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return str(self.files[index])
+
+    def read(self, index: int, reading: Reading, wanted: Wanted | None = None) -> Picture:
+        return read_image(self.files[index], reading, wanted)
 
 
 def find_images(folder: str | Path) -> list[Path]:
