@@ -1,54 +1,46 @@
 """A thin masked autoencoder on the ops of mae_kernels: pre-train, reconstruct, probe."""
 
-# ruff: noqa: E402 (the packages that the modules below import are asked for first)
-from mae.requirements import require
+import importlib
 
-require("safetensors")
+# What a name is imported from when it is first asked for: importing PyTorch takes seconds, in which Ctrl-C would end a
+# command with a traceback.
+_MODULES = {
+    "mae.checkpoints.checkpoint": ("CheckpointError", "CheckpointWarning", "load_checkpoint", "save_checkpoint"),
+    "mae.checkpoints.convert": ("convert_checkpoint",),
+    "mae.model": (
+        "MODELS",
+        "MAEConfig",
+        "MAEOutput",
+        "MaskedAutoencoder",
+        "Reconstruction",
+        "VisionTransformer",
+        "mae_vit_base_patch16",
+        "mae_vit_base_video",
+        "mae_vit_base_volume",
+        "mae_vit_demo_patch7",
+        "mae_vit_huge_patch14",
+        "mae_vit_large_patch16",
+        "mae_vit_large_video",
+        "mae_vit_small_patch16",
+        "mae_vit_small_video",
+        "mae_vit_tiny_patch16",
+    ),
+    "mae.training.step": ("TrainingStep", "adamw"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_HOMES)
 
-from mae.checkpoints.checkpoint import CheckpointError, CheckpointWarning, load_checkpoint, save_checkpoint
-from mae.checkpoints.convert import convert_checkpoint
-from mae.model import (
-    MODELS,
-    MAEConfig,
-    MAEOutput,
-    MaskedAutoencoder,
-    Reconstruction,
-    VisionTransformer,
-    mae_vit_base_patch16,
-    mae_vit_base_video,
-    mae_vit_base_volume,
-    mae_vit_demo_patch7,
-    mae_vit_huge_patch14,
-    mae_vit_large_patch16,
-    mae_vit_large_video,
-    mae_vit_small_patch16,
-    mae_vit_small_video,
-    mae_vit_tiny_patch16,
-)
-from mae.training.step import TrainingStep, adamw
 
-__all__ = [
-    "MODELS",
-    "CheckpointError",
-    "CheckpointWarning",
-    "MAEConfig",
-    "MAEOutput",
-    "MaskedAutoencoder",
-    "Reconstruction",
-    "TrainingStep",
-    "VisionTransformer",
-    "adamw",
-    "convert_checkpoint",
-    "load_checkpoint",
-    "mae_vit_base_patch16",
-    "mae_vit_base_video",
-    "mae_vit_base_volume",
-    "mae_vit_demo_patch7",
-    "mae_vit_huge_patch14",
-    "mae_vit_large_patch16",
-    "mae_vit_large_video",
-    "mae_vit_small_patch16",
-    "mae_vit_small_video",
-    "mae_vit_tiny_patch16",
-    "save_checkpoint",
-]
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mae.requirements import require
+
+    require("safetensors")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

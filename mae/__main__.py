@@ -1,11 +1,17 @@
 """``python -m mae``: pre-train, reconstruct, probe, convert, profile, demo."""
 
-# ruff: noqa: E402 (the packages that the modules below import are asked for first)
+# ruff: noqa: E402 (Ctrl-C is answered, and missing packages are named, while the modules below are imported)
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"mae: stopped\n") and os._exit(1))
+
 from mae.requirements import require
 
-require("matplotlib", "PIL", "sklearn", "tqdm", "tyro")
+require("filelock", "matplotlib", "PIL", "safetensors", "sklearn", "tqdm", "tyro")
 
-import sys
 import warnings
 from typing import Annotated
 
@@ -16,20 +22,24 @@ from mae.checkpoints.checkpoint import CheckpointError, CheckpointWarning
 from mae.commands.convert import ConvertConfig, convert
 from mae.commands.demo import DemoConfig, run_demo
 from mae.commands.linprobe import LinprobeConfig, linprobe
-from mae.commands.pretrain import PretrainConfig, pretrain
+from mae.commands.pretrain import PretrainConfig, defaults, pretrain
 from mae.commands.profile import ProfileConfig, profile
 from mae.commands.reconstruct import ReconstructConfig, reconstruct
 from mae.data import DataError, DataWarning, printable
-from mae.training.loop import TrainingStopped
+from mae.training.loop import StoppedBySignal
+from mae.training.metrics import TrainingStopped
 from mae.training.run import RunError
+
+_FAILED, _STOPPED = 1, 3
 
 
 def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show
             config = tyro.cli(
-                Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
+                Annotated[PretrainConfig, tyro.conf.subcommand("pretrain", **_given(defaults(arguments)))]
                 | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
                 | Annotated[LinprobeConfig, tyro.conf.subcommand("linprobe")]
                 | Annotated[ConvertConfig, tyro.conf.subcommand("convert")]
@@ -44,11 +54,13 @@ def main(arguments: list[str] | None = None) -> None:
             _COMMANDS[type(config)](config)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"mae: {printable(place)}{error.strerror or printable(error)}")
+        _leave(_FAILED, f"{printable(place)}{error.strerror or printable(error)}")
     except KeyboardInterrupt:
-        sys.exit("mae: stopped")
+        _leave(_FAILED, "stopped")
+    except StoppedBySignal as error:
+        _leave(_STOPPED, str(error))
     except (CheckpointError, DataError, RunError, TrainingStopped, ValueError) as error:
-        sys.exit("\n".join(map(printable, f"mae: {error}".splitlines())))
+        _leave(_FAILED, str(error))
 
 
 _COMMANDS = {
@@ -61,10 +73,26 @@ _COMMANDS = {
 }
 
 
+def _given(default: PretrainConfig | None) -> dict[str, PretrainConfig]:
+    return {} if default is None else {"default": default}
+
+
+def _leave(status: int, words: str) -> None:
+    """Of several processes, which end for the same reason, the first one says it."""
+    words = "\n".join(map(printable, f"mae: {words}".splitlines()))
+    if int(os.environ.get("RANK") or 0) != 0:
+        sys.exit(status)
+    if status == _FAILED:
+        sys.exit(words)
+    print(words, file=sys.stderr)
+    sys.exit(status)
+
+
 def _show(message: Warning, category: type[Warning], filename: str, line: int, *_) -> None:
     place = "" if issubclass(category, CheckpointWarning | DataWarning) else f" ({filename}:{line})"
     tqdm.write(f"Warning: {message}{place}", file=sys.stderr)  # above the progress bar, where there is one
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

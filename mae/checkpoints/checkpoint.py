@@ -43,8 +43,13 @@ def save_checkpoint(model: VisionTransformer, folder: str | Path) -> None:
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written to.
     """
-    state = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
-    write_folder(Path(folder), state, {_CONFIG: dataclasses.asdict(model.config)})
+    save_weights(model.state_dict(), model.config, folder)
+
+
+def save_weights(state: dict[str, Tensor], config: MAEConfig, folder: str | Path) -> None:
+    """The same for a state dict that is at hand already."""
+    state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
+    write_folder(Path(folder), state, {_CONFIG: dataclasses.asdict(config)})
 
 
 def load_checkpoint(

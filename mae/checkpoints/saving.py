@@ -86,13 +86,23 @@ def write_files(folder: Path, writers: dict[str, Callable[[Path], object]]) -> N
         for name in writers:
             os.replace(stage / name, folder / name)
     except (OSError, RuntimeError, SafetensorError) as error:
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # PyTorch says a position alone
-        reason = getattr(cause, "strerror", None) or (str(cause).splitlines() or [type(cause).__name__])[0]
         before = [name for name in writers if (folder / name).is_file()]
         kept = f"; {', '.join(before)} from before {'is' if len(before) == 1 else 'are'} whole" if before else ""
-        raise CheckpointError(f"{', '.join(writers)} could not be written into {folder}: {reason}{kept}") from error
+        raise CheckpointError(
+            f"{', '.join(writers)} could not be written into {folder}: {reason_of(error)}{kept}"
+        ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def reason_of(error: BaseException) -> str:
+    """In a few words why something could not be read or written."""
+    causes, x = [error], error
+    while (x := x.__cause__ or x.__context__) is not None and x not in causes:
+        causes.append(x)
+    # PyTorch says a position alone, and wraps what the system said.
+    cause = next((x for x in causes if isinstance(x, OSError) and x.strerror), error)
+    return getattr(cause, "strerror", None) or (str(cause).splitlines() or [type(cause).__name__])[0]
 
 
 def _remove_leftovers(folder: Path) -> None:

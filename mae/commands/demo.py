@@ -1,7 +1,6 @@
 """A masked autoencoder learns on real pictures, on a laptop's CPU, within minutes."""
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,10 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from mae.checkpoints.checkpoint import load_checkpoint
+from mae.data import TensorImages
 from mae.evaluation.probe import extract_features, linear_probe
 from mae.model import mae_vit_demo_patch7
-from mae.report.figures import save_loss, save_reconstructions
-from mae.training.loop import TrainConfig, train
+from mae.report.figures import save_reconstructions
+from mae.report.page import write_report
+from mae.training.loop import train
+from mae.training.recipe import TrainConfig
 from mae.training.run import refuse_run
 
 _CLASSES, _SIDE, _PER_ROW = 10, 28, 50
@@ -46,7 +48,9 @@ def fashion_mnist(part: str) -> tuple[Tensor, np.ndarray]:
 
 def run_demo(config: DemoConfig) -> dict[str, float]:
     """Print what happens and return the probe's accuracies by kind of feature."""
-    recipe = TrainConfig(steps=config.steps, batch_size=128, base_lr=4e-3, seed=config.seed, device="cpu")
+    recipe = TrainConfig(
+        steps=config.steps, batch_size=128, base_lr=4e-3, seed=config.seed, device="cpu", workers=0, eval_every=10**9
+    )
     refuse_run(config.out, config.overwrite)
     torch.manual_seed(config.seed)
     # Pixel targets give honest pictures: normalised ones would borrow contrast from the answer.
@@ -59,13 +63,15 @@ def run_demo(config: DemoConfig) -> dict[str, float]:
         "pictures, without their labels: 12 of 16 patches are hidden, and the model predicts their pixels."
     )
     untrained = extract_features(model, images.split(500)), extract_features(model, test_images.split(500))
-    history = train(model, _batches(images, recipe), recipe, config.out, config.overwrite)
-    save_loss(history, config.out / "loss.png")
+    train(model, TensorImages(images, config.seed), recipe, config.out, "overwrite" if config.overwrite else "new")
 
     model = load_checkpoint(config.out)
     shown = test_images[:: len(test_images) // 18][:18]
     noise = torch.rand(len(shown), model.config.num_patches, generator=torch.Generator().manual_seed(0))
-    save_reconstructions(model.reconstruct(shown, noise=noise), config.out / "reconstructions.png")
+    picture = config.out / "reconstructions" / f"step-{config.steps:06}.png"
+    picture.parent.mkdir(exist_ok=True)
+    save_reconstructions(model.reconstruct(shown, noise=noise), picture)
+    report = write_report(config.out)
 
     print("\nLinear probe: 5000 labelled pictures to fit, 2000 never seen before to test")
     trained = extract_features(model, images.split(500)), extract_features(model, test_images.split(500))
@@ -80,9 +86,9 @@ def run_demo(config: DemoConfig) -> dict[str, float]:
         accuracies[name] = linear_probe(fit, labels, test, test_labels)
         print(f"  {name:<24}{fit.shape[1]:>12}{accuracies[name]:>9.1%}")
     print(
-        f"\nLook at {config.out / 'reconstructions.png'} and {config.out / 'loss.png'}; the model is in {config.out}.\n"
-        "Next, your own images (any folder of pictures; on a CPU start with the smallest model):\n"
-        f"  {_python()} -m mae pretrain --data FOLDER --model mae_vit_tiny_patch16 --out runs/mine\n"
+        f"\nLook at {picture} and {report}; the model is in {config.out}.\n"
+        "Next, your own images (any folder of pictures; this recipe is for a first look without a GPU):\n"
+        f"  {_python()} -m mae pretrain --data FOLDER --recipe cpu --out runs/mine\n"
         f"  {_python()} -m mae reconstruct --checkpoint runs/mine --images FOLDER"
     )
     return accuracies
@@ -92,15 +98,3 @@ def _python() -> str:
     """This interpreter as one would type it here: a virtual environment below this folder need not be active."""
     executable = Path(sys.executable)
     return str(executable.relative_to(Path.cwd())) if executable.is_relative_to(Path.cwd()) else "python"
-
-
-def _batches(images: Tensor, recipe: TrainConfig) -> Iterator[Tensor]:
-    """Shuffled batches from memory, half of the pictures mirrored; epochs follow each other without a seam."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in range(recipe.steps):
-        if len(order) < recipe.batch_size:
-            order = torch.cat([order, torch.randperm(len(images), generator=generator)])
-        batch, order = images[order[: recipe.batch_size]], order[recipe.batch_size :]
-        mirrored = torch.rand(len(batch), generator=generator) < 0.5
-        yield torch.where(mirrored[:, None, None, None], batch.flip(3), batch)

@@ -1,7 +1,8 @@
 """Options that several commands have: how files are read, and the sizes of a model that is built anew."""
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -58,6 +59,33 @@ class SizeOptions:
             height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
         fields |= {"image_size": (*frames, height, width), "patch_size": self.patch_size, **_channels(self.in_chans)}
         return replace(own, **given(**fields))
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """The options of a command by their names, as a recipe holds them."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    inner = {name: x for name, x in values.items() if is_dataclass(x)}
+    own = {name: str(x) if isinstance(x, Path) else x for name, x in values.items() if name not in inner}
+    return own | {name: x for part in inner.values() for name, x in flat(part).items()}
+
+
+def from_flat(cls: type, values: dict[str, Any]) -> Any:
+    """The inverse of :func:`flat`; what values do not say is as it is by default.
+
+    Raises:
+        ValueError: there is no option of a name.
+    """
+    values, arguments = dict(values), {}
+    for f in fields(cls):
+        if is_dataclass(f.default_factory):
+            own = {name: values.pop(name) for name in [x.name for x in fields(f.default_factory)] if name in values}
+            arguments[f.name] = from_flat(f.default_factory, own)
+        elif f.name in values:
+            x = values.pop(f.name)
+            arguments[f.name] = tuple(x) if isinstance(x, list) else x
+    if values:
+        raise ValueError(f"the recipe has {', '.join(values)}, and there is no such option")
+    return cls(**arguments)
 
 
 def given(**options) -> dict:

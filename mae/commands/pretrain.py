@@ -1,37 +1,65 @@
 """``python -m mae pretrain``."""
 
-import os
 import sys
-import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
 
-from mae.commands.options import ModelName, ReadingOptions, SizeOptions
-from mae.commands.reconstruct import ReconstructConfig, reconstruct
-from mae.data import Batches, DataWarning, TrainingImages, find_images, printable
-from mae.fields import check, is_whole
-from mae.model import MaskedAutoencoder
-from mae.report.figures import save_loss
-from mae.training.loop import TrainConfig, choose_device, train
-from mae.training.run import open_run, refuse_run
+from mae.checkpoints.checkpoint import CheckpointError, load_checkpoint
+from mae.commands.data_benchmark import data_benchmark
+from mae.commands.options import ModelName, ReadingOptions, SizeOptions, flat, from_flat
+from mae.commands.pictures import Drawing
+from mae.data import (
+    ImageFiles,
+    Source,
+    TrainingImages,
+    counted,
+    find_images,
+    fingerprint,
+    held_out,
+    printable,
+    usable_workers,
+)
+from mae.fields import SHARE, check
+from mae.model import MAEConfig, MaskedAutoencoder
+from mae.training.loop import Looks, choose_device, train, uses_bfloat16
+from mae.training.parallel import Processes, joined, own_device
+from mae.training.profile import training_flops
+from mae.training.recipe import Schedule, TrainConfig, preset
+from mae.training.run import Mode, refuse_run
+from mae.training.validation import Validation
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Pre-train a masked autoencoder on a folder of images."""
+    """Pre-train a masked autoencoder on a folder of images; under torchrun in several processes."""
 
     data: Path
     """Folder of images, searched with its sub-folders; no labels are needed."""
-    model: ModelName = "mae_vit_small_patch16"
-    """Architecture."""
+    model: ModelName | None = None
+    """Architecture; by default mae_vit_small_patch16, on a CPU the smallest, mae_vit_tiny_patch16."""
     out: Path = Path("runs/pretrain")
-    """Run folder: model.safetensors, config.json, metrics.jsonl, loss.png, reconstructions.png."""
+    """Run folder: recipe.json, metrics.jsonl, checkpoints, model.safetensors, reconstructions, report.html."""
+    recipe: str | None = None
+    """Defaults of a recipe: published, small_data, cpu, or the recipe.json of a run. Other options win over it."""
+    resume: bool = False
+    """Go on where the run in the folder stands; at the first step if there is none yet."""
     overwrite: bool = False
     """Replace the run that the folder holds."""
+    init: Path | None = None
+    """Checkpoint whose weights the model begins with, of any layout that convert reads."""
+    dry_run: bool = False
+    """Say what would be done, and do nothing."""
+    data_benchmark: bool = False
+    """Measure how many images a second can be loaded, and trained on, and do nothing else."""
+    val: Path | None = None
+    """Folder of images that are held out: their loss, under masks that stay the same, is in metrics.jsonl."""
+    val_share: float = 0.0
+    """Share of the images that is held out in place of a folder."""
     norm_pix_loss: bool | Literal["channel"] = True
     """Normalise target patches, or each of their channels: better features. Without it the reconstructions are honest
     pictures."""
@@ -42,53 +70,173 @@ class PretrainConfig:
     """Width of the decoder, published: 512. There 128 gives 84.9 % fine-tuned and 69.1 % by linear probe."""
     residual: Literal["float32", "bfloat16"] = "float32"
     """Tokens between the blocks under bfloat16 autocast: float32 as published; bfloat16 saves memory, not exact."""
-    workers: int = 2
-    """Processes that decode and crop images."""
     sizes: Annotated[SizeOptions, tyro.conf.arg(name="")] = field(default_factory=SizeOptions)
     reading: Annotated[ReadingOptions, tyro.conf.arg(name="")] = field(default_factory=ReadingOptions)
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
+    @property
+    def mode(self) -> Mode:
+        return "resume" if self.resume else "overwrite" if self.overwrite else "new"
+
+
+# What a run is, not how it is started.
+_NOT_OF_THE_RECIPE = {"out", "recipe", "resume", "overwrite", "dry_run", "data_benchmark"}
+_NOT_OF_A_PRESET = _NOT_OF_THE_RECIPE | {"data", "val", "init"}
+
+
+def defaults(arguments: list[str]) -> PretrainConfig | None:
+    """Those of the recipe that the command line names; None where it names none."""
+    names = [after for before, after in pairwise(arguments) if before == "--recipe"]
+    names += [x.removeprefix("--recipe=") for x in arguments if x.startswith("--recipe=")]
+    if not names:
+        return None
+    options = {name: x for name, x in preset(names[-1]).items() if name not in _NOT_OF_A_PRESET}
+    return from_flat(PretrainConfig, {"data": tyro.MISSING, **options})
+
 
 def pretrain(config: PretrainConfig) -> None:
-    check(vars(config), {"workers": (lambda x: is_whole(x, 0, 10**9), "a whole number from 0 on")})
+    check(vars(config), {"val_share": SHARE})
+    if config.resume and config.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them")
+    if config.val is not None and config.val_share:
+        raise ValueError("--val and --val-share both say what is held out; give one of them")
     config.reading.reading()
-    refuse_run(config.out, config.overwrite)
-    choose_device(config.train.device)
+    device = own_device(choose_device(config.train.device))
+    if config.model is None:
+        smallest = device.type == "cpu"
+        config = replace(config, model="mae_vit_tiny_patch16" if smallest else "mae_vit_small_patch16")
+    with joined(device) as processes:
+        with processes.together():
+            job = _prepare(config, device, processes)
+        if processes.leads:
+            print(job.plan(), flush=True)
+        if config.dry_run:
+            return
+        if config.data_benchmark:
+            data_benchmark(job.images, job.model, job.config.train, device)
+            return
+        job.run(processes, device)
+
+
+@dataclass
+class _Job:
+    """Everything that a run needs, checked."""
+
+    config: PretrainConfig
+    model: MaskedAutoencoder
+    images: TrainingImages
+    validation: Source | None
+    schedule: Schedule
+
+    def plan(self) -> str:
+        config, schedule = self.config, self.schedule
+        epochs = schedule.steps / schedule.steps_per_epoch
+        words = (
+            f"Pre-training {config.model} on {len(self.images)} images from {printable(config.data)}: "
+            f"{counted(schedule.steps, 'step')} of {config.train.batch_size} images, {_rounded(epochs)} epochs, "
+            f"learning rate up to {schedule.peak_lr:.2g}"
+        )
+        if self.validation is not None:
+            words += f"; {counted(len(self.validation), 'image')} held out"
+        return words
+
+    def foretell(self, seconds: float) -> str:
+        """How long the run will take, and what would be shorter."""
+        left = seconds * (self.schedule.steps - 3)
+        words = f"A step takes {_duration(seconds)}, the run {_duration(left)}"
+        shorter = {"decoder_depth": 1, "decoder_embed_dim": 128, "decoder_num_heads": 1}
+        whole, part = (
+            training_flops(x, self.config.train.mask_ratio)
+            for x in (self.model.config, replace(self.model.config, **shorter))
+        )
+        if left < 3600 or part > 0.5 * whole:
+            return words
+        return (
+            f"{words}. The decoder is {1 - part / whole:.0%} of it: with --decoder-depth 1 --decoder-width 128, which "
+            f"is another model, about {_duration(left * part / whole)}; fewer --steps or --epochs are shorter too"
+        )
+
+    def run(self, processes: Processes, device: torch.device) -> None:
+        config, reading = self.config, self.images.reading
+        bfloat16 = uses_bfloat16(config.train.precision, device)
+        validate = None
+        if self.validation is not None:
+            validate = Validation(
+                self.validation,
+                reading,
+                config.train.strategy,
+                processes,
+                seed=config.train.seed,
+                batch_size=max(1, config.train.batch_size // processes.count),
+                autocast=torch.bfloat16 if bfloat16 else None,
+            )
+        drawing = Drawing(self.validation or self.images.source, reading, config.train.strategy, config.out)
+        options = {name: x for name, x in flat(config).items() if name not in _NOT_OF_THE_RECIPE}
+        try:
+            train(
+                self.model,
+                self.images,
+                replace(config.train, device=str(device), workers=_workers(config.train.workers, processes)),
+                config.out,
+                config.mode,
+                processes=processes,
+                looks=Looks(validate, drawing, self.foretell),
+                options=options,
+                data={"fingerprint": fingerprint(self.images.source)},
+            )
+        finally:
+            if processes.leads:
+                drawing.finish()
+        if processes.leads:
+            print(f"The model is in {printable(config.out)}. Try it on images that it has not seen:")
+            print(f"  python -m mae reconstruct --checkpoint {printable(config.out)} --images FOLDER")
+
+
+def _prepare(config: PretrainConfig, device: torch.device, processes: Processes) -> _Job:
+    if processes.leads and not (config.dry_run or config.data_benchmark):
+        refuse_run(config.out, config.mode != "new")
     decoder = {"decoder_depth": config.decoder_depth, "decoder_embed_dim": config.decoder_width}
     sizes = config.sizes.config(config.model, norm_pix_loss=config.norm_pix_loss, **decoder)
     config.train.strategy(0, sizes.grid.grid)  # refuses a ratio that this grid cannot have
-    files = find_images(config.data)
+    source, validation = ImageFiles(find_images(config.data)), None
+    if config.val is not None:
+        validation = ImageFiles(find_images(config.val))
+    elif config.val_share:
+        source, validation = held_out(source, max(1, round(config.val_share * len(source))), config.train.seed)
+    images = TrainingImages(source, config.reading.reading(sizes), config.train.seed)
+    schedule = config.train.schedule(len(images))
     torch.manual_seed(config.train.seed)
     model = MaskedAutoencoder(sizes, torch.bfloat16 if config.residual == "bfloat16" else None)
-    with open_run(config.out, config.overwrite):
-        _pretrain(config, files, model)
+    if config.init is not None:
+        _take_weights(model, config.init)
+    return _Job(config, model, images, validation, schedule)
 
 
-def _pretrain(config: PretrainConfig, files: list[Path], model: MaskedAutoencoder) -> None:
-    print(f"Pre-training {config.model} on {len(files)} images from {printable(config.data)}")
-    batches = Batches(
-        TrainingImages(files, config.reading.reading(model.config)),
-        steps=config.train.steps,
-        batch_size=config.train.batch_size,
-        workers=_workers(config.workers),
-        seed=config.train.seed,
-    )
-    try:
-        history = train(model, batches, config.train, config.out, overwrite=True)  # its folder is held
-    finally:
-        batches.notes.warn()
-    save_loss(history, config.out / "loss.png")
-    picture = config.out / "reconstructions.png"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DataWarning)  # training has said them
-        shared = {name: getattr(config.train, name) for name in ("device", "masking", "mask_ratio")}
-        reconstruct(ReconstructConfig(config.out, (config.data,), picture, reading=config.reading, **shared))
-    print(f"The model is in {printable(config.out)}. Try it on images that it has not seen:")
-    print(f"  python -m mae reconstruct --checkpoint {printable(config.out)} --images FOLDER")
+def _take_weights(model: MaskedAutoencoder, checkpoint: Path) -> None:
+    config: MAEConfig = model.config
+    loaded = load_checkpoint(checkpoint, image_size=config.image_size)
+    if not isinstance(loaded, MaskedAutoencoder):
+        raise CheckpointError(f"{checkpoint} holds the encoder alone, and pre-training needs the decoder too")
+    other = [name for name, x in vars(config).items() if x != getattr(loaded.config, name) and name != "norm_pix_loss"]
+    if other:
+        pairs = (f"{name} {getattr(loaded.config, name)} and not {getattr(config, name)}" for name in other)
+        raise CheckpointError(f"{checkpoint} is of another model: it has {', '.join(pairs)}")
+    model.load_state_dict(loaded.state_dict())
 
 
-def _workers(asked: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if asked > cores:
-        print(f"Warning: {asked} workers were asked for; {cores} are started, one a core", file=sys.stderr)
-    return min(asked, cores)
+def _workers(asked: int, processes: Processes) -> int:
+    started = usable_workers(asked)
+    if started < asked and processes.leads:
+        print(f"Warning: {asked} workers were asked for; {started} are started, one a core", file=sys.stderr)
+    return started
+
+
+def _rounded(x: float) -> str:
+    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("hours", 3600), ("minutes", 60), ("s", 1)):
+        if seconds >= 2 * length:
+            return f"{_rounded(seconds / length)} {unit}"
+    return f"{seconds:.2g} s" if seconds >= 0.1 else f"{1e3 * seconds:.0f} ms"

@@ -5,7 +5,7 @@ from mae.data.errors import DataError, DataWarning, counted, printable
 from mae.data.loader import Batches, Order, on_device, usable_workers
 from mae.data.pictures import Picture, read_image, resize_and_crop, to_tensor
 from mae.data.readers import Reading, Wanted, is_sound
-from mae.data.sources import ImageFiles, Source, find_images, find_labelled_images
+from mae.data.sources import ImageFiles, Part, Source, find_images, find_labelled_images, fingerprint, held_out
 from mae.data.whole import read_pictures
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "DataWarning",
     "ImageFiles",
     "Order",
+    "Part",
     "Picture",
     "Reading",
     "Source",
@@ -24,6 +25,8 @@ __all__ = [
     "counted",
     "find_images",
     "find_labelled_images",
+    "fingerprint",
+    "held_out",
     "is_sound",
     "on_device",
     "printable",

@@ -59,6 +59,7 @@ class Batches:
         workers: int = 0,
     ):
         self.unreadable: dict[str, None] = {}  # problem by problem, in order, each once
+        self.images = images
         self.notes = Notes(getattr(images, "source", ()))
         self.order = Order(len(images), batch_size, images.seed)
         self._loader = DataLoader(
@@ -121,9 +122,12 @@ def _let_workers_die_quietly() -> None:
 
 def _ignore_signals(worker: int) -> None:
     # Signals reach the workers too, and the main process decides when to stop; without it they end by themselves.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # it would write into the main process's pipe
+    # The second one ends a worker: a main process that fails sends it, and waits.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def on_device(batches: Iterable, device: torch.device) -> Iterator[Tensor]:

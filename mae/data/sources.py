@@ -1,15 +1,17 @@
 """Where pictures come from: folders of images, whatever else is in them."""
 
+import hashlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from mae.data.errors import DataError, DataWarning, counted, printable
 from mae.data.pictures import Picture, read_image
+from mae.data.randomness import permutation
 from mae.data.readers import Reading, Wanted, missing_for, suffixes
 
 _MOST_KINDS = 8  # named in a line; further ones are summed up
@@ -52,6 +54,37 @@ class ImageFiles:
 
     def read(self, index: int, reading: Reading, wanted: Wanted | None = None) -> Picture:
         return read_image(self.files[index], reading, wanted)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some pictures of a source, by their numbers there."""
+
+    source: Source
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.numbers[index])
+
+    def read(self, index: int, reading: Reading, wanted: Wanted | None = None) -> Picture:
+        return self.source.read(self.numbers[index], reading, wanted)
+
+
+def fingerprint(source: Source) -> str:
+    """A short hash of the pictures' names, so that a run is not resumed on other ones."""
+    names = [source.name(i) for i in range(len(source))]
+    folder = os.path.commonpath([os.path.dirname(name) for name in names])
+    text = "\0".join(os.path.relpath(name, folder) for name in names)
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+
+
+def held_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
+    """Those that are left to train on, and a random count of others."""
+    order = permutation("held out", seed, (1, 0), len(source))
+    return Part(source, sorted(order[count:].tolist())), Part(source, sorted(order[:count].tolist()))
 
 
 def find_images(folder: str | Path) -> list[Path]:

@@ -107,14 +107,3 @@ def _draw_scales(axis: Axes, height: int) -> None:
     axis.xaxis.set_major_formatter(lambda column, _: f"{column * HOP / RATE:g} s")
     kilohertz = (0.5, 1, 2, 4)
     axis.set_yticks([row_of(1000 * x, height) for x in kilohertz], [f"{x} kHz" for x in kilohertz])
-
-
-def save_loss(history: list[dict], file: str | Path) -> None:
-    """Training loss by step, from the entries of ``metrics.jsonl``."""
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axis = figure.subplots()
-    axis.plot([entry["step"] for entry in history], [entry["loss"] for entry in history])
-    axis.set_xlabel("step")
-    axis.set_ylabel("squared error on hidden patches")
-    axis.grid(alpha=0.3)
-    figure.savefig(file, dpi=150)

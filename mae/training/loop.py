@@ -1,91 +1,47 @@
-"""Pre-training: one loop for every source of images."""
+"""Pre-training: one loop, for any source of images and any number of processes."""
 
-import json
-import math
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from mae.checkpoints.checkpoint import CheckpointError, save_checkpoint
-from mae.data import DataError, counted, on_device
-from mae.fields import COUNT, RATIO, SEED, check, is_number
+from mae.checkpoints.checkpoint import save_weights
+from mae.checkpoints.saving import write_files
+from mae.data import Batches, DataError, TensorImages, TrainingImages, on_device, printable
+from mae.data.randomness import derived_seed
 from mae.model import MaskedAutoencoder
-from mae.training.run import open_run
-from mae.training.step import Execution, MaskStrategy, StrategyName, TrainingStep, adamw
+from mae.training import recipe
+from mae.training.metrics import TrainingStopped, Watch
+from mae.training.parallel import Processes, ProcessLost, distribute, plain, whole_state
+from mae.training.recipe import Schedule, TrainConfig
+from mae.training.run import Mode, RunError, open_run
+from mae.training.signals import StopRequest, stop_requests
+from mae.training.state import TrainingState, load_state, path_of, save_state, steps_on_disk
+from mae.training.step import Execution, TrainingStep, adamw
+from mae_kernels import Masking
 from mae_kernels.backend import is_recent_gpu
+
+_MEASURED = 3  # steps after which a run says how long it will take, the first of which compiles and warms up
+_MOST_NAMED = 3
+_GO_ON, _ASKED, _NO_DATA = range(3)  # what a process wants; all do what most of them wants, in this order
+
+
+class StoppedBySignal(TrainingStopped):
+    """A signal asked for it, and the checkpoint is written."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """The published recipe, appendix A.1 of He et al. 2021, unless said otherwise."""
+class Looks:
+    """What a run does between its steps, beside training: each takes the plain model of the steps done so far."""
 
-    steps: int = 10_000
-    """Optimizer steps."""
-    batch_size: int = 64
-    """Images per step."""
-    masking: StrategyName = "random"
-    """Which patches are hidden: random ones; blocks, rectangles as in BEiT; a grid, the same of every 2 x 2; tubes,
-    alike in all frames as in VideoMAE; axis, whole rows and columns first as in AudioMAE. grid takes a ratio of 0.25,
-    0.5 or 0.75."""
-    mask_ratio: float = 0.75
-    """Share of hidden patches."""
-    base_lr: float = 1.5e-4
-    """Peak learning rate per 256 images: the rate is base_lr * batch_size / 256."""
-    warmup: float = 0.05
-    """Share of the steps in which the learning rate rises linearly; then it falls as a half cosine."""
-    weight_decay: float = 0.05
-    """AdamW weight decay, as published of all parameters but biases and norms."""
-    seed: int = 0
-    """Of weights, order of images, crops and masks."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast on GPUs of compute capability 8.0 or more, float32 elsewhere."""
-    execution: Literal["auto", "eager", "compile", "graph"] = "auto"
-    """compile: one graph by torch.compile; graph: that, replayed as a CUDA graph. auto: compile on GPUs of compute
-    capability 8.0 or more, eager elsewhere."""
-    micro_batches: int = 1
-    """Parts in which a batch is computed, for models that do not fit; the update is that of the whole batch."""
-    clip_grad: float | None = None
-    """Largest norm of the gradient; published: none."""
-    log_every: int = 20
-    """Steps between entries of metrics.jsonl."""
-    save_every: int = 1000
-    """Steps between checkpoints; the last step and Ctrl-C always write one."""
-
-    def __post_init__(self):
-        check(vars(self), _RULES)
-        if self.batch_size % self.micro_batches:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batches {self.micro_batches}")
-
-    @property
-    def strategy(self) -> MaskStrategy:
-        return MaskStrategy(self.masking, self.mask_ratio)
-
-
-_RULES = {
-    **dict.fromkeys(("steps", "batch_size", "micro_batches", "log_every", "save_every"), COUNT),
-    "mask_ratio": RATIO,
-    "base_lr": (lambda x: is_number(x, 0), "a number above 0"),
-    "warmup": (lambda x: is_number(x) and 0 <= x <= 1, "a number from 0 to 1"),
-    "weight_decay": (lambda x: is_number(x) and x >= 0, "a number from 0 on"),
-    "clip_grad": (lambda x: x is None or is_number(x, 0), "a number above 0"),
-    "seed": SEED,
-}
-
-
-class TrainingStopped(Exception):
-    """Training ended before its last step; the message says why and where the checkpoint is."""
+    validate: Callable[[torch.nn.Module], float] | None = None  # in all processes
+    draw: Callable[[MaskedAutoencoder, int], Path] | None = None  # in the leading one: the picture of that step
+    foretell: Callable[[float], str] | None = None  # what is said of the seconds that a step takes
 
 
 def choose_device(name: str) -> torch.device:
@@ -116,164 +72,234 @@ def choose_execution(execution: Execution | Literal["auto"], device: torch.devic
 
 
 def train(
-    model: MaskedAutoencoder, batches: Iterable[Tensor], config: TrainConfig, run: Path, overwrite: bool = False
-) -> list[dict]:
-    """Pre-train model in place and write ``metrics.jsonl`` and the checkpoint into the folder run.
+    model: MaskedAutoencoder,
+    images: TrainingImages | TensorImages,
+    config: TrainConfig,
+    run: Path,
+    mode: Mode = "new",
+    *,
+    processes: Processes = Processes(),
+    looks: Looks = Looks(),
+    options: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Pre-train model in place, and write metrics and checkpoints into the folder run.
 
     Args:
         model: moved to the config's device.
-        batches: ``config.steps`` batches, each with a length and a method ``to(device)`` that gives images
-            ``[N, C, H, W]``, uint8 or normalised floating, as tensors have. Problems that appear in the attribute
-            ``unreadable`` of the batches, if they have one, are reported and counted.
-        run: a folder without a run, unless overwrite is True. Nothing is written before the first steps are done.
+        run: a folder without a run, unless mode says otherwise.
+        mode: ``"overwrite"`` the run in the folder, or ``"resume"`` it: go on where the newest checkpoint stands, or
+            at the first step where there is none.
+        options: what ``recipe.json`` says of the run, by default the fields of config.
+        data: what it says of the images beside their number.
 
     Returns:
-        The entries of ``metrics.jsonl``: step, loss (mean since the entry before), lr, images_per_second, seconds.
+        The entries of ``metrics.jsonl``: step, loss (mean since the entry before), lr, images_per_second, seconds,
+        waiting (share of the time that data took), memory_mb; in processes that do not lead none.
 
     Raises:
         RunError: as of :func:`mae.training.run.open_run`.
         CheckpointError: something could not be written; the last checkpoint is whole.
-        TrainingStopped: by Ctrl-C or because the data failed, with a checkpoint written; or by a non-finite loss,
-            with the last good checkpoint left as it was.
+        StoppedBySignal: with a checkpoint written.
+        TrainingStopped: the data failed, with a checkpoint written; or too many losses were not finite.
     """
     device = choose_device(config.device)
     bfloat16 = uses_bfloat16(config.precision, device)
     if model.residual_dtype == torch.bfloat16 and not bfloat16:
         raise ValueError("residual bfloat16 needs precision bfloat16: in float32 nothing is computed in bfloat16")
+    if config.batch_size % (processes.count * config.micro_batches):
+        raise ValueError(
+            f"batch_size {config.batch_size} is not a multiple of {processes.count} processes times "
+            f"{config.micro_batches} micro_batches"
+        )
+    schedule = config.schedule(len(images))
     model.to(device).train()
-    optimizer = adamw(model, config.base_lr * config.batch_size / 256, config.weight_decay)
-    schedule = _schedule(optimizer, config)
-    training_step = TrainingStep(
-        model,
+    fsdp_dtype = torch.bfloat16 if config.fsdp_dtype == "bfloat16" else None
+    distributed = distribute(model, config.parallel, processes, fsdp_dtype)
+    optimizer = adamw(distributed, schedule.peak_lr, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type) if config.precision == "float16" else None
+    step = TrainingStep(
+        distributed,
         optimizer,
         strategy=config.strategy,
         bfloat16=bfloat16,
         execution=choose_execution(config.execution, device),
         micro_batches=config.micro_batches,
         clip_grad=config.clip_grad,
+        scaler=scaler,
     )
-    step, problem = 0, ""
-    with open_run(run, overwrite), _Metrics(run, config.steps) as metrics, _interrupt() as interrupted:
+    state = TrainingState(distributed, optimizer, scaler, {"seconds": 0.0})
+    options = asdict(config) if options is None else options
+    data = {"images": len(images)} | (data or {})
+    with open_run(run, mode, processes) as started, stop_requests(processes.leads) as asked:
+        with processes.together():
+            _agree_on_recipe(run, mode, options, data, processes)
+        first = load_state(run, state, processes) if mode == "resume" else 0
+        rows = processes.rows(config.batch_size)
+        batches = Batches(images, config.batch_size, range(first, schedule.steps), rows=rows, workers=config.workers)
+        with Watch(run, schedule.steps, first, state.numbers["seconds"], processes) as watch:
+            trainer = _Run(run, config, schedule, processes, step, state, batches, watch, looks, started)
+            trainer.go(device, asked)
+            return watch.history
 
-        def save() -> None:
-            # Looks at the loss first: weights behind a non-finite one would replace good ones.
-            metrics.log(step, schedule.get_last_lr()[0], getattr(batches, "unreadable", ()))
-            save_checkpoint(model, run)
 
+def _agree_on_recipe(
+    run: Path, mode: Mode, options: dict[str, Any], data: dict[str, Any], processes: Processes
+) -> None:
+    if mode == "resume" and (run / recipe.FILE).is_file():
+        if fields := recipe.differences(recipe.read_recipe(run), options, data):
+            raise RunError(f"{run} was started with another recipe: {'; '.join(fields)}. Give it its own options again")
+    elif processes.leads:
+        recipe.write_recipe(run, options, data)
+
+
+@dataclass
+class _Run:
+    """What the parts of the loop have in common."""
+
+    folder: Path
+    config: TrainConfig
+    schedule: Schedule
+    processes: Processes
+    step: TrainingStep
+    state: TrainingState
+    batches: Batches
+    watch: Watch
+    looks: Looks
+    started: Callable[[], None]
+
+    def go(self, device: torch.device, asked: StopRequest) -> None:
+        config, schedule, watch = self.config, self.schedule, self.watch
+        first, end, problem = watch.step, _GO_ON, None
+        images = on_device(self.batches, device)
         try:
-            for step, images in enumerate(on_device(batches, device), start=1):
-                metrics.add(training_step(images), len(images))
-                if step == config.steps or interrupted():
+            while watch.step < schedule.steps and end == _GO_ON:
+                with watch.waiting():
+                    batch, problem = _next(images)
+                # Without it the other processes would wait for the gradients of one that has no batch.
+                end = self.processes.most(_NO_DATA if problem is not None else _ASKED if asked else _GO_ON)
+                if end == _NO_DATA:
                     break
-                if step % config.save_every == 0:
-                    save()
-                elif step % config.log_every == 0:
-                    metrics.log(step, schedule.get_last_lr()[0], getattr(batches, "unreadable", ()))
-                schedule.step()
-        except DataError as error:
-            if step == 0:
-                raise
-            problem = f": {error}"
-        save()
-    if step < config.steps:
-        raise TrainingStopped(f"stopped after step {step} of {config.steps}{problem}. The checkpoint is in {run}")
-    return metrics.history
-
-
-def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> torch.optim.lr_scheduler.LambdaLR:
-    rise = max(1, round(config.warmup * config.steps))
-
-    def factor(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, config.steps - rise)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-_MOST_NAMED = 3  # files that cannot be read, in a line
-
-
-class _Metrics:
-    """The progress bar, ``metrics.jsonl``, and the watch over the loss."""
-
-    def __init__(self, run: Path, steps: int):
-        self.history: list[dict] = []
-        self._run = run
-        self._live = sys.stderr.isatty()  # in a log file the bar gets a line now and then
-        self._bar = tqdm(
-            total=steps,
-            bar_format="step {n_fmt}/{total_fmt} |{bar:24}| {remaining} left{postfix}",
-            smoothing=0.05,
-            mininterval=0.2 if self._live else 10,
-        )
-        self._losses: list[Tensor] = []  # kept on the device: reading one waits for it
-        self._images = self._reported = 0
-        self._start = self._last = time.perf_counter()
-
-    def __enter__(self) -> "_Metrics":
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        self._bar.close()
-
-    def add(self, loss: Tensor, images: int) -> None:
-        self._losses.append(loss)
-        self._images += images
-        self._bar.update()
-
-    def log(self, step: int, lr: float, unreadable: Collection[str]) -> None:
-        if not self._losses:
-            return
-        loss = torch.stack(self._losses).mean().item()
-        now = time.perf_counter()
-        rate = self._images / (now - self._last)
-        entry = {"step": step, "loss": loss, "lr": lr, "images_per_second": rate, "seconds": now - self._start}
-        self.history.append(entry)
-        self._write(entry)
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=self._live)
-        if len(unreadable) > self._reported:
-            new = list(unreadable)[self._reported :]
-            self._reported = len(unreadable)
-            more = [f"and {len(new) - _MOST_NAMED} more"] if len(new) > _MOST_NAMED else []
-            words = "; ".join([*new[:_MOST_NAMED], *more])
-            self._bar.write(f"Warning: passed over {counted(self._reported, 'file')} that cannot be read: {words}")
-        if not math.isfinite(loss):
-            raise TrainingStopped(
-                f"stopped: the loss became {loss} near step {step}. A checkpoint from before it, if there is one, "
-                f"is in {self._run}. Try a lower learning rate or precision float32"
+                self._one(batch)
+                done = watch.step
+                if done == first + 1:
+                    self.started()
+                    begin = self._now()
+                if done % config.log_every == 0 or done == schedule.steps:
+                    self.log()
+                if done - first == _MEASURED and self.looks.foretell is not None:
+                    watch.say(self.looks.foretell((self._now() - begin) / (_MEASURED - 1)))
+                if done % config.save_every == 0 and done < schedule.steps:
+                    self.save()
+                if done % schedule.eval_every == 0 and done < schedule.steps:
+                    self.look()
+        except ProcessLost as error:
+            raise TrainingStopped(f"stopped near step {watch.step + 1}: {error}.{self._resumable()}") from error
+        finally:
+            images.close()  # the worker processes end
+        problem = next(filter(None, self.processes.gather(problem)), None)
+        if problem is not None and watch.step == first:
+            raise problem
+        with asked.held():
+            self.log()
+            self.save()
+            if watch.step > first or not steps_on_disk(self.folder):
+                self.look()
+        if watch.step < schedule.steps:
+            why = f": {problem}" if problem is not None else ""
+            kind = StoppedBySignal if end == _ASKED else TrainingStopped
+            raise kind(
+                f"stopped after step {watch.step} of {schedule.steps}{why}. The checkpoint is in {self.folder}; "
+                "the same command with --resume goes on"
             )
-        self._losses, self._images, self._last = [], 0, now
 
-    def _write(self, entry: dict) -> None:
-        path = self._run / "metrics.jsonl"
-        # What fails before the first entry leaves an older run as it was.
-        mode = "a" if len(self.history) > 1 else "w"
+    def _now(self) -> float:
+        """When the device has done everything up to here."""
+        self.step.skipped.item()
+        return time.perf_counter()
+
+    def _one(self, images: Tensor) -> None:
+        done = self.watch.step
+        lr = self.schedule.lr(done)
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = lr
+        self.watch.add(self.step(images, self._masking(images, done)), lr, self.config.batch_size)
+
+    def _masking(self, images: Tensor, step: int) -> Masking:
+        """Drawn for the whole batch in every process, which takes its rows."""
+        generator = torch.Generator(images.device).manual_seed(derived_seed("mask", self.config.seed, (step, 0)))
+        grid = plain(self.step.model).patch_grid(images).grid
+        whole = self.config.strategy(self.config.batch_size, grid, generator=generator, device=images.device)
+        return Masking(*(x[self.processes.rows(self.config.batch_size)] for x in whole))
+
+    def log(self) -> None:
+        bad = self.watch.log([*self.batches.unreadable], self.step.skipped)
+        if not bad:
+            return
+        names = [self._name(index) for _, index in self.batches.order.keys(bad[0] - 1)]
+        self.watch.say(
+            f"Warning: {len(bad)} losses up to step {self.watch.step} were not finite; the updates are skipped"
+        )
+        if self.watch.bad_in_a_row < self.config.max_skipped:
+            return
+        listed = "non-finite.txt"
+        if self.processes.leads:
+            text = "".join(f"{self._name(i)}\n" for step in bad for _, i in self.batches.order.keys(step - 1))
+            write_files(self.folder, {listed: lambda path: path.write_text(text, encoding="utf-8")})
+        raise TrainingStopped(
+            f"stopped: {self.watch.bad_in_a_row} losses in a row were not finite, the first of these at step {bad[0]}, "
+            f"whose files are {', '.join(names[:_MOST_NAMED])} and {max(0, len(names) - _MOST_NAMED)} more, listed in "
+            f"{self.folder / listed}.{self._resumable()} Try a lower learning rate or precision float32"
+        )
+
+    def _name(self, index: int) -> str:
+        source = getattr(self.batches.images, "source", None)
+        return printable(source.name(index)) if source is not None else f"image {index}"
+
+    def save(self) -> None:
+        """The checkpoint to resume from, and the weights for everyone else."""
+        start = time.perf_counter()
+        if self.watch.step in steps_on_disk(self.folder):
+            return
+        weights = whole_state(self.step.model)
+        finite = all(x.isfinite().all() for x in weights.values() if x.is_floating_point())
+        if self.processes.most(not finite):
+            raise TrainingStopped(
+                f"stopped: the weights are not finite after step {self.watch.step}, so they are not saved."
+                f"{self._resumable()} Try a lower learning rate or precision float32"
+            )
+        self.state.numbers["seconds"] = self.watch.seconds
+        save_state(self.folder, self.watch.step, self.state, self.processes, self.config.keep)
+        if self.processes.leads:
+            save_weights(weights, plain(self.step.model).config, self.folder)
+        self.watch.pause(time.perf_counter() - start)
+
+    def look(self) -> None:
+        """Validate and draw, where somebody wants it."""
+        start = time.perf_counter()
+        if self.looks.validate is not None:
+            self.watch.note(val_loss=self.looks.validate(self.step.model))
+        if self.looks.draw is not None:
+            weights = whole_state(self.step.model)
+            if self.processes.leads:
+                self._draw(weights)
+        self.watch.pause(time.perf_counter() - start)
+
+    def _draw(self, weights: dict[str, Tensor]) -> None:
+        model = MaskedAutoencoder(plain(self.step.model).config)
+        model.load_state_dict(weights)
         try:
-            with open(path, mode, encoding="utf-8") as file:
-                print(json.dumps(entry), file=file)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} could not be written: {error.strerror or error}. A checkpoint from before, if there is one, "
-                "is whole"
-            ) from error
+            self.watch.picture(self.looks.draw(model.to(self.step.skipped.device).eval(), self.watch.step))
+        except (OSError, DataError) as error:  # a picture is not worth a month of training
+            warnings.warn(f"no picture of step {self.watch.step}: {error}", stacklevel=2)
+
+    def _resumable(self) -> str:
+        steps = steps_on_disk(self.folder)
+        return f" The checkpoint of step {steps[-1]} is {path_of(self.folder, steps[-1])}." if steps else ""
 
 
-@contextmanager
-def _interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside the block the first Ctrl-C only sets a flag, so that the running step ends; the second one kills."""
-    pressed = False
-
-    def press(*_) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, press)
+def _next(images: Iterator[Tensor]) -> tuple[Tensor | None, DataError | None]:
     try:
-        yield lambda: pressed
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, previous)
+        return next(images), None
+    except DataError as error:
+        return None, error

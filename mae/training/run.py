@@ -1,14 +1,21 @@
-"""Run folders: one run in each, and one process at a time that writes there."""
+"""Run folders: one run in each, and one run at a time that writes there."""
 
-import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock, Timeout
 
-_OF_A_RUN = ("model.safetensors", "metrics.jsonl", "config.json")
-_LOCK = ".lock"
+from mae.training import metrics, recipe, state
+from mae.training.parallel import Processes
+
+_OF_A_RUN = ("model.safetensors", metrics.FILE, "config.json", recipe.FILE, state.FOLDER)
+_BESIDE = ("reconstructions", "tensorboard", "report.html", "results.json")  # what others made of it
+_LOCK, _ASIDE = ".lock", ".replaced"
+
+Mode = Literal["new", "overwrite", "resume"]
 
 
 class RunError(Exception):
@@ -16,23 +23,31 @@ class RunError(Exception):
 
 
 @contextmanager
-def open_run(folder: Path, overwrite: bool = False) -> Iterator[None]:
-    """Hold the folder of a run, which is made if it is not there. May be nested within a process.
+def open_run(folder: Path, mode: Mode = "new", processes: Processes = Processes()) -> Iterator[Callable[[], None]]:
+    """Hold the folder of a run, which is made if it is not there.
 
-    What is in it stays until the run writes its own: metrics with the first steps, weights with the first checkpoint.
+    A run that is overwritten is set aside, and comes back if the block ends before it has called what it is given,
+    which it does as soon as its first step is done.
 
     Raises:
-        RunError: the folder holds a run and overwrite is False, another process writes there, this is one of several
-            processes, or the folder cannot be made.
+        RunError: the folder holds a run that is neither overwritten nor resumed, another run writes there, or the
+            folder cannot be made.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise RunError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but a run has one process so far, "
-            "and several would each write the same files; start it without torchrun"
-        )
-    refuse_run(folder, overwrite)
+    lock, new = FileLock(folder / _LOCK, timeout=0, is_singleton=True), []
+    with processes.together():
+        if processes.leads:
+            new = _hold(folder, lock, mode)
+    try:
+        yield lambda: shutil.rmtree(folder / _ASIDE, ignore_errors=True) if processes.leads else None
+    finally:
+        if processes.leads:
+            _bring_back(folder)
+            _let_go(folder, lock, new)
+
+
+def _hold(folder: Path, lock: FileLock, mode: Mode) -> list[Path]:
+    refuse_run(folder, mode != "new")
     new = [path for path in (folder, *folder.parents) if not path.exists()]
-    lock = FileLock(folder / _LOCK, timeout=0, is_singleton=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -40,24 +55,47 @@ def open_run(folder: Path, overwrite: bool = False) -> Iterator[None]:
         raise RunError(f"another process writes into {folder}; choose another --out, or wait for it") from None
     except OSError as error:
         raise RunError(f"nothing can be written into {folder}: {error.strerror or error}") from error
-    try:
-        yield
-    finally:
-        lock.release()
-        if not lock.is_locked:
-            with suppress(OSError):
-                (folder / _LOCK).unlink()
-            with suppress(OSError):  # the first one that holds something
-                for path in new:
-                    path.rmdir()
+    _bring_back(folder)  # a process was killed in its first step
+    found = [folder / name for name in (*_OF_A_RUN, *_BESIDE) if (folder / name).exists()]
+    if mode == "overwrite" and found:
+        (folder / _ASIDE).mkdir()
+        for path in found:
+            path.rename(folder / _ASIDE / path.name)
+    return new
 
 
-def refuse_run(folder: Path, overwrite: bool = False) -> None:
-    """Raise :class:`RunError` where a run would be overwritten, or there can be no folder."""
+def _bring_back(folder: Path) -> None:
+    """The run that was set aside, in place of what has not come to a step."""
+    aside = folder / _ASIDE
+    if not aside.is_dir():
+        return
+    for name in (*_OF_A_RUN, *_BESIDE):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in aside.iterdir():
+        path.rename(folder / path.name)
+    aside.rmdir()
+
+
+def _let_go(folder: Path, lock: FileLock, new: list[Path]) -> None:
+    lock.release()
+    if not lock.is_locked:
+        with suppress(OSError):
+            (folder / _LOCK).unlink()
+        with suppress(OSError):  # the first one that holds something
+            for path in new:
+                path.rmdir()
+
+
+def refuse_run(folder: Path, replaces: bool = False) -> None:
+    """Raise :class:`RunError` where a run would be replaced unasked, or there can be no folder."""
     refuse_file(folder)
     found = [name for name in _OF_A_RUN if (folder / name).exists()]
-    if found and not overwrite:
-        raise RunError(f"{folder} holds a run already ({', '.join(found)}); choose another --out, or add --overwrite")
+    if found and not replaces:
+        raise RunError(
+            f"{folder} holds a run already ({', '.join(found)}); add --resume to go on with it, or --overwrite, "
+            "or choose another --out"
+        )
 
 
 def refuse_file(folder: Path) -> None:

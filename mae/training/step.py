@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +9,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
+from mae.training.parallel import accumulating, in_any_process, local, plain
 from mae_kernels import Masking, axis_masking, block_masking, grid_masking, random_masking, tube_masking
 from mae_kernels.patch_grid import PatchGrid
 
@@ -70,13 +70,15 @@ class TrainingStep:
 
     Args:
         model: a :class:`mae.MaskedAutoencoder`, or one wrapped in DistributedDataParallel or sharded by fully_shard.
-        optimizer: see :func:`adamw`.
+        optimizer: see :func:`adamw`. One that takes ``found_inf``, as PyTorch's fused ones do, changes nothing where
+            the loss, or the norm that is clipped, is not finite; ``skipped`` counts that on the device.
         strategy: which patches are hidden.
         bfloat16: autocast to it.
         execution: ``"eager"``; ``"compile"``, one graph by torch.compile; ``"graph"``, the same replayed as a CUDA
             graph, which pays where the host launches more slowly than the GPU computes: small models and batches.
         micro_batches: parts in which a batch is computed, to fit into memory. The update is that of the whole batch.
         clip_grad: largest norm of the whole gradient, None for any. Only then the norm is computed.
+        scaler: of the loss, for autocast to float16, which it turns on.
 
     Raises:
         ValueError: CUDA graphs asked for elsewhere.
@@ -92,13 +94,15 @@ class TrainingStep:
         execution: Execution = "eager",
         micro_batches: int = 1,
         clip_grad: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ):
-        self.model, self.optimizer = model, optimizer
-        self.strategy, self.bfloat16 = strategy, bfloat16
-        self.micro_batches, self.clip_grad = micro_batches, clip_grad
+        self.model, self.optimizer, self.strategy = model, optimizer, strategy
+        self.micro_batches, self.clip_grad, self.scaler = micro_batches, clip_grad, scaler
+        self.autocast = torch.float16 if scaler is not None else torch.bfloat16 if bfloat16 else None
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._patch_size = (model.module if _is_distributed(model) else model).config.patch_size
+        self._patch_size = plain(model).config.patch_size
         device = self._parameters[0].device
+        self.skipped = torch.zeros((), device=device)
         if execution == "graph" and device.type != "cuda":
             raise ValueError(f"TrainingStep: execution 'graph' replays CUDA graphs, but the model is on {device}")
         self._replayed = execution == "graph"
@@ -129,21 +133,37 @@ class TrainingStep:
             self._backward(part, Masking(*masks), last=i == self.micro_batches)
             for i, (part, *masks) in enumerate(parts, start=1)
         ]
-        if self.clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)
-        self.optimizer.step()
+        loss = torch.stack(losses).sum()
+        self._update(loss)
         self.optimizer.zero_grad()
-        return torch.stack(losses).sum()
+        return loss
+
+    def _update(self, loss: Tensor) -> None:
+        if self.scaler is not None:
+            if self.clip_grad is not None:
+                self.scaler.unscale_(self.optimizer)
+                torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)
+            before = self.scaler._scale
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.skipped += (self.scaler._scale < before).float()
+            return
+        bad = ~loss.isfinite()
+        if self.clip_grad is not None:
+            bad |= ~local(torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)).isfinite()
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.found_inf = in_any_process(bad.float(), self.model)
+            self.skipped += self.optimizer.found_inf
+        self.optimizer.step()
 
     def _backward(self, images: Tensor, masking: Masking, last: bool) -> Tensor:
-        # Gradients of several processes are only summed once they are complete.
-        with self.model.no_sync() if _is_distributed(self.model) and not last else nullcontext():
+        with accumulating(self.model, last):
             loss = self.loss(images, masking)
-            loss.backward()
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss.detach().clone() if self._replayed else loss.detach()  # a replay overwrites its results
 
     def _forward(self, images: Tensor, masking: Masking) -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
             loss = self.model(images, masking=masking).loss
         return loss / self.micro_batches
 
@@ -161,7 +181,3 @@ class TrainingStep:
                 return compiled(images, masking)
 
         return run
-
-
-def _is_distributed(model: nn.Module) -> bool:
-    return isinstance(model, nn.parallel.DistributedDataParallel)

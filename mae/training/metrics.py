@@ -1,0 +1,256 @@
+"""What is seen of a run: the progress bar, ``metrics.jsonl``, TensorBoard's events, and the watch over the loss."""
+
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mae.checkpoints.layouts import CheckpointError
+from mae.checkpoints.saving import reason_of, write_files
+from mae.data import counted
+from mae.training.parallel import Processes
+
+FILE = "metrics.jsonl"
+_MOST_NAMED = 3  # files, in a line
+_LINE_EVERY = 60.0  # seconds, where there is no terminal
+
+
+class TrainingStopped(Exception):
+    """Training ended before its last step; the message says why and where the checkpoint is."""
+
+
+class Watch:
+    """Collects what the steps leave on the device, and reads it back only when it is logged.
+
+    Args:
+        run: its folder, into which the leading process alone writes.
+        first: steps that are done already.
+        seconds: that they took.
+    """
+
+    def __init__(self, run: Path, steps: int, first: int, seconds: float, processes: Processes):
+        self.history = cut_back(run, first) if processes.leads else []
+        self.seconds_before = seconds
+        self.step, self.lr = first, 0.0
+        self._run, self._processes = run, processes
+        self._losses: list[Tensor] = []  # kept on the device: reading one waits for it
+        self._images, self._waited = 0, 0.0
+        self._unreadable: dict[str, None] = {}
+        self._bad_in_a_row = 0
+        self._start = self._last = time.perf_counter()
+        self._bar = _Bar(steps, first) if processes.leads else None
+        self._events = _events(run, first) if processes.leads else None
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._events is not None:
+            self._events.close()
+
+    @property
+    def seconds(self) -> float:
+        """That the run has taken, in all its parts."""
+        return self.seconds_before + time.perf_counter() - self._start
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what the training waits for."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def add(self, loss: Tensor, lr: float, images: int) -> None:
+        self.step, self.lr = self.step + 1, lr
+        self._losses.append(loss)
+        self._images += images
+        if self._bar is not None:
+            self._bar.advance()
+
+    def log(self, unreadable: Sequence[str], skipped: Tensor, **more: Any) -> list[int]:
+        """Write an entry, in which the loss is the mean since the one before, and return steps that had none.
+
+        Called in all processes.
+        """
+        self._say_unreadable(unreadable)
+        if not self._losses:
+            return []
+        losses = self._processes.mean(torch.stack(self._losses).float()).tolist()
+        good = [x for x in losses if math.isfinite(x)]
+        bad = [self.step - len(losses) + i for i, x in enumerate(losses, start=1) if not math.isfinite(x)]
+        for x in losses:
+            self._bad_in_a_row = 0 if math.isfinite(x) else self._bad_in_a_row + 1
+        now = time.perf_counter()
+        took = now - self._last
+        entry = {
+            "step": self.step,
+            "loss": sum(good) / len(good) if good else float("nan"),
+            "lr": self.lr,
+            "images_per_second": self._images / took,
+            "seconds": self.seconds,
+            "waiting": self._waited / took,
+            "memory_mb": _memory(),
+            **more,
+        }
+        if count := int(skipped):
+            entry["skipped"] = count
+        if self._processes.leads:
+            self.history.append(entry)
+            self._write(entry)
+            self._bar.show(entry)
+        self._losses, self._images, self._waited, self._last = [], 0, 0.0, now
+        return bad
+
+    @property
+    def bad_in_a_row(self) -> int:
+        """Losses up to the last logged one that were not finite."""
+        return self._bad_in_a_row
+
+    def pause(self, seconds: float) -> None:
+        """Leave time out of the images per second, in which other things were done than training."""
+        self._last += seconds
+
+    def note(self, **scalars: float) -> None:
+        """Scalars beside those of the entries, such as a validation loss."""
+        if not self._processes.leads:
+            return
+        entry = {"step": self.step, **scalars}
+        self.history.append(entry)
+        self._write(entry)
+
+    def picture(self, file: Path) -> None:
+        """Show it in TensorBoard too."""
+        if self._events is not None:
+            import numpy as np
+            from PIL import Image
+
+            with Image.open(file) as image:
+                self._events.add_image(
+                    "reconstructions", np.asarray(image.convert("RGB")), self.step, dataformats="HWC"
+                )
+
+    def say(self, words: str) -> None:
+        """A line above the bar."""
+        if self._bar is not None:
+            self._bar.write(words)
+
+    def _say_unreadable(self, problems: Sequence[str]) -> None:
+        gathered = [x for part in self._processes.gather(list(problems)) for x in part]
+        new = [x for x in dict.fromkeys(gathered) if x not in self._unreadable]
+        if not new:
+            return
+        self._unreadable.update(dict.fromkeys(new))
+        words = "; ".join(new[:_MOST_NAMED]) + (
+            f"; and {len(new) - _MOST_NAMED} more" if len(new) > _MOST_NAMED else ""
+        )
+        self.say(f"Warning: passed over {counted(len(self._unreadable), 'file')} that cannot be read: {words}")
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        path = self._run / FILE
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                print(json.dumps(entry), file=file)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} could not be written: {reason_of(error)}. A checkpoint from before, if there is one, is whole"
+            ) from error
+        if self._events is not None:
+            for name, value in entry.items():
+                if name != "step":
+                    self._events.add_scalar(name, value, entry["step"])
+
+
+class _Bar:
+    """On a terminal a bar that fits its width; elsewhere a line a minute."""
+
+    def __init__(self, steps: int, first: int):
+        self._steps, self._first, self._done = steps, first, first
+        self._live = sys.stderr.isatty()
+        self._start = self._said = time.perf_counter()
+        width = os.get_terminal_size(sys.stderr.fileno()).columns if self._live else 80
+        bar = "|{bar:16}| " if width >= 100 else ""
+        self._bar = tqdm(
+            total=steps,
+            initial=first,
+            bar_format="{n_fmt}/{total_fmt} " + bar + "{remaining} left{postfix}",
+            smoothing=0.05,
+            mininterval=0.2,
+            disable=not self._live,
+        )
+        self._narrow = width < 60
+
+    def advance(self) -> None:
+        self._done += 1
+        self._bar.update()
+
+    def show(self, entry: dict[str, Any]) -> None:
+        words = f"loss {entry['loss']:.4f}"
+        if not self._narrow:
+            words += f", {entry['images_per_second']:.0f} images/s, lr {entry['lr']:.1e}, {entry['memory_mb']:,.0f} MB"
+            words += f", {entry['waiting']:.0%} waiting for data"
+        self._bar.set_postfix_str(words)
+        now = time.perf_counter()
+        if not self._live and (now - self._said >= _LINE_EVERY or self._done == self._steps):
+            self._said = now
+            left = (now - self._start) / max(1, self._done - self._first) * (self._steps - self._done)
+            print(f"step {self._done}/{self._steps}, {tqdm.format_interval(left)} left, {words}", file=sys.stderr)
+
+    def write(self, words: str) -> None:
+        tqdm.write(words, file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def cut_back(run: Path, step: int) -> list[dict[str, Any]]:
+    """Entries of ``metrics.jsonl`` up to a step; later ones, and a line that was not finished, leave the file."""
+    path = run / FILE
+    if not path.is_file():
+        return []
+    entries, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            if entry["step"] <= step and line.endswith("\n"):
+                entries.append(entry)
+        except (ValueError, TypeError, KeyError):
+            continue
+    if len(entries) < len(lines):
+        text = "".join(json.dumps(entry) + "\n" for entry in entries)
+        write_files(run, {FILE: lambda file: file.write_text(text, encoding="utf-8")})
+    return entries
+
+
+def _events(run: Path, first: int):
+    """TensorBoard's writer, where it is installed; a resumed run hides what came after its first step."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(run / "tensorboard"), purge_step=first + 1 if first else None)
+
+
+def _memory() -> float:
+    """Megabytes that the device has held at most, on a CPU the process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
