@@ -1,4 +1,4 @@
-"""``python -m mae``: pre-train, reconstruct, probe, convert, profile, demo."""
+"""``python -m mae``: pre-train, reconstruct, probe, report, convert, profile, demo."""
 
 # ruff: noqa: E402 (Ctrl-C is answered, and missing packages are named, while the modules below are imported)
 import os
@@ -25,6 +25,7 @@ from mae.commands.linprobe import LinprobeConfig, linprobe
 from mae.commands.pretrain import PretrainConfig, defaults, pretrain
 from mae.commands.profile import ProfileConfig, profile
 from mae.commands.reconstruct import ReconstructConfig, reconstruct
+from mae.commands.report import ReportConfig, report
 from mae.data import DataError, DataWarning, printable
 from mae.training.loop import StoppedBySignal
 from mae.training.metrics import TrainingStopped
@@ -42,13 +43,14 @@ def main(arguments: list[str] | None = None) -> None:
                 Annotated[PretrainConfig, tyro.conf.subcommand("pretrain", **_given(defaults(arguments)))]
                 | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
                 | Annotated[LinprobeConfig, tyro.conf.subcommand("linprobe")]
+                | Annotated[ReportConfig, tyro.conf.subcommand("report")]
                 | Annotated[ConvertConfig, tyro.conf.subcommand("convert")]
                 | Annotated[ProfileConfig, tyro.conf.subcommand("profile")]
                 | Annotated[DemoConfig, tyro.conf.subcommand("demo")],
                 args=arguments,
                 prog="python -m mae",
-                description="Pre-train masked autoencoders, look at reconstructions, probe features, convert "
-                "checkpoints, profile a training step.",
+                description="Pre-train masked autoencoders, look at reconstructions, probe features, write a "
+                "page about a run, convert checkpoints, profile a training step.",
                 config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
             )
             _COMMANDS[type(config)](config)
@@ -67,6 +69,7 @@ _COMMANDS = {
     PretrainConfig: pretrain,
     ReconstructConfig: reconstruct,
     LinprobeConfig: linprobe,
+    ReportConfig: report,
     ConvertConfig: convert,
     ProfileConfig: profile,
     DemoConfig: run_demo,
