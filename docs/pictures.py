@@ -19,9 +19,11 @@ from torch import Tensor
 
 from mae import MAEConfig, MaskedAutoencoder, load_checkpoint
 from mae.commands.demo import fashion_mnist
+from mae.data import TensorImages
 from mae.data.sound import HOP, RATE, WINDOW, below_loudest, spectrogram
 from mae.report.figures import save_reconstructions
-from mae.training.loop import TrainConfig, train
+from mae.training.loop import train
+from mae.training.recipe import TrainConfig
 from mae_kernels import (
     PackedImages,
     axis_masking,
@@ -110,7 +112,9 @@ def sound() -> None:
 
 
 def recipe_of(steps: int, base_lr: float = 0.024, **options) -> TrainConfig:
-    return TrainConfig(steps=steps, batch_size=16, base_lr=base_lr, device="cpu", precision="bfloat16", **options)
+    return TrainConfig(
+        steps=steps, batch_size=16, base_lr=base_lr, device="cpu", precision="bfloat16", workers=0, **options
+    )
 
 
 def model_of(**sizes) -> MaskedAutoencoder:
@@ -124,10 +128,21 @@ def model_of(**sizes) -> MaskedAutoencoder:
 def learn(
     name: str, model: MaskedAutoencoder, batch: Callable[[int, torch.Generator], Tensor], recipe: TrainConfig
 ) -> None:
-    generator = torch.Generator().manual_seed(0)
-    batches = (batch(recipe.batch_size, generator) for _ in range(recipe.steps))
-    train(model, batches, recipe, RUNS / name, overwrite=True)
+    train(model, Drawn(batch, recipe.steps * recipe.batch_size), recipe, RUNS / name, "overwrite")
     model.eval()
+
+
+class Drawn(TensorImages):
+    """Images that are computed when they are asked for, no two alike."""
+
+    def __init__(self, batch: Callable[[int, torch.Generator], Tensor], count: int):
+        self.batch, self.count, self.seed = batch, count, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Tensor:
+        return self.batch(len(keys), torch.Generator().manual_seed(keys[0][1]))
 
 
 def draw(

@@ -83,7 +83,7 @@ def _given(default: PretrainConfig | None) -> dict[str, PretrainConfig]:
 def _leave(status: int, words: str) -> None:
     """Of several processes, which end for the same reason, the first one says it."""
     words = "\n".join(map(printable, f"mae: {words}".splitlines()))
-    if int(os.environ.get("RANK") or 0) != 0:
+    if not _leads():
         sys.exit(status)
     if status == _FAILED:
         sys.exit(words)
@@ -91,7 +91,13 @@ def _leave(status: int, words: str) -> None:
     sys.exit(status)
 
 
+def _leads() -> bool:
+    return int(os.environ.get("RANK") or 0) == 0
+
+
 def _show(message: Warning, category: type[Warning], filename: str, line: int, *_) -> None:
+    if not _leads():
+        return
     place = "" if issubclass(category, CheckpointWarning | DataWarning) else f" ({filename}:{line})"
     tqdm.write(f"Warning: {message}{place}", file=sys.stderr)  # above the progress bar, where there is one
 

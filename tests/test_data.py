@@ -337,8 +337,8 @@ def test_pictures_are_taken_from_everywhere(tmp_path):
 
     def taken(most: int) -> str:
         with pytest.warns(DataWarning):
-            pictures = read_pictures(ImageFiles(files), Reading(image_size=(8, 8)), most)
-            return "".join(files[i].parent.name for _, i in pictures)
+            pictures = list(read_pictures(ImageFiles(files), Reading(image_size=(8, 8)), most))
+        return "".join(files[i].parent.name for _, i in pictures)
 
     assert taken(4) == "acda"  # nothing in b can be read
     assert sorted(taken(100)) == sorted("aaaaacccccddddd")

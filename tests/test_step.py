@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mae_kernels
 from mae import MAEConfig, MaskedAutoencoder
-from mae.training.loop import TrainConfig, train
 from mae.training.profile import LaunchCounter, saved_bytes
 from mae.training.step import MaskStrategy, TrainingStep, adamw
 from mae_kernels import Masking, products, random_masking, reference
@@ -251,9 +250,3 @@ def test_weight_decay_is_for_matrices_alone(model):
 def test_no_gradient_is_left_for_the_next_step(model):
     TrainingStep(model, adamw(model, LR))(next(batches())[0])
     assert all(p.grad is None for p in model.parameters())
-
-
-def test_the_learning_rate_grows_with_the_batch(model, tmp_path):
-    config = TrainConfig(steps=1, batch_size=512, base_lr=1e-3, warmup=0.0)
-    (entry,) = train(model, (images for images, _ in batches(1)), config, tmp_path)
-    assert entry["lr"] == pytest.approx(2e-3)

@@ -1,11 +1,12 @@
 """The pictures and the report of a run, while it goes on and when it ends."""
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
 
-from mae.data import Reading, Source, is_sound, read_pictures
+from mae.data import DataWarning, Reading, Source, is_sound, read_pictures
 from mae.data.randomness import derived_seed
 from mae.model import MaskedAutoencoder
 from mae.report.figures import default_count, save_reconstructions
@@ -26,7 +27,9 @@ class Drawing:
     def __call__(self, model: MaskedAutoencoder, step: int) -> Path:
         if self._images is None:
             most = default_count(self._reading.image_size)
-            pictures, numbers = zip(*read_pictures(self._source, self._reading, most), strict=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DataWarning)  # training says them
+                pictures, numbers = zip(*read_pictures(self._source, self._reading, most), strict=True)
             self._images = torch.stack(pictures)
             sound = all(is_sound(Path(self._source.name(i))) for i in numbers)
             self._view = "sound" if sound else "frames"

@@ -80,8 +80,8 @@ class Batches:
                 batch, problems, notes = next(iterator)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, ConnectionError, EOFError) as error:  # as it was, or was not, writing into its pipe
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                     raise
                 raise DataError(
                     f"one of {self._loader.num_workers} worker processes was killed, as the system does where memory "

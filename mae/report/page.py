@@ -44,6 +44,7 @@ def write_report(run: Path) -> Path:
 def _page(run: Path) -> str:
     recipe, problem = read_json(run / _RECIPE, dict)
     options, versions, data = (_part(recipe, name, dict) for name in ("options", "versions", "data"))
+    asked = options | _part(recipe, "schedule", dict)  # the steps that epochs come to
     history = read_history(run / _METRICS) if (run / _METRICS).is_file() else None
     name, model = text_of(Path(os.path.abspath(run)).name), text_of(options.get("model") or "model not known")
     labels = "".join(f"<li>{text_of(label)}</li>" for label in _part(recipe, "labels", list))
@@ -52,7 +53,7 @@ def _page(run: Path) -> str:
         f"<h1>{name}</h1>",
         f'<p class="model">{model}</p>',
         f'<ul class="labels">{labels}</ul>' if labels else "",
-        f'<p class="state">{text_of(_state(run, history, options))}</p>',
+        f'<p class="state">{text_of(_state(run, history, asked))}</p>',
         note(missing) if problem else "",
         *_curves(history),
         *_pictures(run),

@@ -132,25 +132,22 @@ def train(
     options = asdict(config) if options is None else options
     data = {"images": len(images)} | (data or {})
     with open_run(run, mode, processes) as started, stop_requests(processes.leads) as asked:
-        with processes.together():
-            _agree_on_recipe(run, mode, options, data, processes)
+        described = recipe.Described(options, data, schedule)
+        if mode == "resume":
+            with processes.together():
+                _refuse_another_recipe(run, described)
         first = load_state(run, state, processes) if mode == "resume" else 0
         rows = processes.rows(config.batch_size)
         batches = Batches(images, config.batch_size, range(first, schedule.steps), rows=rows, workers=config.workers)
         with Watch(run, schedule.steps, first, state.numbers["seconds"], processes) as watch:
-            trainer = _Run(run, config, schedule, processes, step, state, batches, watch, looks, started)
+            trainer = _Run(run, config, schedule, processes, step, state, batches, watch, looks, described, started)
             trainer.go(device, asked)
             return watch.history
 
 
-def _agree_on_recipe(
-    run: Path, mode: Mode, options: dict[str, Any], data: dict[str, Any], processes: Processes
-) -> None:
-    if mode == "resume" and (run / recipe.FILE).is_file():
-        if fields := recipe.differences(recipe.read_recipe(run), options, data):
-            raise RunError(f"{run} was started with another recipe: {'; '.join(fields)}. Give it its own options again")
-    elif processes.leads:
-        recipe.write_recipe(run, options, data)
+def _refuse_another_recipe(run: Path, described: recipe.Described) -> None:
+    if (run / recipe.FILE).is_file() and (fields := described.differences(run)):
+        raise RunError(f"{run} was started with another recipe: {'; '.join(fields)}. Give it its own options again")
 
 
 @dataclass
@@ -166,6 +163,7 @@ class _Run:
     batches: Batches
     watch: Watch
     looks: Looks
+    described: recipe.Described
     started: Callable[[], None]
 
     def go(self, device: torch.device, asked: StopRequest) -> None:
@@ -180,31 +178,34 @@ class _Run:
                 end = self.processes.most(_NO_DATA if problem is not None else _ASKED if asked else _GO_ON)
                 if end == _NO_DATA:
                     break
+                if watch.step == first and self.processes.leads:
+                    self.described.write(self.folder)
                 self._one(batch)
                 done = watch.step
                 if done == first + 1:
                     self.started()
                     begin = self._now()
-                if done % config.log_every == 0 or done == schedule.steps:
-                    self.log()
                 if done - first == _MEASURED and self.looks.foretell is not None:
                     watch.say(self.looks.foretell((self._now() - begin) / (_MEASURED - 1)))
-                if done % config.save_every == 0 and done < schedule.steps:
+                if done == schedule.steps:
+                    break
+                scalars = self.look() if done % schedule.eval_every == 0 else {}
+                if scalars or done % config.log_every == 0:
+                    self.log(**scalars)
+                if done % config.save_every == 0:
                     self.save()
-                if done % schedule.eval_every == 0 and done < schedule.steps:
-                    self.look()
         except ProcessLost as error:
             raise TrainingStopped(f"stopped near step {watch.step + 1}: {error}.{self._resumable()}") from error
         finally:
             images.close()  # the worker processes end
+            self.batches.notes.warn()
         problem = next(filter(None, self.processes.gather(problem)), None)
         if problem is not None and watch.step == first:
             raise problem
         with asked.held():
-            self.log()
             self.save()
-            if watch.step > first or not steps_on_disk(self.folder):
-                self.look()
+            if watch.step > first:
+                self.log(**self.look())
         if watch.step < schedule.steps:
             why = f": {problem}" if problem is not None else ""
             kind = StoppedBySignal if end == _ASKED else TrainingStopped
@@ -232,8 +233,9 @@ class _Run:
         whole = self.config.strategy(self.config.batch_size, grid, generator=generator, device=images.device)
         return Masking(*(x[self.processes.rows(self.config.batch_size)] for x in whole))
 
-    def log(self) -> None:
-        bad = self.watch.log([*self.batches.unreadable], self.step.skipped)
+    def log(self, **scalars: float) -> None:
+        epoch = self.watch.step / self.schedule.steps_per_epoch
+        bad = self.watch.log([*self.batches.unreadable], self.step.skipped, epoch=epoch, **scalars)
         if not bad:
             return
         names = [self._name(index) for _, index in self.batches.order.keys(bad[0] - 1)]
@@ -259,7 +261,7 @@ class _Run:
     def save(self) -> None:
         """The checkpoint to resume from, and the weights for everyone else."""
         start = time.perf_counter()
-        if self.watch.step in steps_on_disk(self.folder):
+        if 0 < self.watch.step == self.watch.first:  # resumed, and nothing done since
             return
         weights = whole_state(self.step.model)
         finite = all(x.isfinite().all() for x in weights.values() if x.is_floating_point())
@@ -274,16 +276,17 @@ class _Run:
             save_weights(weights, plain(self.step.model).config, self.folder)
         self.watch.pause(time.perf_counter() - start)
 
-    def look(self) -> None:
+    def look(self) -> dict[str, float]:
         """Validate and draw, where somebody wants it."""
-        start = time.perf_counter()
+        start, scalars = time.perf_counter(), {}
         if self.looks.validate is not None:
-            self.watch.note(val_loss=self.looks.validate(self.step.model))
+            scalars["val_loss"] = self.looks.validate(self.step.model)
         if self.looks.draw is not None:
             weights = whole_state(self.step.model)
             if self.processes.leads:
                 self._draw(weights)
         self.watch.pause(time.perf_counter() - start)
+        return scalars
 
     def _draw(self, weights: dict[str, Tensor]) -> None:
         model = MaskedAutoencoder(plain(self.step.model).config)

@@ -41,7 +41,7 @@ class Watch:
     def __init__(self, run: Path, steps: int, first: int, seconds: float, processes: Processes):
         self.history = cut_back(run, first) if processes.leads else []
         self.seconds_before = seconds
-        self.step, self.lr = first, 0.0
+        self.step, self.lr, self.first = first, 0.0, first
         self._run, self._processes = run, processes
         self._losses: list[Tensor] = []  # kept on the device: reading one waits for it
         self._images, self._waited = 0, 0.0
@@ -49,7 +49,7 @@ class Watch:
         self._bad_in_a_row = 0
         self._start = self._last = time.perf_counter()
         self._bar = _Bar(steps, first) if processes.leads else None
-        self._events = _events(run, first) if processes.leads else None
+        self._events = None  # made with the first entry, so that a run that never comes to one leaves nothing
 
     def __enter__(self) -> "Watch":
         return self
@@ -57,7 +57,7 @@ class Watch:
     def __exit__(self, *exc_info) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._events is not None:
+        if self._events:
             self._events.close()
 
     @property
@@ -122,17 +122,11 @@ class Watch:
         """Leave time out of the images per second, in which other things were done than training."""
         self._last += seconds
 
-    def note(self, **scalars: float) -> None:
-        """Scalars beside those of the entries, such as a validation loss."""
-        if not self._processes.leads:
-            return
-        entry = {"step": self.step, **scalars}
-        self.history.append(entry)
-        self._write(entry)
-
     def picture(self, file: Path) -> None:
         """Show it in TensorBoard too."""
-        if self._events is not None:
+        if self._events is None:
+            self._events = _events(self._run, self.first)
+        if self._events:
             import numpy as np
             from PIL import Image
 
@@ -166,17 +160,18 @@ class Watch:
             raise CheckpointError(
                 f"{path} could not be written: {reason_of(error)}. A checkpoint from before, if there is one, is whole"
             ) from error
-        if self._events is not None:
-            for name, value in entry.items():
-                if name != "step":
-                    self._events.add_scalar(name, value, entry["step"])
+        if self._events is None:
+            self._events = _events(self._run, self.first)
+        for name, value in entry.items() if self._events else ():
+            if name != "step":
+                self._events.add_scalar(name, value, entry["step"])
 
 
 class _Bar:
     """On a terminal a bar that fits its width; elsewhere a line a minute."""
 
     def __init__(self, steps: int, first: int):
-        self._steps, self._first, self._done = steps, first, first
+        self._steps, self.first, self._done = steps, first, first
         self._live = sys.stderr.isatty()
         self._start = self._said = time.perf_counter()
         width = os.get_terminal_size(sys.stderr.fileno()).columns if self._live else 80
@@ -204,7 +199,7 @@ class _Bar:
         now = time.perf_counter()
         if not self._live and (now - self._said >= _LINE_EVERY or self._done == self._steps):
             self._said = now
-            left = (now - self._start) / max(1, self._done - self._first) * (self._steps - self._done)
+            left = (now - self._start) / max(1, self._done - self.first) * (self._steps - self._done)
             print(f"step {self._done}/{self._steps}, {tqdm.format_interval(left)} left, {words}", file=sys.stderr)
 
     def write(self, words: str) -> None:
@@ -240,7 +235,7 @@ def _events(run: Path, first: int):
             warnings.simplefilter("ignore")
             from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        return None
+        return False
     return SummaryWriter(str(run / "tensorboard"), purge_step=first + 1 if first else None)
 
 

@@ -75,7 +75,7 @@ class TrainConfig:
     keep: int = 2
     """Checkpoints that are kept to resume from."""
     eval_every: int | None = None
-    """Steps between validations and reconstructions; by default whole epochs, a twentieth of the run or more."""
+    """Steps between validations and reconstructions; by default whole epochs, about a tenth of the run."""
     max_skipped: int = 20
     """Losses in a row that are not finite, whose updates are skipped, until the run stops."""
 
@@ -97,7 +97,7 @@ class TrainConfig:
         warmup = self.warmup * steps if self.warmup_epochs is None else self.warmup_epochs * per_epoch
         if warmup > steps:
             raise ValueError(f"warmup_epochs {self.warmup_epochs:g} are longer than the run of {steps} steps")
-        evaluate = self.eval_every or math.ceil(max(1, math.ceil(steps / 20 / per_epoch)) * per_epoch)
+        evaluate = self.eval_every or math.ceil(max(1, round(steps / 10 / per_epoch)) * per_epoch)
         return Schedule(steps, max(1, round(warmup)), self.base_lr * self.batch_size / 256, per_epoch, evaluate)
 
 
@@ -132,17 +132,36 @@ class Schedule(NamedTuple):
         return self.peak_lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
 
 
-def write_recipe(run: Path, options: dict[str, Any], data: dict[str, Any]) -> None:
-    """Put ``recipe.json`` into the run folder: options by their names, what it is trained on, and versions.
+@dataclass(frozen=True)
+class Described:
+    """A run as its ``recipe.json`` describes it: options by their names, what it is trained on, and what follows."""
 
-    Raises:
-        CheckpointError: as of :func:`mae.checkpoints.saving.write_files`.
-    """
-    write_json(run, {FILE: {"options": options, "data": data, "versions": versions()}})
+    options: dict[str, Any]
+    data: dict[str, Any]
+    schedule: Schedule
+
+    def write(self, run: Path) -> None:
+        """Put ``recipe.json`` into the run folder, where there is none.
+
+        Raises:
+            CheckpointError: as of :func:`mae.checkpoints.saving.write_files`.
+        """
+        if not (run / FILE).is_file():
+            content = {"options": self.options, "data": self.data, "schedule": self.schedule._asdict()}
+            write_json(run, {FILE: content | {"versions": versions()}})
+
+    def differences(self, run: Path) -> list[str]:
+        """From the recipe in the folder, field by field: what the run would compute otherwise."""
+        before = read_recipe(run)
+        options = json.loads(json.dumps(self.options))  # tuples become lists, as in the file
+        names = [name for name in dict.fromkeys([*before["options"], *options]) if name not in _WORK]
+        pairs = {name: (before["options"].get(name), options.get(name)) for name in names if name != "data"}
+        pairs |= {f"data {name}": (before["data"].get(name), x) for name, x in self.data.items()}
+        return [f"{name} was {old!r} and is {new!r}" for name, (old, new) in pairs.items() if old != new]
 
 
 def read_recipe(run: Path) -> dict[str, Any]:
-    """What :func:`write_recipe` wrote.
+    """What :class:`Described` wrote.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -155,15 +174,6 @@ def read_recipe(run: Path) -> dict[str, Any]:
         return content
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} is no recipe of a run: {error}") from error
-
-
-def differences(recipe: dict[str, Any], options: dict[str, Any], data: dict[str, Any]) -> list[str]:
-    """What a run that is resumed would compute otherwise, field by field."""
-    options = json.loads(json.dumps(options))  # tuples become lists, as in the file
-    names = [name for name in dict.fromkeys([*recipe["options"], *options]) if name not in _WORK]
-    pairs = {name: (recipe["options"].get(name), options.get(name)) for name in names if name != "data"}
-    pairs |= {f"data {name}": (recipe["data"].get(name), x) for name, x in data.items()}
-    return [f"{name} was {before!r} and is {now!r}" for name, (before, now) in pairs.items() if before != now]
 
 
 def preset(name: str) -> dict[str, Any]:

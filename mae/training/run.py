@@ -11,8 +11,8 @@ from filelock import FileLock, Timeout
 from mae.training import metrics, recipe, state
 from mae.training.parallel import Processes
 
-_OF_A_RUN = ("model.safetensors", metrics.FILE, "config.json", recipe.FILE, state.FOLDER)
-_BESIDE = ("reconstructions", "tensorboard", "report.html", "results.json")  # what others made of it
+_OF_A_RUN = ("model.safetensors", metrics.FILE, "config.json", state.FOLDER)
+_BESIDE = (recipe.FILE, "reconstructions", "tensorboard", "report.html", "results.json")  # what others made of it
 _LOCK, _ASIDE = ".lock", ".replaced"
 
 Mode = Literal["new", "overwrite", "resume"]

@@ -149,12 +149,24 @@ def load_state(run: Path, state: TrainingState, processes: Processes) -> int:
                 _load(path, state)
             if problems:
                 warnings.warn(f"{'; '.join(problems)}. Resuming from step {step}", stacklevel=2)
+                with processes.together():
+                    if processes.leads:
+                        _set_aside(run, step)
             return step
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
         raise CheckpointError(f"{'; '.join(problems)}. No checkpoint in {run} can be resumed")
     return 0
+
+
+def _set_aside(run: Path, step: int) -> None:
+    """Damaged checkpoints of later steps, whose places the run will need."""
+    for later in [x for x in steps_on_disk(run) if x > step]:
+        path = path_of(run, later)
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
 def _load(path: Path, state: TrainingState) -> None:
@@ -199,7 +211,7 @@ def _flat(tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _check(path: Path, held: dict[str, tuple], expected: dict[str, tuple]) -> None:
-    for name in expected.keys() | held.keys():
+    for name in dict.fromkeys([*expected, *held]):
         if name not in held or name not in expected:
             raise CheckpointError(f"{path} is of another model: {name} is {'not in it' if name in expected else 'new'}")
         if held[name] != expected[name]:
