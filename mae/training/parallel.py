@@ -1,6 +1,7 @@
 """Several processes that train one model. Nothing else here knows how DistributedDataParallel and FSDP2 are used."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -140,12 +141,10 @@ def distribute(
         return model
     device = next(model.parameters()).device
     if parallel != "fsdp":
-        return DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        own = [device] if device.type == "cuda" else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the option's new name is not known to torch 2.11
+            return DistributedDataParallel(model, device_ids=own, broadcast_buffers=False, gradient_as_bucket_view=True)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     options = {"mesh": init_device_mesh(device.type, (processes.count,)), "mp_policy": policy}
     for block in (m for m in model.modules() if isinstance(m, Block)):
