@@ -36,6 +36,8 @@ RULES = {
     "norm_pix_loss": (lambda x: isinstance(x, bool) or x == "channel", "true, false or \"channel\""),
     "pixel_mean": (lambda x: are_all(x, is_number), "a list of numbers"),
     "pixel_std": (lambda x: are_all(x, is_number, 0), "a list of numbers above 0"),
+    "decoder": (lambda x: x in ("self", "cross"), "\"self\" or \"cross\""),
+    "predicted_share": (lambda x: is_number(x, 0) and x <= 1, "a number above 0, at most 1"),
 }  # fmt: skip
 
 

@@ -208,7 +208,7 @@ def test_reconstruction_of_a_perfect_prediction_is_the_original(config, norm_pix
     model = MaskedAutoencoder(replace(config, norm_pix_loss=norm_pix))
     images = torch.randint(256, (3, 3, *config.image_size), dtype=torch.uint8)
     target = reference.pixel_target(normalised(images), config.patch_size, norm_pix)
-    monkeypatch.setattr(model, "decode", lambda x: torch.zeros(3, 1 + config.num_patches, 32))
+    monkeypatch.setattr(model, "decode", lambda *_: torch.zeros(3, 1 + config.num_patches, 32))
     monkeypatch.setattr(model.decoder_pred, "forward", lambda x: torch.cat([target[:, :1], target], dim=1))
     pictures = model.reconstruct(images)
     torch.testing.assert_close(pictures.reconstruction, pictures.original, rtol=0, atol=1e-5)

@@ -57,6 +57,8 @@ def convert_checkpoint(
         descriptions = {} if is_file else _descriptions(checkpoint, to)
     except ValueError as error:
         raise CheckpointError(f"{source} has no counterpart in {to}: {error}") from error
+    if to not in ("mae", "timm") and checkpoint.config.decoder == "cross" and not checkpoint.encoder_only:
+        raise CheckpointError(f"{source} has no counterpart in {to}: its decoder is 'cross', which no other system has")
     if checkpoint.mask_ratio != 0.75 and not any("mask_ratio" in values for values in descriptions.values()):
         ratio = f"{checkpoint.mask_ratio:g}"
         warnings.warn(

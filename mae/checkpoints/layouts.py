@@ -63,11 +63,15 @@ def _hugging_face(block: Table, blocks: str, decoder_blocks: str = "decoder_laye
     return _table(encoder, decoder, vit + blocks, f"decoder.{decoder_blocks}", block)
 
 
+# Of a cross decoder, in the place of attn.qkv: no other system has them.
+_CROSS = {x: (x,) for x in ("decoder_blocks.#.attn.q", "decoder_blocks.#.attn.kv")}
+
 # All that are recognised; those whose names are no layout of LAYOUTS are read and never written.
 _TABLES: dict[str, Table] = {
     "published": _table(
         {x: x for x in _ENCODER}, {x: x for x in _DECODER}, "blocks", "decoder_blocks", _PUBLISHED_BLOCK
-    ),
+    )
+    | _CROSS,
     "huggingface-4": _hugging_face(_BLOCK_4, "encoder.layer"),
     "huggingface-5": _hugging_face(_BLOCK_5, "layers"),
     "huggingface-4, encoder alone": _hugging_face(_BLOCK_4, "encoder.layer", vit=""),

@@ -128,7 +128,8 @@ def from_weights(
     known = dict(_factory(base)) if base else {}
     # No shape tells whether these are right.
     notes += [f"its settings say {name} {x}" for name, x in said.items() if x != known.get(name, x)]
-    result = known | ({} if model else {k: x for k, x in shapes.items() if k != "tokens"}) | said | overrides
+    told = {"decoder"} if model else shapes.keys() - {"tokens"}  # no name of a model tells its decoder
+    result = known | {k: x for k, x in shapes.items() if k in told} | said | overrides
     result["image_size"], more = _image_size(result, shapes.get("tokens"), settings, image_size)
     notes += more
     if "norm_pix_loss" not in overrides:
@@ -166,6 +167,8 @@ def _shapes(state: dict[str, Tensor]) -> dict:
         result["tokens"] = shape["pos_embed"][1]
     if len(shape.get("decoder_embed.weight", ())) == 2:
         result |= {"decoder_embed_dim": shape["decoder_embed.weight"][0], "decoder_depth": 0}
+    if "decoder_blocks.0.attn.kv.weight" in shape:
+        result["decoder"] = "cross"
     widths = {}
     for prefix, blocks in (("", "blocks"), ("decoder_", "decoder_blocks")):
         if len(mlp := shape.get(f"{blocks}.0.mlp.fc1.weight", ())) == 2 and all(mlp):

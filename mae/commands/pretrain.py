@@ -68,6 +68,12 @@ class PretrainConfig:
     not 84.9 % fine-tuned, and 65.5 % and not 73.5 % by linear probe (ViT-L, He et al. 2021, table 1)."""
     decoder_width: int | None = None
     """Width of the decoder, published: 512. There 128 gives 84.9 % fine-tuned and 69.1 % by linear probe."""
+    decoder: Literal["self", "cross"] = "self"
+    """self: mask tokens among the visible ones, as published. cross is not the published method but CrossMAE's: hidden
+    patches attend to visible ones alone, which is faster, and a file that only this project reads."""
+    predicted_share: float = 1.0
+    """Share of the hidden patches that are predicted, published: all. Less is not the published method: faster, and a
+    loss of fewer patches. CrossMAE was trained with a third and with all."""
     residual: Literal["float32", "bfloat16"] = "float32"
     """Tokens between the blocks under bfloat16 autocast: float32 as published; bfloat16 saves memory, not exact."""
     sizes: Annotated[SizeOptions, tyro.conf.arg(name="")] = field(default_factory=SizeOptions)
@@ -196,6 +202,9 @@ def _prepare(config: PretrainConfig, device: torch.device, processes: Processes)
     if processes.leads and not (config.dry_run or config.data_benchmark):
         refuse_run(config.out, config.mode != "new")
     decoder = {"decoder_depth": config.decoder_depth, "decoder_embed_dim": config.decoder_width}
+    decoder |= {"decoder": config.decoder, "predicted_share": config.predicted_share}
+    if config.train.masking == "grid" and config.predicted_share < 1:
+        raise ValueError("masking grid has so few masks that with a predicted_share some patches are never predicted")
     sizes = config.sizes.config(config.model, norm_pix_loss=config.norm_pix_loss, **decoder)
     config.train.strategy(0, sizes.grid.grid)  # refuses a ratio that this grid cannot have
     source, validation = ImageFiles(find_images(config.data)), None

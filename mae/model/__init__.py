@@ -2,6 +2,7 @@
 
 from mae.model.autoencoder import MAEOutput, MaskedAutoencoder, Reconstruction
 from mae.model.block import Block
+from mae.model.cross import CrossBlock
 from mae.model.positions import pos_embed_for, resample_pos_embed, sincos_pos_embed
 from mae.model.presets import (
     MODELS,
@@ -22,6 +23,7 @@ from mae.model.vit import VisionTransformer
 __all__ = [
     "MODELS",
     "Block",
+    "CrossBlock",
     "MAEConfig",
     "MAEOutput",
     "MaskedAutoencoder",

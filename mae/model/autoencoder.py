@@ -3,6 +3,7 @@
 State-dict keys are those of the published code, so its checkpoints load with ``strict=True``.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mae.model.block import Block, linear, of_some
+from mae.model.cross import CrossBlock, predicted
 from mae.model.sizes import MAEConfig
 from mae.model.vit import VisionTransformer, fill_positions, initialize
 from mae_kernels import Masking, gather_tokens, linear_masked_mse, masked_mse, patchify, random_masking, unpatchify
@@ -42,6 +44,10 @@ class Reconstruction(NamedTuple):
 class MaskedAutoencoder(VisionTransformer):
     """Encoder for visible patches, decoder for all of them, squared error on the hidden ones.
 
+    With the config's decoder ``"cross"`` the decoder is CrossMAE's, :class:`mae.model.cross.CrossBlock`; with a
+    predicted_share below 1 the error is that of some hidden patches, :func:`mae.model.cross.predicted`. Neither is the
+    published objective.
+
     Images and arguments: as of :class:`VisionTransformer`.
     """
 
@@ -52,8 +58,9 @@ class MaskedAutoencoder(VisionTransformer):
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.mask_token_scatter = MaskTokenScatter(out_dtype=residual_dtype)
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, dim), requires_grad=False)
+        block = CrossBlock if config.decoder == "cross" else Block
         self.decoder_blocks = nn.ModuleList(
-            Block(dim, config.decoder_num_heads, config.mlp_ratio) for _ in range(config.decoder_depth)
+            block(dim, config.decoder_num_heads, config.mlp_ratio) for _ in range(config.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
         self.decoder_pred = nn.Linear(dim, config.grid.patch_values)
@@ -85,39 +92,71 @@ class MaskedAutoencoder(VisionTransformer):
             noise: ``[N, L]`` that fixes the mask, see :func:`mae_kernels.random_masking`.
             masking: the mask itself, from any source; mask_ratio and noise are then not used. Where its rows differ in
                 their counts, each image gets what it would get alone, and the loss is the mean over all hidden patches.
-            return_pred: predict the visible patches as well and return them all. Costs time and memory.
+            return_pred: predict all patches, visible and hidden, and return them. Costs time and memory. What a cross
+                decoder says of visible patches it was not trained for.
 
         Returns:
             :class:`MAEOutput`; the loss is the same number with and without return_pred.
         """
         grid = self.patch_grid(images)
         masking = _masking(images, grid.num_patches, mask_ratio, noise, masking)
+        scored = predicted(masking, self.config.predicted_share)
         keys = _padding(masking, grid.num_patches)
         latent = self.encode(self.embed(images, masking.ids_keep), keys)  # [N, 1 + K, D]
-        tokens = self.scatter_mask_tokens(latent, masking.ids_restore, grid)  # [N, 1 + L, D']
+        x = self.decoder_input(latent, masking.ids_restore, grid)
         if return_pred:
-            hidden = self.decoder_norm(self.decode(tokens))  # [N, 1 + L, D']
+            hidden = self.decoder_norm(self.decode(x, None, grid, keys))  # [N, 1 + L, D']
             pred = linear(hidden, self.decoder_pred)[:, 1:]  # [N, L, E]
-            loss = masked_mse(pred, images, mask=masking.mask, **self._target(images))
+            loss = masked_mse(pred, images, mask=scored.mask, **self._target(images))
             return MAEOutput(loss, pred, masking.mask)
-        hidden = self.decode(tokens, masking.ids_mask)  # [N, M, D']
-        return MAEOutput(self.loss(hidden, images, masking.ids_mask), None, masking.mask)
+        hidden = self.decode(x, scored.ids_mask, grid, keys)  # [N, M, D']
+        return MAEOutput(self.loss(hidden, images, scored.ids_mask), None, masking.mask)
+
+    def decoder_input(self, latent: Tensor, ids_restore: Tensor, grid: PatchGrid) -> Tensor:
+        """What :meth:`decode` takes of latent ``[N, 1 + K, D]``.
+
+        All tokens ``[N, 1 + L, D']``, or for a cross decoder the visible ones ``[N, 1 + K, D']``.
+        """
+        if self.config.decoder == "cross":
+            return linear(latent, self.decoder_embed)
+        return self.scatter_mask_tokens(latent, ids_restore, grid)
 
     def scatter_mask_tokens(self, latent: Tensor, ids_restore: Tensor, grid: PatchGrid) -> Tensor:
-        """The decoder's input, mask tokens in place: ``[N, 1 + K, D]`` -> ``[N, 1 + L, D']``."""
+        """Visible tokens and mask tokens in the places of their patches: ``[N, 1 + K, D]`` -> ``[N, 1 + L, D']``."""
         positions = self.positions(self.decoder_pos_embed, grid)
         return self.mask_token_scatter(linear(latent, self.decoder_embed), self.mask_token, ids_restore, positions)
 
-    def decode(self, x: Tensor, ids_mask: Tensor | None = None) -> Tensor:
+    def decode(
+        self, x: Tensor, ids_mask: Tensor | None = None, grid: PatchGrid | None = None, keys: Tensor | None = None
+    ) -> Tensor:
         """Hidden states before the final norm, of all tokens ``[N, 1 + L, D']``, or of the patches ids_mask ``[N, M]``.
 
-        For the latter the last block computes keys and values of all tokens, and everything else for these alone.
+        For the latter the last block computes keys and values of all tokens, and everything else for these alone; the
+        blocks of a cross decoder never compute anything else.
+
+        Args:
+            x: as :meth:`decoder_input` makes it.
+            ids_mask: -1 is no patch.
+            grid, keys: what a cross decoder has to know besides: the images' patches, the config's for None, and which
+                tokens are padding, as of :meth:`encode`.
         """
+        if self.config.decoder == "cross":
+            queries = self._queries(len(x), ids_mask, grid or self.config.grid)
+            return functools.reduce(lambda tokens, block: block(tokens, x, keys), self.decoder_blocks, queries)
         ids = None if ids_mask is None else ids_mask + (ids_mask >= 0)  # behind the class token, but for those of none
         last = len(self.decoder_blocks) - 1
         for i, block in enumerate(self.decoder_blocks):
             x = of_some(block, x, ids if i == last else None)
         return gather_tokens(x, ids) if last < 0 and ids is not None else x
+
+    def _queries(self, batch_size: int, ids_mask: Tensor | None, grid: PatchGrid) -> Tensor:
+        """The mask token at the places of all tokens ``[N, 1 + L, D']``, or of the patches ids_mask ``[N, M, D']``."""
+        positions = self.positions(self.decoder_pos_embed, grid)
+        if ids_mask is None:
+            positions = positions.expand(batch_size, -1, -1)
+        else:
+            positions = F.embedding(ids_mask + 1, positions[0])  # of an id of -1 any will do: the class token's
+        return (positions + self.mask_token).to(self.residual_dtype)
 
     def loss(self, hidden: Tensor, images: Tensor, ids_mask: Tensor) -> Tensor:
         """Norm, head and squared error of the hidden patches ``[N, M, D']``: scalar float32."""

@@ -11,14 +11,31 @@ from mae_kernels.precision import autocast_dtype
 from mae_kernels.untouched import untouched
 
 
-class Attention(nn.Module):
+class Heads(nn.Module):
+    """Attention to what a subclass projects, and the projection ``proj`` of all heads behind it."""
+
+    proj: nn.Module
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+
+    def attend(self, packed: Tensor, queries: Tensor | None, keys: Tensor | None) -> Tensor:
+        """``[N, T, 3 D]`` queries, keys and values, or queries ``[N, S, D]`` beside ``[N, T, 2 D]``: ``[N, S, D]``."""
+        # The method Tensor.unflatten cannot be compiled while a default device is set.
+        parts, heads = (3 if queries is None else 2), self.num_heads
+        packed = torch.unflatten(packed, 2, (parts, heads, -1))
+        queries = None if queries is None else torch.unflatten(queries, 2, (heads, -1))
+        return linear(attention(packed, queries, keys).flatten(2), self.proj)
+
+
+class Attention(Heads):
     """Attention of every token to all; :class:`Block` computes the same in fewer passes where nobody would notice."""
 
     takes_ids = True  # as a Block does, see of_some
 
     def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
+        super().__init__(num_heads)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -29,14 +46,6 @@ class Attention(nn.Module):
             return self.attend(packed, None, keys)
         dim = packed.shape[2] // 3
         return self.attend(packed[..., dim:], gather_tokens(packed[..., :dim], ids), keys)
-
-    def attend(self, packed: Tensor, queries: Tensor | None, keys: Tensor | None) -> Tensor:
-        """``[N, T, 3 D]`` queries, keys and values, or queries ``[N, S, D]`` beside ``[N, T, 2 D]``: ``[N, S, D]``."""
-        # The method Tensor.unflatten cannot be compiled while a default device is set.
-        parts, heads = (3 if queries is None else 2), self.num_heads
-        packed = torch.unflatten(packed, 2, (parts, heads, -1))
-        queries = None if queries is None else torch.unflatten(queries, 2, (heads, -1))
-        return linear(attention(packed, queries, keys).flatten(2), self.proj)
 
 
 class Mlp(nn.Module):
@@ -80,11 +89,14 @@ class Block(nn.Module):
             attended = attn.attend(norm_linear(x, norm, weight, bias), queries, keys)
         else:
             attended = of_some(attn, norm(x), ids, keys)
-        x = rows + attended
-        mlp, norm = self.mlp, self.norm2
-        if untouched(mlp, Mlp) and untouched(norm, nn.LayerNorm) and untouched(fc1 := mlp.fc1, nn.Linear):
-            return x + mlp.output(norm_linear(x, norm, fc1.weight, fc1.bias))
-        return x + mlp(norm(x))
+        return feed_forward(rows + attended, self.norm2, self.mlp)
+
+
+def feed_forward(x: Tensor, norm: nn.Module, mlp: nn.Module) -> Tensor:
+    """``x + mlp(norm(x))``, the second half of a block: ``[N, T, D] -> [N, T, D]``."""
+    if untouched(mlp, Mlp) and untouched(norm, nn.LayerNorm) and untouched(fc1 := mlp.fc1, nn.Linear):
+        return x + mlp.output(norm_linear(x, norm, fc1.weight, fc1.bias))
+    return x + mlp(norm(x))
 
 
 def of_some(module: nn.Module, x: Tensor, ids: Tensor | None, keys: Tensor | None = None) -> Tensor:

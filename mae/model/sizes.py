@@ -33,6 +33,10 @@ class MAEConfig:
     # Of uint8 pixels as numbers in [0, 1], of uint16 ones in their own units; the ops apply them to both.
     pixel_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    # What predicts: mask tokens among the visible ones, which attend to each other; or CrossMAE's, which attend to the
+    # visible ones alone. Another model with another objective, not the published one faster.
+    decoder: Literal["self", "cross"] = "self"
+    predicted_share: float = 1.0  # of the hidden patches, in the loss: see mae.model.cross.predicted
 
     def __post_init__(self):
         try:
@@ -53,6 +57,8 @@ class MAEConfig:
         ):
             if width % 4 or width % heads:
                 raise ValueError(f"MAEConfig: {name} {width} must be a multiple of 4 and of its {heads} heads")
+        if self.decoder == "cross" and not self.decoder_depth:
+            raise ValueError("MAEConfig: a cross decoder sees the image in its blocks alone, and decoder_depth is 0")
         if self.num_patches > _MOST_PATCHES:
             raise ValueError(f"MAEConfig: an image has {self.num_patches} patches, more than {_MOST_PATCHES}")
         if not len(self.pixel_mean) == len(self.pixel_std) == self.in_chans:

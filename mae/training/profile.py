@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae.model import MAEConfig, MaskedAutoencoder
+from mae.model.cross import predicted, predicted_count
 from mae_kernels import random_masking
 
 # Ops that hand out memory or read it back; every other op that is not a view is at least one kernel launch.
@@ -83,7 +84,8 @@ def training_flops(config: MAEConfig, mask_ratio: float = 0.75) -> int:
 
     A block on T tokens of width D of which S leave it: ``4 T D²`` for keys and values, ``4 S D²`` for queries and
     projection, ``4 r S D²`` for an MLP of ratio r, ``4 S T D`` for attention. S < T in the last block of the decoder
-    alone, where hidden patches leave. A backward costs two forwards, less the gradient of the images.
+    alone, where hidden patches leave, and S and T are other tokens in every block of a cross decoder. A backward costs
+    two forwards, less the gradient of the images.
     """
 
     def block(tokens: int, dim: int, leave: int) -> int:
@@ -93,10 +95,12 @@ def training_flops(config: MAEConfig, mask_ratio: float = 0.75) -> int:
     dim, decoder_dim = config.embed_dim, config.decoder_embed_dim
     num_patches, values = config.num_patches, config.grid.patch_values
     visible = int(num_patches * (1 - mask_ratio))
-    hidden, all_tokens = num_patches - visible, 1 + num_patches
+    hidden, all_tokens = predicted_count(num_patches - visible, config.predicted_share), 1 + num_patches
     forward = config.depth * block(1 + visible, dim, 1 + visible)
     forward += 2 * (1 + visible) * dim * decoder_dim  # decoder_embed
-    if config.decoder_depth:
+    if config.decoder == "cross":
+        forward += config.decoder_depth * block(1 + visible, decoder_dim, hidden)
+    elif config.decoder_depth:
         forward += (config.decoder_depth - 1) * block(all_tokens, decoder_dim, all_tokens)
         forward += block(all_tokens, decoder_dim, hidden)
     embed = 2 * visible * values * dim
@@ -161,14 +165,15 @@ def _cut_step(model, images, optimizer, mask_ratio, autocast, meter, inputs: lis
     grid = model.patch_grid(images)
     with meter("masking", "forward"):
         masking = random_masking(len(images), grid.num_patches, mask_ratio, device=device)
-    inputs[:] = [images, *masking]
+    scored = predicted(masking, model.config.predicted_share)
+    inputs[:] = [images, *masking, scored.ids_mask]
     x, ends = None, []
     for name, run in {
         "embed": lambda x: model.embed(images, masking.ids_keep),
         "encoder": model.encode,
-        "scatter": lambda x: model.scatter_mask_tokens(x, masking.ids_restore, grid),
-        "decoder": lambda x: model.decode(x, masking.ids_mask),
-        "loss": lambda x: model.loss(x, images, masking.ids_mask),
+        "scatter": lambda x: model.decoder_input(x, masking.ids_restore, grid),
+        "decoder": lambda x: model.decode(x, scored.ids_mask, grid),
+        "loss": lambda x: model.loss(x, images, scored.ids_mask),
     }.items():
         start = None if x is None else x.detach().requires_grad_()
         inputs += [] if start is None else [start]
