@@ -18,8 +18,9 @@ from torch._inductor.utils import run_and_get_code
 from benchmarks.measure import DEVICE
 from mae.checkpoints.configs import to_hugging_face_config
 from mae.checkpoints.layouts import find_layout, from_layout, to_layout
+from mae.training.optimizers import adamw
 from mae.training.profile import LaunchCounter, saved_bytes
-from mae.training.step import TrainingStep, adamw
+from mae.training.step import TrainingStep
 from mae_kernels import Masking, apply, random_masking, reference
 
 LABELS = {

@@ -25,7 +25,8 @@ _MODULES = {
         "mae_vit_small_video",
         "mae_vit_tiny_patch16",
     ),
-    "mae.training.step": ("TrainingStep", "adamw"),
+    "mae.training.optimizers": ("adamw", "muon"),
+    "mae.training.step": ("TrainingStep",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOMES)

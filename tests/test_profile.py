@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mae import MAEConfig, MaskedAutoencoder
 from mae.__main__ import main
+from mae.training.optimizers import adamw
 from mae.training.profile import LaunchCounter, profile_step, saved_bytes, training_flops
-from mae.training.step import adamw
 from mae_kernels import reference
 
 SMALL = MAEConfig(

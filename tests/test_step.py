@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mae_kernels
 from mae import MAEConfig, MaskedAutoencoder
+from mae.training.optimizers import adamw
 from mae.training.profile import LaunchCounter, saved_bytes
-from mae.training.step import MaskStrategy, TrainingStep, adamw
+from mae.training.step import MaskStrategy, TrainingStep
 from mae_kernels import Masking, products, random_masking, reference
 
 SMALL = MAEConfig(

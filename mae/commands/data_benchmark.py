@@ -8,8 +8,9 @@ import torch
 from mae.data import Batches, TrainingImages, on_device, usable_workers
 from mae.model import MaskedAutoencoder
 from mae.training.loop import choose_execution, uses_bfloat16
+from mae.training.optimizers import adamw
 from mae.training.recipe import TrainConfig
-from mae.training.step import TrainingStep, adamw
+from mae.training.step import TrainingStep
 
 _WORKERS = (0, 1, 2, 4)
 _BATCHES, _WARM_UP, _STEPS = 6, 2, 3

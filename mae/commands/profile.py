@@ -10,8 +10,8 @@ from mae.commands.options import ModelName, SizeOptions
 from mae.fields import COUNT, check
 from mae.model import MaskedAutoencoder
 from mae.training.loop import choose_device, uses_bfloat16
+from mae.training.optimizers import adamw
 from mae.training.profile import Phase, profile_step, training_flops
-from mae.training.step import adamw
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from mae.data.randomness import derived_seed
 from mae.model import MaskedAutoencoder
 from mae.training import recipe
 from mae.training.metrics import TrainingStopped, Watch
+from mae.training.optimizers import OPTIMIZERS
 from mae.training.parallel import Processes, ProcessLost, distribute, plain, whole_state
 from mae.training.recipe import Schedule, TrainConfig
 from mae.training.run import Mode, RunError, open_run
 from mae.training.signals import StopRequest, stop_requests
 from mae.training.state import TrainingState, load_state, path_of, save_state, steps_on_disk
-from mae.training.step import Execution, TrainingStep, adamw
+from mae.training.step import Execution, TrainingStep
 from mae_kernels import Masking
 from mae_kernels.backend import is_recent_gpu
 
@@ -116,7 +117,7 @@ def train(
     model.to(device).train()
     fsdp_dtype = torch.bfloat16 if config.fsdp_dtype == "bfloat16" else None
     distributed = distribute(model, config.parallel, processes, fsdp_dtype)
-    optimizer = adamw(distributed, schedule.peak_lr, config.weight_decay)
+    optimizer = OPTIMIZERS[config.optimizer](distributed, schedule.peak_lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type) if config.precision == "float16" else None
     step = TrainingStep(
         distributed,

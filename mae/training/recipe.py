@@ -14,6 +14,7 @@ import torch
 from mae.checkpoints.layouts import CheckpointError
 from mae.checkpoints.saving import write_json
 from mae.fields import COUNT, RATIO, SEED, check, is_number
+from mae.training.optimizers import OptimizerName
 from mae.training.parallel import Parallel
 from mae.training.step import Execution, MaskStrategy, StrategyName
 
@@ -48,6 +49,9 @@ class TrainConfig:
     """The same in epochs; published: 40."""
     weight_decay: float = 0.05
     """AdamW weight decay, as published of all parameters but biases and norms."""
+    optimizer: OptimizerName = "adamw"
+    """adamw, as published. muon is not the published recipe: updates of the blocks' matrices are made orthogonal, at
+    AdamW's learning rate and weight decay, and all else is left to AdamW."""
     seed: int = 0
     """Of weights, order of images, crops and masks."""
     device: str = "auto"

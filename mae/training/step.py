@@ -25,19 +25,6 @@ _RECOMPUTE = {
 }
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float = 0.05) -> torch.optim.AdamW:
-    """The published optimizer in one fused update: weight decay on all but biases and norms, the vectors among them.
-
-    Source: He et al. 2021, appendix A.1.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-
-
 def _random(batch_size: int, grid: tuple[int, ...], mask_ratio: float, **options) -> Masking:
     return random_masking(batch_size, math.prod(grid), mask_ratio, **options)
 
@@ -70,7 +57,7 @@ class TrainingStep:
 
     Args:
         model: a :class:`mae.MaskedAutoencoder`, or one wrapped in DistributedDataParallel or sharded by fully_shard.
-        optimizer: see :func:`adamw`. One that takes ``found_inf``, as PyTorch's fused ones do, changes nothing where
+        optimizer: see :mod:`mae.training.optimizers`. One that takes ``found_inf``, as PyTorch's fused ones do, changes nothing where
             the loss, or the norm that is clipped, is not finite; ``skipped`` counts that on the device.
         strategy: which patches are hidden.
         bfloat16: autocast to it.
