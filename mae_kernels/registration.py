@@ -83,13 +83,31 @@ def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward:
 
     def call(*args):
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return decomposed(op, *args) if in_onnx_export() else function.apply(*args)
+            return decomposed(op, *args) if in_onnx_export() else apply(function, *args)
         # Function.apply without two things that only torch.func and torch.compile need, at a third of its cost: it
         # inspects the signature of every call, and the op would ask once more whether to record a gradient.
         with torch._C._AutoDispatchBelowAutograd():
             return super(base, function).apply(*args)
 
     return call
+
+
+def apply(function: type[torch.autograd.Function], *args):
+    """``function.apply(*args)``, whose ctx.needs_input_grad says the truth under torch.compile of torch.func too."""
+    return function.apply(*(map(_seen_anew, args) if _is_compiled_in_a_transform() else args))
+
+
+def _is_compiled_in_a_transform() -> bool:
+    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _seen_anew(x):
+    """A view of a tensor, whatever else as it is.
+
+    When torch.func.grad wraps what it differentiates, Dynamo (torch 2.13) notes that it wants no gradient, and the mark
+    that it does is set behind that: a Function would compute none. Of a view Dynamo asks anew.
+    """
+    return x.view_as(x) if isinstance(x, Tensor) else x
 
 
 def in_onnx_export() -> bool:
@@ -118,6 +136,8 @@ def wants_gradient(x: Tensor | None) -> bool:
     """Whether autograd may ask for the gradient of x. Inside vmap a tensor does not tell: it may."""
     if x is None or not torch.is_grad_enabled():
         return False
+    if _is_compiled_in_a_transform():
+        x = _seen_anew(x)
     return x.requires_grad or torch._C._functorch.is_batchedtensor(x)
 
 

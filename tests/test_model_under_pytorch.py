@@ -157,6 +157,19 @@ def test_functional_gradient(model, autocast):
     assert_equal(ours, expected, rtol=2e-2 if autocast else 1e-5, atol=1e-3 if autocast else 1e-6)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("decoder", ["self", "cross"])
+def test_compiled_functional_gradient(decoder, autocast):
+    """torch.compile takes the parameters of torch.func.grad for constants, unless it is made to look again."""
+    model, inputs = MaskedAutoencoder(replace(SMALL, decoder=decoder)).to(DEVICE), batch(3)
+    loss, parameters = functional_loss(model)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        expected = grad(loss)(parameters, *inputs)
+        torch._dynamo.reset()
+        ours = torch.compile(grad(loss), fullgraph=True, backend="aot_eager")(parameters, *inputs)
+    assert_equal(ours, expected, rtol=2e-2 if autocast else 1e-5, atol=1e-3 if autocast else 1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 def test_gradient_of_each_sample(model, autocast):

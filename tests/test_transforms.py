@@ -33,6 +33,27 @@ def test_functional_gradient(name, n):
     assert all(torch.equal(ours[key], expected[key]) for key in wrt)
 
 
+@pytest.mark.parametrize("computed", [True, False], ids=["computed", "leaves"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_compiled_functional_gradient(name, computed, n):
+    """Of leaves, and of leaves beside a tensor that was computed from one."""
+    op, build, wrt = OPS_BY_NAME[name]
+    inputs = build(n)
+    grad = torch.randn_like(op(**inputs))
+
+    def loss(leaves):
+        if computed:
+            leaves = {**leaves, wrt[0]: 2 * leaves[wrt[0]]}
+        return (op(**{**inputs, **leaves}) * grad).sum()
+
+    leaves = {key: inputs[key] for key in wrt}
+    expected = torch.func.grad(loss)(leaves)
+    torch._dynamo.reset()
+    ours = torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager")(leaves)
+    for key in wrt:
+        torch.testing.assert_close(ours[key], expected[key], rtol=1e-6, atol=0, msg=key)
+
+
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_second_derivatives_are_refused(name, n):
     op, build, wrt = OPS_BY_NAME[name]

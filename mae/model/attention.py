@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mae_kernels.registration import once_differentiable
+from mae_kernels.registration import apply, once_differentiable
 
 # Scores of one chunk stay in the cores' L2 caches.
 CHUNK_BYTES = 2 * 2**20
@@ -23,7 +23,7 @@ def attention(packed: Tensor, queries: Tensor | None = None, keys: Tensor | None
         computes the scores again.
     """
     if packed.device.type == "cpu" and packed.dtype in (torch.bfloat16, torch.float16) and packed.requires_grad:
-        return _Attention.apply(packed, queries, keys)
+        return apply(_Attention, packed, queries, keys)
     return _fused(packed, queries, keys)
 
 

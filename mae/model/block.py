@@ -8,6 +8,7 @@ from torch import Tensor
 from mae.model.attention import attention
 from mae_kernels import gather_tokens, products
 from mae_kernels.precision import autocast_dtype
+from mae_kernels.registration import apply
 from mae_kernels.untouched import untouched
 
 
@@ -123,7 +124,7 @@ def linear(x: Tensor, layer: nn.Module) -> Tensor:
     if x.is_cpu and untouched(layer, nn.Linear) and (is_cast or layer.weight.dtype == dtype):
         x = x.to(dtype)
         if products.onednn_is_faster("forward", x, layer.weight.shape[0]):
-            return _Linear.apply(x, layer.weight.to(dtype), _to(layer.bias, dtype))
+            return apply(_Linear, x, layer.weight.to(dtype), _to(layer.bias, dtype))
     return layer(x)
 
 
@@ -132,13 +133,13 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | No
     dtype = _compute_dtype(x)
     # A number for torch.compile(dynamic=True) too: torch 2.13 fails on a symbol that two Functions share.
     eps = float(f"{norm.eps}")
-    return _NormLinear.apply(x, norm.weight, norm.bias, eps, weight.to(dtype), _to(bias, dtype))
+    return apply(_NormLinear, x, norm.weight, norm.bias, eps, weight.to(dtype), _to(bias, dtype))
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``linear(gelu(x))``: ``[N, T, H] -> [N, T, O]``. The backward computes gelu again."""
     dtype = _compute_dtype(x)
-    return _GeluLinear.apply(x, weight.to(dtype), _to(bias, dtype))
+    return apply(_GeluLinear, x, weight.to(dtype), _to(bias, dtype))
 
 
 def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
