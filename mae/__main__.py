@@ -104,4 +104,7 @@ def _show(message: Warning, category: type[Warning], filename: str, line: int, *
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    main()
+    try:
+        main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python is closing down, and would answer with a traceback

@@ -20,8 +20,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mae import MAEConfig, MaskedAutoencoder, TrainingStep, adamw, mae_vit_demo_patch7, muon
-from mae.training.loop import TrainConfig, train
+from mae.data import TensorImages
+from mae.training.loop import train
 from mae.training.profile import LaunchCounter
+from mae.training.recipe import TrainConfig
 from mae_kernels import random_masking
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -229,9 +231,9 @@ def test_it_learns(tmp_path):
     images = torch.rand(8, 1, 4, 4).mul(255).byte().repeat_interleave(7, 2).repeat_interleave(7, 3)
     images = images // 2 + torch.linspace(0, 120, 28).byte()
     config = TrainConfig(
-        steps=150, batch_size=8, base_lr=2e-3 * 256 / 8, optimizer="muon", device="cpu", precision="float32"
+        steps=150, batch_size=8, base_lr=2e-3 * 256 / 8, optimizer="muon", device="cpu", precision="float32", workers=0
     )
-    history = train(model, [images] * 150, config, tmp_path)
+    history = train(model, TensorImages(images), config, tmp_path)
     assert history[-1]["loss"] < 0.1
 
 

@@ -29,7 +29,7 @@ from mae.model import MAEConfig, MaskedAutoencoder
 from mae.training.loop import Looks, choose_device, train, uses_bfloat16
 from mae.training.parallel import Processes, joined, own_device
 from mae.training.profile import training_flops
-from mae.training.recipe import Schedule, TrainConfig, preset
+from mae.training.recipe import Schedule, TrainConfig, preset, unpublished
 from mae.training.run import Mode, refuse_run
 from mae.training.validation import Validation
 
@@ -144,6 +144,8 @@ class _Job:
         )
         if self.validation is not None:
             words += f"; {counted(len(self.validation), 'image')} held out"
+        if others := unpublished(flat(config)):
+            words += f"\nNot the published method: {', '.join(others)}"
         return words
 
     def foretell(self, seconds: float) -> str:

@@ -152,7 +152,8 @@ class Described:
         """
         if not (run / FILE).is_file():
             content = {"options": self.options, "data": self.data, "schedule": self.schedule._asdict()}
-            write_json(run, {FILE: content | {"versions": versions()}})
+            labels = [f"not the published method: {x}" for x in unpublished(self.options)]
+            write_json(run, {FILE: content | {"versions": versions()} | ({"labels": labels} if labels else {})})
 
     def differences(self, run: Path) -> list[str]:
         """From the recipe in the folder, field by field: what the run would compute otherwise."""
@@ -162,6 +163,12 @@ class Described:
         pairs = {name: (before["options"].get(name), options.get(name)) for name in names if name != "data"}
         pairs |= {f"data {name}": (before["data"].get(name), x) for name, x in self.data.items()}
         return [f"{name} was {old!r} and is {new!r}" for name, (old, new) in pairs.items() if old != new]
+
+
+def unpublished(options: dict[str, Any]) -> list[str]:
+    """Options that make the objective or its optimizer another than He et al. 2021 published."""
+    published = {"decoder": "self", "predicted_share": 1.0, "optimizer": "adamw"}
+    return [f"{name} {options[name]}" for name, x in published.items() if options.get(name, x) != x]
 
 
 def read_recipe(run: Path) -> dict[str, Any]:

@@ -57,8 +57,8 @@ class TrainingStep:
 
     Args:
         model: a :class:`mae.MaskedAutoencoder`, or one wrapped in DistributedDataParallel or sharded by fully_shard.
-        optimizer: see :mod:`mae.training.optimizers`. One that takes ``found_inf``, as PyTorch's fused ones do, changes nothing where
-            the loss, or the norm that is clipped, is not finite; ``skipped`` counts that on the device.
+        optimizer: see :mod:`mae.training.optimizers`. One that takes ``found_inf``, as PyTorch's fused ones do, changes
+            nothing where the loss, or the norm that is clipped, is not finite; ``skipped`` counts that on the device.
         strategy: which patches are hidden.
         bfloat16: autocast to it.
         execution: ``"eager"``; ``"compile"``, one graph by torch.compile; ``"graph"``, the same replayed as a CUDA
@@ -138,7 +138,7 @@ class TrainingStep:
         bad = ~loss.isfinite()
         if self.clip_grad is not None:
             bad |= ~local(torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)).isfinite()
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+        if hasattr(self.optimizer, "found_inf") or getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.found_inf = in_any_process(bad.float(), self.model)
             self.skipped += self.optimizer.found_inf
         self.optimizer.step()
