@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 
-model = ["filelock", "matplotlib", "pillow", "safetensors", "scikit-learn", "scipy", "tqdm", "tyro"]
+model = ["filelock", "matplotlib", "pillow", "safetensors", "scikit-learn", "scipy", "tensorboard", "tqdm", "tyro"]
 multiband = ["imagecodecs", "tifffile"]  # TIFFs beyond 8-bit grey and colour, compressed ones too
 video, audio = ["av>=14"], ["soundfile"]
 bench = [*model, "pytest", "pytest-benchmark"]
@@ -21,7 +21,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["mae_kernels", "mae_kernels.*", "mae", "mae.*"]),
-    package_data={"mae": ["fashion_mnist/*"]},
+    package_data={"mae": ["fashion_mnist/*", "recipes/*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11,<2.16",
