@@ -7,10 +7,11 @@ here = Path(__file__).parent
 model = ["filelock", "matplotlib", "pillow", "safetensors", "scikit-learn", "scipy", "tensorboard", "tqdm", "tyro"]
 multiband = ["imagecodecs", "tifffile"]  # TIFFs beyond 8-bit grey and colour, compressed ones too
 video, audio = ["av>=14"], ["soundfile"]
+datasets = ["datasets>=4"]  # from which on it runs no scripts
 bench = [*model, "pytest", "pytest-benchmark"]
 test = [
-    *bench, *multiband, *video, *audio, "accelerate", "hypothesis", "mmasim", "onnxruntime", "onnxscript", "peft",
-    "pytest-xdist", "transformers>=5.17",
+    *bench, *multiband, *video, *audio, *datasets, "accelerate", "hypothesis", "mmasim", "onnxruntime", "onnxscript",
+    "peft", "pytest-xdist", "transformers>=5.17",
 ]  # fmt: skip
 
 setup(
@@ -34,6 +35,7 @@ setup(
         "multiband": multiband,
         "video": video,
         "audio": audio,
+        "datasets": datasets,
         "bench": bench,
         "test": test,
         "dev": [*test, "ruff"],

@@ -9,7 +9,7 @@ import tyro
 
 from mae.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from mae.commands.options import ModelName, ReadingOptions, Sizes, given
-from mae.data import ImageFiles, find_images, is_sound, printable, read_pictures
+from mae.data import ImageFiles, Joined, Source, is_sound, open_source, printable, read_pictures
 from mae.fields import COUNT, RATIO, SEED, check
 from mae.model import MaskedAutoencoder
 from mae.report.figures import View, default_count, picture_file, save_reconstructions
@@ -24,8 +24,8 @@ class ReconstructConfig:
 
     checkpoint: Path
     """Run folder, or a checkpoint file of any layout that convert reads."""
-    images: tuple[Path, ...]
-    """Image files, or folders of them."""
+    images: tuple[str, ...]
+    """Image files, folders of them, or hf: and a dataset, as in pretrain."""
     out: Path = Path("reconstructions.png")
     """Picture to write, a .png unless its name ends otherwise."""
     model: ModelName | None = None
@@ -64,16 +64,23 @@ def reconstruct(config: ReconstructConfig) -> None:
         )
     model = model.to(choose_device(config.device))
     reading = config.reading.reading(model.config)
-    files = [f for path in config.images for f in (find_images(path) if path.is_dir() else [path])]
+    source = Joined([_opened(images) for images in config.images])
     pictures, indices = zip(
-        *read_pictures(ImageFiles(files), reading, config.most or default_count(reading.image_size)), strict=True
+        *read_pictures(source, reading, config.most or default_count(reading.image_size)), strict=True
     )
     images = torch.stack(pictures).to(model.cls_token.device)
     strategy, generator = MaskStrategy(config.masking, config.mask_ratio), torch.Generator().manual_seed(config.seed)
     masking = strategy(len(images), model.config.grid.grid, generator=generator)
     result = model.reconstruct(images, masking=Masking(*(x.to(images.device) for x in masking)))
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_reconstructions(result, out, view="sound" if all(is_sound(files[i]) for i in indices) else config.view)
+    view = "sound" if all(is_sound(Path(source.name(i))) for i in indices) else config.view
+    save_reconstructions(result, out, view=view)
     print(f"Wrote {len(images)} reconstructions to {printable(out)}")
     if result.uses_true_statistics:
         print("The model was trained on normalised pixels: hidden patches take mean and contrast from the original.")
+
+
+def _opened(images: str | Path) -> Source:
+    """A single file is taken whatever its suffix is."""
+    is_many = str(images).startswith("hf:") or Path(images).is_dir()
+    return open_source(images) if is_many else ImageFiles([Path(images)])

@@ -1,11 +1,11 @@
-"""Images, clips, volumes and sound from folders, as uint8 tensors: whatever people have, broken files included."""
+"""Images, clips, volumes and sound from folders and datasets, as uint8 tensors: whatever people have, broken or not."""
 
 from mae.data.crops import Crops, TensorImages, TrainingImages, random_box
 from mae.data.errors import DataError, DataWarning, counted, printable
 from mae.data.loader import Batches, Order, on_device, usable_workers
 from mae.data.pictures import Picture, read_image, resize_and_crop, to_tensor
 from mae.data.readers import Reading, Wanted, is_sound
-from mae.data.sources import ImageFiles, Part, Source, find_images, find_labelled_images, fingerprint, held_out
+from mae.data.sources import ImageFiles, Joined, Part, Source, find_images, find_labelled_images, held_out, open_source
 from mae.data.whole import read_pictures
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "DataError",
     "DataWarning",
     "ImageFiles",
+    "Joined",
     "Order",
     "Part",
     "Picture",
@@ -25,10 +26,10 @@ __all__ = [
     "counted",
     "find_images",
     "find_labelled_images",
-    "fingerprint",
     "held_out",
     "is_sound",
     "on_device",
+    "open_source",
     "printable",
     "random_box",
     "read_image",

@@ -1,6 +1,5 @@
 """Files as pictures and clips of 8 bits, with as many channels and frames as the model takes."""
 
-import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from mae.data.errors import DataError, printable
 from mae.data.levels import ENOUGH, PLAIN, to_8_bits
-from mae.data.readers import READERS, Reading, Values, Wanted
+from mae.data.readers import READERS, Reading, Stored, Values, Wanted
 from mae.data.readers.pillow import planes_of
 
 
@@ -47,7 +46,7 @@ class Picture(NamedTuple):
             return self._replace(images=tuple(map(f, self.images)))
 
 
-def read_image(file: str | Path, reading: Reading | int, wanted: Wanted | None = None) -> Picture:
+def read_image(file: str | Path | Stored, reading: Reading | int, wanted: Wanted | None = None) -> Picture:
     """The picture or clip of a file with the channels and frames of the model, upright, transparency on white.
 
     Grey is repeated for a model of three channels, colour becomes grey for a model of one. A model of one frame gets
@@ -59,17 +58,17 @@ def read_image(file: str | Path, reading: Reading | int, wanted: Wanted | None =
         DataError: the file cannot be decoded, has other channels or fewer frames than the model, too many pixels, or
             values that no range turns into 8 bits.
     """
-    file, reading = Path(file), Reading(reading) if isinstance(reading, int) else reading
+    file = file if isinstance(file, Stored) else Stored(Path(file), str(file))
+    reading = Reading(reading) if isinstance(reading, int) else reading
     try:
-        if not stat.S_ISREG(file.stat().st_mode):  # opening a FIFO would wait for somebody who writes into it
-            raise DataError("it is no regular file")
-        with open(file, "rb") as opened:
+        file.check_regular()
+        with file.open() as opened:
             head = opened.read(12)
         reader = next(r for r in READERS if r.magic.match(head))
         with _quiet_pillow():
             return _picture(reader.read(file, reading, wanted or Wanted()), reading)
     except Exception as error:  # decoders raise anything from OSError to struct.error on damaged files
-        raise DataError(f"cannot read {printable(file)}: {_reason(error)}") from error
+        raise DataError(f"cannot read {printable(file.name)}: {_reason(error)}") from error
 
 
 def to_tensor(picture: Picture) -> Tensor:

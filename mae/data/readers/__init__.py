@@ -11,6 +11,7 @@ from PIL import Image
 
 from mae.data.readers import arrays, pillow, sound, tiff, video
 from mae.data.readers.reading import Reading, Wanted
+from mae.data.readers.stored import Stored
 from mae.data.readers.values import Values
 
 # Without a handler Python prints what these say about damaged files.
@@ -26,7 +27,7 @@ class Reader(NamedTuple):
     anything.
     """
 
-    read: Callable[[Path, Reading, Wanted], Sequence[Image.Image] | Values]
+    read: Callable[[Stored, Reading, Wanted], Sequence[Image.Image] | Values]
     magic: re.Pattern[bytes]  # of the first bytes of such files
     suffixes: Callable[[], set[str]]
     missing: Callable[[], str] = lambda: ""  # the package that it waits for, and how to install it

@@ -6,12 +6,14 @@ import numpy as np
 
 from mae.data.errors import DataError, counted
 from mae.data.readers.reading import Reading, Wanted
+from mae.data.readers.stored import Stored
 from mae.data.readers.values import Values
 
 
-def read(file: Path, reading: Reading, wanted: Wanted) -> Values:
+def read(file: Stored, reading: Reading, wanted: Wanted) -> Values:
     """``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``, with T before H for a model of frames; its channels say which."""
-    values = np.load(file, mmap_mode="r", allow_pickle=False)
+    mode = "r" if isinstance(file.held, Path) else None  # a model of frames needs a few of a long file
+    values = np.load(file.openable(), mmap_mode=mode, allow_pickle=False)
     if not isinstance(values, np.ndarray):
         with values as arrays:
             if len(arrays) != 1:

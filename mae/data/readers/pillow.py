@@ -4,13 +4,13 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import numpy as np
 from PIL import EpsImagePlugin, Image, ImageFile, ImageOps, features
 
 from mae.data.errors import DataError
 from mae.data.readers.reading import Reading, Wanted
+from mae.data.readers.stored import Stored
 from mae.data.readers.values import ORIENTATION, SAMPLE_FORMAT, Values, alpha_of, interpreted, upright
 
 _NOT_WHOLE = {"MPEG": "knows no more than the size", "FITS": "reads one plane, and not the scale,"}
@@ -36,9 +36,9 @@ def _without_stderr() -> Iterator[None]:
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Image.Image]:
+def opened(file: Stored) -> Iterator[Image.Image]:
     """Given a path, Pillow maps a raw TIFF into memory, with rows of the wrong length where it is to be turned."""
-    with open(file, "rb") as stream, Image.open(stream) as image:
+    with file.open() as stream, Image.open(stream) as image:
         yield image
 
 
@@ -48,7 +48,7 @@ def planes_of(image: Image.Image) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
 
 
-def read(file: Path, reading: Reading, wanted: Wanted) -> Sequence[Image.Image] | Values:
+def read(file: Stored, reading: Reading, wanted: Wanted) -> Sequence[Image.Image] | Values:
     with opened(file) as image:
         if image.format in _NOT_WHOLE:
             raise DataError(f"Pillow {_NOT_WHOLE[image.format]} of {image.format}")
@@ -78,7 +78,9 @@ def read(file: Path, reading: Reading, wanted: Wanted) -> Sequence[Image.Image] 
         elif image.format == "PPM" and image.mode == "RGB" and tile[0].startswith("ppm") and tile[3][-1] > 255:
             if tile[0] != "ppm":
                 raise DataError("it holds colours of 16 bits as text")
-            values = np.fromfile(file, ">u2", 3 * image.width * image.height, offset=tile[2])
+            with file.open() as stream:
+                stream.seek(tile[2])
+                values = np.frombuffer(stream.read(6 * image.width * image.height), ">u2")
             values = values.reshape(image.height, image.width, 3).transpose(2, 0, 1)
             stored = Values((values * (65535 / tile[3][-1])).round().astype(np.uint16))
         else:
@@ -104,7 +106,7 @@ def _raw_mode(tile: tuple) -> str:
     return raw if isinstance(raw, str) else ""
 
 
-def _deep_colours(file: Path, high: Image.Image) -> np.ndarray:
+def _deep_colours(file: Stored, high: Image.Image) -> np.ndarray:
     """Bands ``[C, H, W]`` uint16 of a file of which Pillow gives the upper 8 bits.
 
     It is read again as if the bytes of each value stood the other way around.

@@ -1,13 +1,13 @@
 """Sound as spectrograms: WAV files with SciPy, others with soundfile."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from scipy.io import wavfile
 
 from mae.data.errors import DataError, counted
 from mae.data.readers.reading import Reading, Wanted
+from mae.data.readers.stored import Stored
 from mae.data.readers.values import Values
 from mae.data.sound import HOP, RATE, WINDOW, below_loudest, mono, spectrogram
 
@@ -19,15 +19,15 @@ except (ImportError, OSError):  # OSError: the package is there, and the library
 _PACKAGE = "the package soundfile: pip install 'mae_kernels[audio]'"
 
 
-def read_wav(file: Path, reading: Reading, wanted: Wanted) -> Values:
-    rate, samples = wavfile.read(file)
+def read_wav(file: Stored, reading: Reading, wanted: Wanted) -> Values:
+    rate, samples = wavfile.read(file.openable())
     return _heard(len(samples), rate, lambda begin, count: samples[begin : begin + count], reading, wanted)
 
 
-def read(file: Path, reading: Reading, wanted: Wanted) -> Values:
+def read(file: Stored, reading: Reading, wanted: Wanted) -> Values:
     if soundfile is None:
         raise DataError(f"it is sound, which needs {_PACKAGE}")
-    with soundfile.SoundFile(file) as sound:
+    with soundfile.SoundFile(file.openable()) as sound:
 
         def read(begin: int, count: int) -> np.ndarray:
             sound.seek(begin)

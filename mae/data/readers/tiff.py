@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -10,6 +9,7 @@ from PIL import Image, UnidentifiedImageError
 from mae.data.errors import DataError
 from mae.data.readers import pillow
 from mae.data.readers.reading import Reading, Wanted
+from mae.data.readers.stored import Stored
 from mae.data.readers.values import (
     BITS,
     EXTRA_SAMPLES,
@@ -33,7 +33,7 @@ except ImportError:
 _COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # samples of each photometric interpretation
 
 
-def read(file: Path, reading: Reading, wanted: Wanted) -> Sequence[Image.Image] | Values:
+def read(file: Stored, reading: Reading, wanted: Wanted) -> Sequence[Image.Image] | Values:
     """Pillow where it gives all that the file holds, tifffile elsewhere. Pages are frames, for a model of one channels.
 
     Axes that the file calls samples or channels are channels for every model.
@@ -43,7 +43,7 @@ def read(file: Path, reading: Reading, wanted: Wanted) -> Sequence[Image.Image] 
         return pillow.read(file, reading, wanted)
     if tifffile is None:
         raise DataError(f"it {beyond}, which needs the package tifffile: pip install 'mae_kernels[multiband]'")
-    with tifffile.TiffFile(file) as tiff:
+    with tifffile.TiffFile(file.openable()) as tiff:
         series, *others = tiff.series
         # Overviews and masks repeat the picture; anything else would be cut away.
         stack = [series, *(s for s in others if not s.keyframe.subfiletype & 5)]
@@ -96,7 +96,7 @@ def _name(code: int) -> str:
     return getattr(code, "name", f"{code}")
 
 
-def _beyond_pillow(file: Path) -> str:
+def _beyond_pillow(file: Stored) -> str:
     """What Pillow would leave out of a TIFF, or cannot read; empty where it gives everything."""
     try:
         with pillow.opened(file) as image:

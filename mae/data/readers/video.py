@@ -1,11 +1,10 @@
 """Videos, read with PyAV."""
 
-from pathlib import Path
-
 from PIL import Image
 
 from mae.data.errors import DataError, counted
 from mae.data.readers.reading import Reading, Wanted
+from mae.data.readers.stored import Stored
 
 try:
     import av
@@ -15,11 +14,11 @@ except ImportError:
 _PACKAGE = "the package av: pip install 'mae_kernels[video]'"
 
 
-def read(file: Path, reading: Reading, wanted: Wanted) -> list[Image.Image]:
+def read(file: Stored, reading: Reading, wanted: Wanted) -> list[Image.Image]:
     """Frames in the order in which they are shown; none before the last key frame that is needed is decoded."""
     if av is None:
         raise DataError(f"it is a video, which needs {_PACKAGE}")
-    with av.open(file) as container:
+    with av.open(file.openable()) as container:
         if not container.streams.video:
             raise DataError("it holds no video")
         stream = container.streams.video[0]
