@@ -7,11 +7,12 @@ here = Path(__file__).parent
 model = ["filelock", "matplotlib", "pillow", "safetensors", "scikit-learn", "scipy", "tensorboard", "tqdm", "tyro"]
 multiband = ["imagecodecs", "tifffile"]  # TIFFs beyond 8-bit grey and colour, compressed ones too
 video, audio = ["av>=14"], ["soundfile"]
+fast = ["simplejpeg"]
 datasets = ["datasets>=4"]  # from which on it runs no scripts
 bench = [*model, "pytest", "pytest-benchmark"]
 test = [
-    *bench, *multiband, *video, *audio, *datasets, "accelerate", "hypothesis", "mmasim", "onnxruntime", "onnxscript",
-    "peft", "pytest-xdist", "transformers>=5.17",
+    *bench, *multiband, *video, *audio, *datasets, *fast, "accelerate", "hypothesis", "mmasim", "onnxruntime",
+    "onnxscript", "peft", "pytest-xdist", "transformers>=5.17",
 ]  # fmt: skip
 
 setup(
@@ -36,6 +37,7 @@ setup(
         "video": video,
         "audio": audio,
         "datasets": datasets,
+        "fast": fast,
         "bench": bench,
         "test": test,
         "dev": [*test, "ruff"],

@@ -1,5 +1,6 @@
 """Files as pictures and clips of 8 bits, with as many channels and frames as the model takes."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,20 +18,23 @@ from mae.data.readers import READERS, Reading, Stored, Values, Wanted
 from mae.data.readers.pillow import planes_of
 
 
+Frame = Image.Image | np.ndarray  # [H, W] or [H, W, 3] uint8
+
+
 class Picture(NamedTuple):
     """Pixels of 8 bits, frame by frame: one grey or colour image, or a grey one for each channel, all of one size."""
 
-    images: tuple[Image.Image, ...]
+    images: tuple[Frame, ...]
     note: str = PLAIN  # how values of more than 8 bits became these, see mae.data.levels
     is_sound: bool = False  # a spectrogram of the model's size: neither cut nor resized nor flipped
 
     @property
     def height(self) -> int:
-        return self.images[0].height
+        return _size(self.images[0])[0]
 
     @property
     def width(self) -> int:
-        return self.images[0].width
+        return _size(self.images[0])[1]
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         """``[H, W]`` of one plane, else ``[H, W, T * C]``: uint8, as of an image of Pillow."""
@@ -39,11 +43,12 @@ class Picture(NamedTuple):
 
     def cut(self, box: tuple[int, int, int, int], factor: int) -> "Picture":
         """The box (left, top, right, bottom), of which factor times factor pixels become one, their mean."""
-        return self.each(lambda image: image.reduce(factor, box) if factor > 1 else image.crop(box))
+        with _quiet_pillow():
+            return self._replace(images=tuple(_cut(image, box, factor) for image in self.images))
 
     def each(self, f: Callable[[Image.Image], Image.Image]) -> "Picture":
         with _quiet_pillow():
-            return self._replace(images=tuple(map(f, self.images)))
+            return self._replace(images=tuple(map(f, map(_image, self.images))))
 
 
 def read_image(file: str | Path | Stored, reading: Reading | int, wanted: Wanted | None = None) -> Picture:
@@ -82,7 +87,7 @@ def resize_and_crop(picture: Picture, size: tuple[int, int]) -> Picture:
     return picture.each(lambda image: ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC))
 
 
-def _picture(stored: Sequence[Image.Image] | Values, reading: Reading) -> Picture:
+def _picture(stored: Sequence[Frame] | Values, reading: Reading) -> Picture:
     """What a reader found as a picture with the channels of the model."""
     if not isinstance(stored, Values):
         frames = [_plain(image, reading) for image in stored]
@@ -109,8 +114,11 @@ def _bands(frame: np.ndarray, alpha: np.ndarray | None, reading: Reading) -> tup
     return bands * 3 if reading.channels == 3 else (Image.merge("RGB", bands).convert("L"),)
 
 
-def _plain(image: Image.Image, reading: Reading) -> Image.Image:
+def _plain(image: Frame, reading: Reading) -> Frame:
     """An image of 8 bits and any mode as one with the bands of the model."""
+    if isinstance(image, np.ndarray) and math.prod(image.shape[2:]) == reading.channels:
+        return image
+    image = _image(image)
     if reading.channels in (1, 3):
         if image.has_transparency_data:
             image = _on_white(image.convert("RGBA"))
@@ -138,6 +146,22 @@ def _on_white(image: Image.Image) -> Image.Image:
 def _levels(image: Image.Image, where: Image.Image | None = None) -> int:
     """How many of 256 its colours take, of an RGBA image."""
     return np.count_nonzero(np.reshape(image.histogram(where)[: 3 * 256], (3, 256)).any(axis=0))
+
+
+def _size(frame: Frame) -> tuple[int, int]:
+    return (frame.height, frame.width) if isinstance(frame, Image.Image) else frame.shape[:2]
+
+
+def _image(frame: Frame) -> Image.Image:
+    return frame if isinstance(frame, Image.Image) else Image.fromarray(frame)
+
+
+def _cut(frame: Frame, box: tuple[int, int, int, int], factor: int) -> Frame:
+    if isinstance(frame, Image.Image):
+        return frame.reduce(factor, box) if factor > 1 else frame.crop(box)
+    left, top, right, bottom = box
+    frame = frame[top:bottom, left:right]
+    return Image.fromarray(frame).reduce(factor) if factor > 1 else frame
 
 
 @contextmanager

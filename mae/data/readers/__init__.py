@@ -7,9 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
-from mae.data.readers import arrays, pillow, sound, tiff, video
+from mae.data.readers import arrays, jpeg, pillow, sound, tiff, video
 from mae.data.readers.reading import Reading, Wanted
 from mae.data.readers.stored import Stored
 from mae.data.readers.values import Values
@@ -22,12 +23,12 @@ for _library in ("PIL", "tifffile"):
 class Reader(NamedTuple):
     """Reads one kind of files; another kind is another entry of READERS.
 
-    ``read(file, reading, wanted)`` gives the pixels as they are stored: one image of 8 bits for each frame, or
-    :class:`Values`. It asks ``reading`` about size and channels before it decodes, where it can, and may raise
-    anything.
+    ``read(file, reading, wanted)`` gives the pixels as they are stored: for each frame an image of 8 bits or an array
+    ``[H, W]`` or ``[H, W, 3]`` of such, or :class:`Values`. It asks ``reading`` about size and channels before it
+    decodes, where it can, and may raise anything.
     """
 
-    read: Callable[[Stored, Reading, Wanted], Sequence[Image.Image] | Values]
+    read: Callable[[Stored, Reading, Wanted], Sequence[Image.Image | np.ndarray] | Values]
     magic: re.Pattern[bytes]  # of the first bytes of such files
     suffixes: Callable[[], set[str]]
     missing: Callable[[], str] = lambda: ""  # the package that it waits for, and how to install it
@@ -50,6 +51,7 @@ READERS = (
         lambda: {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm"},
         video.missing,
     ),
+    Reader(jpeg.read, re.compile(rb"\xff\xd8\xff"), set),  # whose suffixes are among those of Pillow
     Reader(pillow.read, re.compile(b""), pillow.suffixes),  # the last one: it takes every file
 )
 

@@ -55,9 +55,9 @@ def read(file: Stored, reading: Reading, wanted: Wanted) -> Sequence[Image.Image
         reading.check_size(image.height, image.width)
         if reading.frames > 1:  # counting the frames of a file takes time
             return _frames(image, reading, wanted)
-        factor = wanted.shrink(image.height, image.width)
-        if factor > 1:
-            image.draft(None, (-(-image.width // factor), -(-image.height // factor)))
+        factor = 1 << wanted.shrink(image.height, image.width).bit_length() - 1  # a JPEG knows 2, 4 and 8
+        if factor > 1:  # rounded up, sides would have to be divided by less
+            image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
         tile = image.tile[0] if getattr(image, "tile", None) else None  # loading takes it away
         tags = image.tag_v2 if image.format == "TIFF" else {}
         with _without_stderr() if tile is not None and tile[0] == "libtiff" else nullcontext():
