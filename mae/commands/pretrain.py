@@ -14,13 +14,11 @@ from mae.commands.data_benchmark import data_benchmark
 from mae.commands.options import ModelName, ReadingOptions, SizeOptions, flat, from_flat
 from mae.commands.pictures import Drawing
 from mae.data import (
-    ImageFiles,
     Source,
     TrainingImages,
     counted,
-    find_images,
-    fingerprint,
     held_out,
+    open_source,
     printable,
     usable_workers,
 )
@@ -38,8 +36,9 @@ from mae.training.validation import Validation
 class PretrainConfig:
     """Pre-train a masked autoencoder on a folder of images; under torchrun in several processes."""
 
-    data: Path
-    """Folder of images, searched with its sub-folders; no labels are needed."""
+    data: str
+    """Folder of images, searched with its sub-folders; no labels are needed. Or hf: and a dataset: hf:NAME of the hub,
+    hf:FOLDER, hf:FILE.parquet, hf:NAME:SPLIT."""
     model: ModelName | None = None
     """Architecture; by default mae_vit_small_patch16, on a CPU the smallest, mae_vit_tiny_patch16."""
     out: Path = Path("runs/pretrain")
@@ -56,8 +55,8 @@ class PretrainConfig:
     """Say what would be done, and do nothing."""
     data_benchmark: bool = False
     """Measure how many images a second can be loaded, and trained on, and do nothing else."""
-    val: Path | None = None
-    """Folder of images that are held out: their loss, under masks that stay the same, is in metrics.jsonl."""
+    val: str | None = None
+    """Folder or hf:dataset of images that are held out: their loss, under masks that stay the same, is in metrics.jsonl."""
     val_share: float = 0.0
     """Share of the images that is held out in place of a folder."""
     norm_pix_loss: bool | Literal["channel"] = True
@@ -190,7 +189,7 @@ class _Job:
                 processes=processes,
                 looks=Looks(validate, drawing, self.foretell),
                 options=options,
-                data={"fingerprint": fingerprint(self.images.source)},
+                data={"fingerprint": self.images.source.fingerprint()},
             )
         finally:
             if processes.leads:
@@ -209,9 +208,9 @@ def _prepare(config: PretrainConfig, device: torch.device, processes: Processes)
         raise ValueError("masking grid has so few masks that with a predicted_share some patches are never predicted")
     sizes = config.sizes.config(config.model, norm_pix_loss=config.norm_pix_loss, **decoder)
     config.train.strategy(0, sizes.grid.grid)  # refuses a ratio that this grid cannot have
-    source, validation = ImageFiles(find_images(config.data)), None
+    source, validation = open_source(config.data), None
     if config.val is not None:
-        validation = ImageFiles(find_images(config.val))
+        validation = open_source(config.val)
     elif config.val_share:
         source, validation = held_out(source, max(1, round(config.val_share * len(source))), config.train.seed)
     images = TrainingImages(source, config.reading.reading(sizes), config.train.seed)

@@ -17,7 +17,6 @@ from mae.data.levels import ENOUGH, PLAIN, to_8_bits
 from mae.data.readers import READERS, Reading, Stored, Values, Wanted
 from mae.data.readers.pillow import planes_of
 
-
 Frame = Image.Image | np.ndarray  # [H, W] or [H, W, 3] uint8
 
 

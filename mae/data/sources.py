@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from mae.data.errors import DataError, DataWarning, counted, printable
 from mae.data.hugging_face import open_dataset
 from mae.data.pictures import Picture, read_image
@@ -127,13 +129,9 @@ class Part:
     def read(self, index: int, reading: Reading, wanted: Wanted | None = None) -> Picture:
         return self.source.read(self.numbers[index], reading, wanted)
 
-
-def fingerprint(source: Source) -> str:
-    """A short hash of the pictures' names, so that a run is not resumed on other ones."""
-    names = [source.name(i) for i in range(len(source))]
-    folder = os.path.commonpath([os.path.dirname(name) for name in names])
-    text = "\0".join(os.path.relpath(name, folder) for name in names)
-    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    def fingerprint(self) -> str:
+        numbers = np.asarray(self.numbers, np.int64).tobytes()
+        return hashlib.sha256(self.source.fingerprint().encode() + numbers).hexdigest()[:16]
 
 
 def held_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
