@@ -19,7 +19,13 @@ def test_snippets_run_and_their_shapes_are_right(snippet, tmp_path, monkeypatch)
     test_readme.test_snippets_run_and_their_shapes_are_right(snippet)
 
 
-@pytest.mark.parametrize("command", [c[3:] for c in COMMANDS], ids=" ".join)
+def of_training() -> list[list[str]]:
+    """What follows ``mae`` in the commands of that page, whatever starts them."""
+    lines = test_readme.commands((FOLDER / "training.md").read_text(encoding="utf-8"))
+    return [line[line.index("mae") + 1 :] for line in lines]
+
+
+@pytest.mark.parametrize("command", [*(c[3:] for c in COMMANDS), *of_training()], ids=" ".join)
 def test_commands_take_their_options(command, capsys):
     test_readme.test_commands_take_their_options(command, capsys)
 
