@@ -75,9 +75,8 @@ def test_make_targets_exist():
 def test_linked_and_listed_files_exist():
     links = [link for link in re.findall(r"\]\((.*?)\)", README) if not link.startswith("http")]
     listed = re.findall(r"\b(?:[\w/]+/)?(\w+\.py)\b", README)
-    here = {
-        f.name for folder in ("mae*", "mae/*", "mae_kernels/kernels", "benchmarks") for f in ROOT.glob(f"{folder}/*.py")
-    }
+    folders = ("mae*", "mae/*", "mae_kernels/kernels", "benchmarks")
+    here = {f.name for folder in folders for f in ROOT.glob(f"{folder}/*.py")}
     assert links
     assert all((ROOT / link).is_file() for link in links)
     assert listed

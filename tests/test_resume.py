@@ -306,6 +306,24 @@ def wait_for_step(out: Path, process: subprocess.Popen, step: int) -> None:
         time.sleep(0.02)
 
 
+def test_a_full_disk_costs_no_finished_checkpoint(tmp_path, data):
+    """As far as files of a limited size can tell: the one that does not fit is said, and the one before stays."""
+    out, options = tmp_path / "run", ["--steps", "8", "--save-every", "4", "--log-every", "1", "--workers", "0"]
+    main(["pretrain", "--data", str(data), "--out", str(out), *SMALL, *options])
+    shutil.rmtree(path_of(out, 8))
+    before = {file: file.read_bytes() for file in path_of(out, 4).iterdir()}
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); "
+    limited += "sys.argv = ['mae', *sys.argv[1:]]; runpy.run_module('mae', run_name='__main__')"
+    command = [sys.executable, "-c", limited, "pretrain", "--data", str(data), "--out", str(out), *SMALL, *options]
+    process = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1] == (
+        f"mae: the checkpoint of step 8 could not be written into {out}: File too large; the one of step 4 is whole"
+    )
+    assert {file: file.read_bytes() for file in path_of(out, 4).iterdir()} == before
+    assert [x.name for x in (out / "checkpoints").iterdir()] == ["step-000004"]
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_signals_save_and_leave_nobody_behind(tmp_path, data, name):
     out = tmp_path / "run"

@@ -1,6 +1,7 @@
 """``python -m mae pretrain``."""
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -56,7 +57,7 @@ class PretrainConfig:
     data_benchmark: bool = False
     """Measure how many images a second can be loaded, and trained on, and do nothing else."""
     val: str | None = None
-    """Folder or hf:dataset of images that are held out: their loss, under masks that stay the same, is in metrics.jsonl."""
+    """Folder or hf:dataset of images that are held out: their loss, under masks that stay, is in metrics.jsonl."""
     val_share: float = 0.0
     """Share of the images that is held out in place of a folder."""
     norm_pix_loss: bool | Literal["channel"] = True
@@ -191,10 +192,13 @@ class _Job:
                 options=options,
                 data={"fingerprint": self.images.source.fingerprint()},
             )
-        finally:
+        except Exception:
             if processes.leads:
-                drawing.finish()
+                with suppress(Exception):  # what went wrong first is said
+                    drawing.finish()
+            raise
         if processes.leads:
+            drawing.finish()
             print(f"The model is in {printable(config.out)}. Try it on images that it has not seen:")
             print(f"  python -m mae reconstruct --checkpoint {printable(config.out)} --images FOLDER")
 

@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,9 +100,19 @@ def save_state(run: Path, step: int, state: TrainingState, processes: Processes,
 def _write_shards(stage: Path, state: TrainingState) -> None:
     # One file a process, with the place of each piece in it; consolidated only for those who want the model.
     writer = dcp.HuggingFaceStorageWriter(str(stage), save_distributed=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is one process
+    with _plainly_raised():
         dcp.save(_flat(state.tensors()), storage_writer=writer, no_dist=not dist.is_initialized())
+
+
+@contextmanager
+def _plainly_raised() -> Iterator[None]:
+    """What went wrong in a process, not what PyTorch wraps it in, which is no Exception; nor that there is only one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except dcp.CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error
 
 
 def _finish(stage: Path, path: Path, step: int, state: TrainingState) -> None:
@@ -182,8 +194,7 @@ def _load(path: Path, state: TrainingState) -> None:
         reader = dcp.HuggingFaceStorageReader(str(path))
         held = reader.read_metadata().state_dict_metadata
         _check(path, {name: tuple(x.size) for name, x in held.items()}, {n: tuple(x.shape) for n, x in flat.items()})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _plainly_raised():
             dcp.load(flat, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointError:
         raise
