@@ -21,10 +21,13 @@ from safetensors.torch import load_file
 from mae import CheckpointError, load_checkpoint, mae_vit_demo_patch7
 from mae.__main__ import main
 from mae.data import TensorImages
+from mae.data.randomness import derived_seed
 from mae.training.loop import TrainConfig, train
 from mae.training.metrics import TrainingStopped, cut_back
 from mae.training.run import RunError, open_run
 from mae.training.state import path_of, steps_on_disk
+from mae.training.step import TrainingStep
+from mae_kernels import random_masking
 
 SMALL = [
     "--model", "mae_vit_tiny_patch16", "--image-size", "32", "--batch-size", "4", "--device", "cpu",
@@ -265,6 +268,23 @@ def test_float16_scales_the_loss_and_resumes(tmp_path):
     assert scaler["scale"] > 1
     run_demo_model(tmp_path / "cut", "resume", precision="float16", steps=6)
     assert_equal(tmp_path / "straight", tmp_path / "cut")
+
+
+def test_masks_are_a_function_of_seed_and_step(tmp_path, monkeypatch):
+    seen = []
+
+    class Step(TrainingStep):
+        def __call__(self, images, masking=None):
+            seen.append(masking)
+            return super().__call__(images, masking)
+
+    monkeypatch.setattr("mae.training.loop.TrainingStep", Step)
+    run_demo_model(tmp_path, steps=3, seed=1)
+    for step, masking in enumerate(seen):
+        generator = torch.Generator().manual_seed(derived_seed("mask", 3, (step, 0)))
+        expected = random_masking(8, 16, 0.75, generator=generator)
+        assert all(torch.equal(a, b) for a, b in zip(masking, expected, strict=True))
+    assert not torch.equal(seen[0].mask, seen[1].mask)
 
 
 def test_the_learning_rate_is_a_function_of_the_step():

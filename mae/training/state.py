@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_optimizer_state_dict,
 )
 
 from mae.checkpoints.layouts import CheckpointError
@@ -188,8 +187,7 @@ def _load(path: Path, state: TrainingState) -> None:
         if found != size:
             is_ = "is missing" if found is None else f"has {found} bytes and not {size}"
             raise CheckpointError(f"{path} is damaged: {name} {is_}")
-    tensors = state.tensors()
-    flat = _flat(tensors)
+    flat = _flat(state.tensors())  # which are read into, in place
     try:
         reader = dcp.HuggingFaceStorageReader(str(path))
         held = reader.read_metadata().state_dict_metadata
@@ -200,8 +198,6 @@ def _load(path: Path, state: TrainingState) -> None:
         raise
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from error
-    own = get_optimizer_state_dict(state.model, state.optimizer, options=_FLAT)
-    set_optimizer_state_dict(state.model, state.optimizer, own | tensors["optimizer"], options=_FLAT)
     if state.scaler is not None and content["scaler"]:
         state.scaler.load_state_dict(content["scaler"])
     state.numbers.update(content["numbers"])

@@ -129,7 +129,7 @@ class TrainingStep:
         if self.scaler is not None:
             if self.clip_grad is not None:
                 self.scaler.unscale_(self.optimizer)
-                torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)
+                self._clip()
             before = self.scaler._scale
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -137,11 +137,14 @@ class TrainingStep:
             return
         bad = ~loss.isfinite()
         if self.clip_grad is not None:
-            bad |= ~local(torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)).isfinite()
+            bad |= ~self._clip().isfinite()
         if hasattr(self.optimizer, "found_inf") or getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.found_inf = in_any_process(bad.float(), self.model)
             self.skipped += self.optimizer.found_inf
         self.optimizer.step()
+
+    def _clip(self) -> Tensor:
+        return local(torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_grad))
 
     def _backward(self, images: Tensor, masking: Masking, last: bool) -> Tensor:
         with accumulating(self.model, last):
