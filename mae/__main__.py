@@ -1,4 +1,4 @@
-"""``python -m mae``: pre-train, reconstruct, probe, report, convert, profile, demo."""
+"""``python -m mae``: pre-train, reconstruct, probe, report, convert, profile, pack, demo."""
 
 # ruff: noqa: E402 (Ctrl-C is answered, and missing packages are named, while the modules below are imported)
 import os
@@ -22,6 +22,7 @@ from mae.checkpoints.checkpoint import CheckpointError, CheckpointWarning
 from mae.commands.convert import ConvertConfig, convert
 from mae.commands.demo import DemoConfig, run_demo
 from mae.commands.linprobe import LinprobeConfig, linprobe
+from mae.commands.pack import PackConfig, run_pack
 from mae.commands.pretrain import PretrainConfig, defaults, pretrain
 from mae.commands.profile import ProfileConfig, profile
 from mae.commands.reconstruct import ReconstructConfig, reconstruct
@@ -46,11 +47,12 @@ def main(arguments: list[str] | None = None) -> None:
                 | Annotated[ReportConfig, tyro.conf.subcommand("report")]
                 | Annotated[ConvertConfig, tyro.conf.subcommand("convert")]
                 | Annotated[ProfileConfig, tyro.conf.subcommand("profile")]
+                | Annotated[PackConfig, tyro.conf.subcommand("pack")]
                 | Annotated[DemoConfig, tyro.conf.subcommand("demo")],
                 args=arguments,
                 prog="python -m mae",
                 description="Pre-train masked autoencoders, look at reconstructions, probe features, write a "
-                "page about a run, convert checkpoints, profile a training step.",
+                "page about a run, convert checkpoints, profile a training step, pack images.",
                 config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
             )
             _COMMANDS[type(config)](config)
@@ -72,6 +74,7 @@ _COMMANDS = {
     ReportConfig: report,
     ConvertConfig: convert,
     ProfileConfig: profile,
+    PackConfig: run_pack,
     DemoConfig: run_demo,
 }
 

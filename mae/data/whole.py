@@ -29,7 +29,7 @@ def read_pictures(source: Source, reading: Reading, most: int | None = None) -> 
         raise ValueError(f"most must be at least 1, got {most}")
     borders = [len(source) * i // min(most, len(source)) for i in range(min(most, len(source)) + 1)]
     parts = [iter(range(*ends)) for ends in pairwise(borders)]
-    _refuse_unreadable(source, reading)
+    refuse_unreadable(source, reading)
     problems, notes, taken, tried = [], Notes(source), 0, 0
     for part in (*parts, rest := chain(*parts)):
         for index in part:
@@ -55,8 +55,8 @@ def read_pictures(source: Source, reading: Reading, most: int | None = None) -> 
         )
 
 
-def _refuse_unreadable(source: Source, reading: Reading) -> None:
-    """At once, and not when the last of many files has been tried."""
+def refuse_unreadable(source: Source, reading: Reading) -> None:
+    """Raise :class:`DataError` at once, and not when the last of many files has been tried."""
     problems = []
     for index in spread(0, len(source)):
         try:
