@@ -266,7 +266,7 @@ TRAINING = [
 DATA = [
     *room("mae/data/loader.py", "test_data.py -k 'rows or epoch or workers_and'",
         ("an order that is always the same", '"order", seed, (epoch, 0)', '"order", seed, (0, 0)'),
-        ("rows of another process", "(step + 1) * self.batch_size)[rows])", "(step + 1) * self.batch_size))")),
+        ("rows of another process", "(step + 1) * self.batch_size)[rows]", "(step + 1) * self.batch_size)")),
     *room("mae/data/randomness.py", "test_data.py -k 'random_numbers'",
         ("draws that do not depend on the place", "_PURPOSES[purpose], *place]", "_PURPOSES[purpose], 0, 0]"),
         ("another stream than that of the first release", "[0, _PURPOSES[purpose],", "[1, _PURPOSES[purpose],")),

@@ -160,7 +160,7 @@ def test_frames_of_a_sample_are_cut_flipped_and_resized_alike(tmp_path, suffix):
     file = tmp_path / f"x.{suffix}"
     np.save(file, FRAMES) if suffix == "npy" else animation(file, FRAMES)
     images, starts, flips = TrainingImages(ImageFiles([file]), Reading(1, image_size=(4, 12, 10))), set(), set()
-    for seed in range(24):
+    for seed in range(48):
         start, *box, flip = uniform("sample", 0, (seed, 0), 24)
         start, flip = int(5 * start), flip < 0.5
         top, left, height, width = random_box(20, 30, box)

@@ -3,10 +3,12 @@
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -26,8 +28,13 @@ class Order(NamedTuple):
 
     def keys(self, step: int, rows: slice = slice(None)) -> list[tuple[int, int]]:
         """(epoch, index) of each picture of a step, counted from 0; of the batch only these rows."""
-        places = (divmod(n, self.count) for n in range(step * self.batch_size, (step + 1) * self.batch_size)[rows])
-        return [(epoch, int(_permutation(self.seed, epoch, self.count)[place])) for epoch, place in places]
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)[rows]
+        epochs, places = np.divmod(np.arange(places.start, places.stop), self.count)
+        keys: list[tuple[int, int]] = []
+        for epoch in dict.fromkeys(epochs.tolist()):
+            order = _permutation(self.seed, epoch, self.count)
+            keys += [(epoch, index) for index in order[places[epochs == epoch]].tolist()]
+        return keys
 
 
 @lru_cache(maxsize=2)
@@ -62,19 +69,23 @@ class Batches:
         self.images = images
         self.notes = Notes(getattr(images, "source", ()))
         self.order = Order(len(images), batch_size, images.seed)
-        self._loader = DataLoader(
-            images,
-            batch_sampler=_Steps(self.order, steps, rows),
-            num_workers=workers,
-            collate_fn=partial(images.collate, resize=not torch.cuda.is_available()),
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # the global one is left alone
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that there are fewer cores, which a benchmark finds out
+            self._loader = DataLoader(
+                images,
+                batch_sampler=_Steps(self.order, steps, rows),
+                num_workers=workers,
+                collate_fn=partial(images.collate, resize=not torch.cuda.is_available()),
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=ignore_signals,
+                generator=torch.Generator(),  # the global one is left alone
+            )
 
     def __iter__(self) -> Iterator[Crops | Tensor]:
-        iterator = iter(self._loader)
-        _let_workers_die_quietly()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            iterator = iter(self._loader)
+        let_workers_die_quietly()
         while True:
             try:
                 batch, problems, notes = next(iterator)
@@ -114,13 +125,13 @@ def usable_workers(asked: int) -> int:
     return min(asked, cores)
 
 
-def _let_workers_die_quietly() -> None:
+def let_workers_die_quietly() -> None:
     # PyTorch's handler would raise in the middle of whatever the main process does; the next batch says it as well.
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     # Signals reach the workers too, and the main process decides when to stop; without it they end by themselves.
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):

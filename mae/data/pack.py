@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mae.data.errors import DataError, printable
 from mae.data.hugging_face import import_datasets
-from mae.data.loader import _ignore_signals, _let_workers_die_quietly
+from mae.data.loader import ignore_signals, let_workers_die_quietly
 from mae.data.notes import Notes
 from mae.data.pictures import Picture
 from mae.data.readers import Reading, Wanted
@@ -188,11 +188,11 @@ class _Batch(NamedTuple):
 
 def _encoded(images: _Encoded, workers: int) -> Iterator[tuple[bytes | None, str]]:
     """In order, a few batches ahead of whoever takes them."""
-    loader = DataLoader(images, _TOGETHER, num_workers=workers, collate_fn=_Batch.of, worker_init_fn=_ignore_signals)
+    loader = DataLoader(images, _TOGETHER, num_workers=workers, collate_fn=_Batch.of, worker_init_fn=ignore_signals)
     with tqdm(total=len(images), unit="image") as bar:
         try:
             iterator = iter(loader)
-            _let_workers_die_quietly()
+            let_workers_die_quietly()
             for batch in iterator:
                 yield from batch.each()
                 bar.update(len(batch.said))
