@@ -15,6 +15,7 @@ require("filelock", "matplotlib", "PIL", "safetensors", "sklearn", "tqdm", "tyro
 import warnings
 from typing import Annotated
 
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -59,6 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         _leave(_FAILED, f"{printable(place)}{error.strerror or printable(error)}")
+    except torch.OutOfMemoryError as error:
+        words = str(error).split(". ")[0]
+        _leave(_FAILED, f"{words}; take more --micro-batches, or a smaller --batch-size")
     except KeyboardInterrupt:
         _leave(_FAILED, "stopped")
     except StoppedBySignal as error:

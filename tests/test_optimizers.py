@@ -272,6 +272,7 @@ def _distributed(rank: int, wrapped: str):
     return {k: x.numpy() for k, x in trained.items()}, momentum, {k: x.numpy() for k, x in after.items()}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """Under fully_shard too, where Muon's products are of sharded matrices: but for their rounding to bfloat16."""
     context = torch.multiprocessing.get_context("spawn")

@@ -329,6 +329,7 @@ def wait_for_step(out: Path, process: subprocess.Popen, step: int) -> None:
 def test_a_full_disk_costs_no_finished_checkpoint(tmp_path, data):
     """As far as files of a limited size can tell: the one that does not fit is said, and the one before stays."""
     out, options = tmp_path / "run", ["--steps", "8", "--save-every", "4", "--log-every", "1", "--workers", "0"]
+    options += ["--eval-every", "100"]
     main(["pretrain", "--data", str(data), "--out", str(out), *SMALL, *options])
     shutil.rmtree(path_of(out, 8))
     before = {file: file.read_bytes() for file in path_of(out, 4).iterdir()}
@@ -344,7 +345,7 @@ def test_a_full_disk_costs_no_finished_checkpoint(tmp_path, data):
     assert [x.name for x in (out / "checkpoints").iterdir()] == ["step-000004"]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
 def test_signals_save_and_leave_nobody_behind(tmp_path, data, name):
     out = tmp_path / "run"
     process = started(out, data, "--steps", "100000", "--log-every", "1", "--workers", "1")
@@ -422,10 +423,10 @@ def test_kill_9_at_twenty_random_moments(tmp_path, data):
     assert_equal(straight, out)
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "2"])
 def test_the_command_resumes_bit_for_bit(tmp_path, data, workers):
     straight, out = tmp_path / "straight", tmp_path / "run"
-    options = ["--steps", "14", "--save-every", "5", "--log-every", "1"]
+    options = ["--steps", "14", "--save-every", "5", "--log-every", "1", "--eval-every", "100"]
     main(["pretrain", "--data", str(data), "--out", str(straight), *SMALL, *options, "--workers", "0"])
     process = started(out, data, *options, "--workers", workers)
     wait_for_step(out, process, 6)
