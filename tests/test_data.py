@@ -502,5 +502,5 @@ def test_a_killed_worker_is_a_sentence(tmp_path):
     next(batches)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"^one of 1 worker processes was killed"):
+    with pytest.raises(DataError, match=r"^one of 1 worker process was killed"):
         list(batches)

@@ -84,6 +84,36 @@ def test_a_recipe_is_the_default_and_options_win(data, tmp_path, capsys):
     )
 
 
+def test_the_command_line_wins_over_a_recipe_that_says_the_same_otherwise():
+    assert defaults(["--recipe", "cpu", "--epochs", "5"]).train.steps is None
+    published = defaults(["--recipe", "published", "--steps=5", "--warmup", "0.1"]).train
+    assert (published.epochs, published.warmup_epochs) == (None, None)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"options": []}', "\x00"])
+def test_what_is_no_recipe_is_refused(data, tmp_path, content):
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", "--data", str(data), "--recipe", str(tmp_path / "r.json")])
+    assert stop.value.code.startswith(f"mae: {tmp_path / 'r.json'} is no recipe: ")
+
+
+def test_too_much_cannot_be_held_out(data, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        pretrain(data, tmp_path / "run", "--val-share", "0.99")
+    assert stop.value.code == "mae: val_share 0.99 leaves none of 5 images to train on"
+    with pytest.raises(SystemExit) as stop:
+        pretrain(data, tmp_path / "run", "--val", str(unreadable_files(tmp_path / "bad") and tmp_path / "bad"))
+    assert stop.value.code.startswith("mae: none of the 4 files can be read; first: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_trained_on_its_own_pictures(data):
+    pretrain(data, data / "runs" / "mine", "--steps", "2")
+    pretrain(data, data / "runs" / "mine", "--steps", "2", "--resume")
+    assert json.loads((data / "runs" / "mine" / "recipe.json").read_text())["data"]["images"] == 5
+
+
 def test_a_dry_run_leaves_nothing(data, tmp_path):
     pretrain(data, tmp_path / "run", "--dry-run")
     assert not (tmp_path / "run").exists()
@@ -176,7 +206,9 @@ def test_validation_and_tensorboard(data, tmp_path):
 
 def test_a_plan_says_how_long_it_will_take(data, tmp_path, capsys):
     pretrain(data, tmp_path / "run", "--steps", "4")
-    assert re.search(r"^A step takes [\d.]+ m?s, the run [\d.]+ m?s$", capsys.readouterr().err, re.MULTILINE)
+    assert re.search(
+        r"^A step takes [\d.]+ m?s, what is left of the run [\d.]+ m?s$", capsys.readouterr().err, re.MULTILINE
+    )
     from mae.commands.pretrain import _Job
     from mae.model import MAEConfig, MaskedAutoencoder
 
@@ -184,8 +216,8 @@ def test_a_plan_says_how_long_it_will_take(data, tmp_path, capsys):
     tiny = MAEConfig(embed_dim=192, num_heads=3)
     with torch.device("meta"):
         job = _Job(config, MaskedAutoencoder(tiny), None, None, config.train.schedule(276))
-    words = job.foretell(18.0)
-    assert words.startswith("A step takes 18 s, the run 50 hours. The decoder is 9")
+    words = job.foretell(18.0, 10_000)
+    assert words.startswith("A step takes 18 s, what is left of the run 50 hours. The decoder is 9")
     assert "--decoder-depth 1 --decoder-width 128, which is another model, about " in words
 
 

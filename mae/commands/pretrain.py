@@ -15,6 +15,7 @@ from mae.commands.data_benchmark import data_benchmark
 from mae.commands.options import ModelName, ReadingOptions, SizeOptions, flat, from_flat
 from mae.commands.pictures import Drawing
 from mae.data import (
+    ImageFiles,
     Source,
     TrainingImages,
     counted,
@@ -23,6 +24,7 @@ from mae.data import (
     printable,
     usable_workers,
 )
+from mae.data.whole import refuse_unreadable
 from mae.fields import SHARE, check
 from mae.model import MAEConfig, MaskedAutoencoder
 from mae.training.loop import Looks, choose_device, train, uses_bfloat16
@@ -30,6 +32,7 @@ from mae.training.parallel import Processes, joined, own_device
 from mae.training.profile import training_flops
 from mae.training.recipe import Schedule, TrainConfig, preset, unpublished
 from mae.training.run import Mode, refuse_run
+from mae.training.state import steps_on_disk
 from mae.training.validation import Validation
 
 
@@ -87,6 +90,7 @@ class PretrainConfig:
 
 # What a run is, not how it is started.
 _NOT_OF_THE_RECIPE = {"out", "recipe", "resume", "overwrite", "dry_run", "data_benchmark"}
+_SAY_THE_SAME = (("steps", "epochs"), ("warmup", "warmup_epochs"), ("val", "val_share"))
 _NOT_OF_A_PRESET = _NOT_OF_THE_RECIPE | {"data", "val", "init"}
 
 
@@ -96,7 +100,9 @@ def defaults(arguments: list[str]) -> PretrainConfig | None:
     names += [x.removeprefix("--recipe=") for x in arguments if x.startswith("--recipe=")]
     if not names:
         return None
-    options = {name: x for name, x in preset(names[-1]).items() if name not in _NOT_OF_A_PRESET}
+    said = {x.split("=")[0].lstrip("-").replace("-", "_") for x in arguments if x.startswith("--")}
+    beaten = {name for pair in _SAY_THE_SAME for name in pair if said & {*pair}} - said
+    options = {name: x for name, x in preset(names[-1]).items() if name not in _NOT_OF_A_PRESET | beaten}
     return from_flat(PretrainConfig, {"data": tyro.MISSING, **options})
 
 
@@ -138,7 +144,7 @@ class _Job:
         config, schedule = self.config, self.schedule
         epochs = schedule.steps / schedule.steps_per_epoch
         words = (
-            f"Pre-training {config.model} on {len(self.images)} images from {printable(config.data)}: "
+            f"Pre-training {config.model} on {counted(len(self.images), 'image')} from {printable(config.data)}: "
             f"{counted(schedule.steps, 'step')} of {config.train.batch_size} images, {_rounded(epochs)} epochs, "
             f"learning rate up to {schedule.peak_lr:.2g}"
         )
@@ -148,10 +154,10 @@ class _Job:
             words += f"\nNot the published method: {', '.join(others)}"
         return words
 
-    def foretell(self, seconds: float) -> str:
-        """How long the run will take, and what would be shorter."""
-        left = seconds * (self.schedule.steps - 3)
-        words = f"A step takes {_duration(seconds)}, the run {_duration(left)}"
+    def foretell(self, seconds: float, steps: int) -> str:
+        """How long the steps that are left will take, and what would be shorter."""
+        left = seconds * steps
+        words = f"A step takes {_duration(seconds)}, what is left of the run {_duration(left)}"
         shorter = {"decoder_depth": 1, "decoder_embed_dim": 128, "decoder_num_heads": 1}
         whole, part = (
             training_flops(x, self.config.train.mask_ratio)
@@ -212,18 +218,32 @@ def _prepare(config: PretrainConfig, device: torch.device, processes: Processes)
         raise ValueError("masking grid has so few masks that with a predicted_share some patches are never predicted")
     sizes = config.sizes.config(config.model, norm_pix_loss=config.norm_pix_loss, **decoder)
     config.train.strategy(0, sizes.grid.grid)  # refuses a ratio that this grid cannot have
-    source, validation = open_source(config.data), None
+    source, validation = _without(config.out, open_source(config.data)), None
     if config.val is not None:
         validation = open_source(config.val)
     elif config.val_share:
-        source, validation = held_out(source, max(1, round(config.val_share * len(source))), config.train.seed)
+        count = max(1, round(config.val_share * len(source)))
+        if count >= len(source):
+            raise ValueError(
+                f"val_share {config.val_share:g} leaves none of {counted(len(source), 'image')} to train on"
+            )
+        source, validation = held_out(source, count, config.train.seed)
+    if validation is not None:
+        refuse_unreadable(validation, config.reading.reading(sizes))
     images = TrainingImages(source, config.reading.reading(sizes), config.train.seed)
     schedule = config.train.schedule(len(images))
     torch.manual_seed(config.train.seed)
     model = MaskedAutoencoder(sizes, torch.bfloat16 if config.residual == "bfloat16" else None)
-    if config.init is not None:
+    if config.init is not None and not (config.resume and steps_on_disk(config.out)):
         _take_weights(model, config.init)
     return _Job(config, model, images, validation, schedule)
+
+
+def _without(out: Path, source: Source) -> Source:
+    """Pictures that a run has drawn into its own folder are not of the images that it is trained on."""
+    if not isinstance(source, ImageFiles) or not out.resolve().is_relative_to(source.root.resolve()):
+        return source
+    return ImageFiles([file for file in source.files if not file.resolve().is_relative_to(out.resolve())], source.root)
 
 
 def _take_weights(model: MaskedAutoencoder, checkpoint: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mae.data.crops import Crops, TensorImages, TrainingImages
-from mae.data.errors import DataError
+from mae.data.errors import DataError, counted
 from mae.data.notes import Notes, none_readable
 from mae.data.randomness import permutation
 
@@ -85,6 +85,12 @@ class Batches:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             iterator = iter(self._loader)
+        try:
+            yield from self._received(iterator)
+        finally:  # a traceback may hold it, and the workers with it
+            getattr(iterator, "_shutdown_workers", lambda: None)()
+
+    def _received(self, iterator: Iterator) -> Iterator[Crops | Tensor]:
         let_workers_die_quietly()
         while True:
             try:
@@ -95,8 +101,8 @@ class Batches:
                 if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                     raise
                 raise DataError(
-                    f"one of {self._loader.num_workers} worker processes was killed, as the system does where memory "
-                    "runs out; take fewer --workers, or a smaller --batch-size"
+                    f"one of {counted(self._loader.num_workers, 'worker process', 'worker processes')} was killed, as "
+                    "the system does where memory runs out; take fewer --workers, or a smaller --batch-size"
                 ) from error
             self.unreadable.update(dict.fromkeys(problems))
             if batch is None:

@@ -161,7 +161,7 @@ def _curve(
 
 def _pictures(run: Path) -> list[str]:
     """The last reconstruction, large, and up to five before it, from the first one on."""
-    heading = "<h2>Reconstructions of held-out images</h2>"
+    heading = "<h2>Reconstructions</h2>"
     files = _numbered(run / "reconstructions", r"step-(\d+)\.png")
     whole = [(file, step) for file, step in files if _is_whole(file)]
     damaged = len(files) - len(whole)

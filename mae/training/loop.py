@@ -12,13 +12,13 @@ from torch import Tensor
 
 from mae.checkpoints.checkpoint import save_weights
 from mae.checkpoints.saving import write_files
-from mae.data import Batches, DataError, TensorImages, TrainingImages, on_device, printable
+from mae.data import Batches, DataError, TensorImages, TrainingImages, counted, on_device, printable
 from mae.data.randomness import derived_seed
 from mae.model import MaskedAutoencoder
 from mae.training import recipe
 from mae.training.metrics import TrainingStopped, Watch
 from mae.training.optimizers import OPTIMIZERS
-from mae.training.parallel import Processes, ProcessLost, distribute, plain, whole_state
+from mae.training.parallel import Processes, ProcessLost, distribute, lost_said, plain, whole_state
 from mae.training.recipe import Schedule, TrainConfig
 from mae.training.run import Mode, RunError, open_run
 from mae.training.signals import StopRequest, stop_requests
@@ -42,7 +42,7 @@ class Looks:
 
     validate: Callable[[torch.nn.Module], float] | None = None  # in all processes
     draw: Callable[[MaskedAutoencoder, int], Path] | None = None  # in the leading one: the picture of that step
-    foretell: Callable[[float], str] | None = None  # what is said of the seconds that a step takes
+    foretell: Callable[[float, int], str] | None = None  # what is said of the seconds a step takes, and of steps left
 
 
 def choose_device(name: str) -> torch.device:
@@ -129,7 +129,7 @@ def train(
         clip_grad=config.clip_grad,
         scaler=scaler,
     )
-    state = TrainingState(distributed, optimizer, scaler, {"seconds": 0.0})
+    state = TrainingState(distributed, optimizer, scaler, {"seconds": 0.0, "skipped": 0})
     options = asdict(config) if options is None else options
     data = {"images": len(images)} | (data or {})
     with open_run(run, mode, processes) as started, stop_requests(processes.leads) as asked:
@@ -138,6 +138,9 @@ def train(
             with processes.together():
                 _refuse_another_recipe(run, described)
         first = load_state(run, state, processes) if mode == "resume" else 0
+        if mode == "resume" and not first and (run / "model.safetensors").is_file():
+            raise RunError(f"{run} holds a model and no checkpoint to go on from; choose another --out, or --overwrite")
+        step.skipped.fill_(state.numbers["skipped"])
         rows = processes.rows(config.batch_size)
         batches = Batches(images, config.batch_size, range(first, schedule.steps), rows=rows, workers=config.workers)
         with Watch(run, schedule.steps, first, state.numbers["seconds"], processes) as watch:
@@ -166,6 +169,7 @@ class _Run:
     looks: Looks
     described: recipe.Described
     started: Callable[[], None]
+    saved: int = -1  # the last step of which this process has written a checkpoint
 
     def go(self, device: torch.device, asked: StopRequest) -> None:
         config, schedule, watch = self.config, self.schedule, self.watch
@@ -177,7 +181,7 @@ class _Run:
                     batch, problem = _next(images)
                 # Without it the other processes would wait for the gradients of one that has no batch.
                 end = self.processes.most(_NO_DATA if problem is not None else _ASKED if asked else _GO_ON)
-                if end == _NO_DATA:
+                if end == _NO_DATA or (end == _ASKED and watch.step > first):
                     break
                 if watch.step == first and self.processes.leads:
                     self.described.write(self.folder)
@@ -187,7 +191,7 @@ class _Run:
                     self.started()
                     begin = self._now()
                 if done - first == _MEASURED and self.looks.foretell is not None:
-                    watch.say(self.looks.foretell((self._now() - begin) / (_MEASURED - 1)))
+                    watch.say(self.looks.foretell((self._now() - begin) / (_MEASURED - 1), schedule.steps - done))
                 if done == schedule.steps:
                     break
                 scalars = self.look() if done % schedule.eval_every == 0 else {}
@@ -203,10 +207,12 @@ class _Run:
         problem = next(filter(None, self.processes.gather(problem)), None)
         if problem is not None and watch.step == first:
             raise problem
+        if watch.step == schedule.steps > first:  # a run whose last checkpoint is there has all its pictures too
+            self.log(**self.look())
         with asked.held():
             self.save()
-            if watch.step > first:
-                self.log(**self.look())
+        if first < watch.step < schedule.steps:
+            self.log(**self.look())
         if watch.step < schedule.steps:
             why = f": {problem}" if problem is not None else ""
             kind = StoppedBySignal if end == _ASKED else TrainingStopped
@@ -225,7 +231,9 @@ class _Run:
         lr = self.schedule.lr(done)
         for group in self.state.optimizer.param_groups:
             group["lr"] = lr
-        self.watch.add(self.step(images, self._masking(images, done)), lr, self.config.batch_size)
+        with lost_said():
+            loss = self.step(images, self._masking(images, done))
+        self.watch.add(loss, lr, self.config.batch_size)
 
     def _masking(self, images: Tensor, step: int) -> Masking:
         """Drawn for the whole batch in every process, which takes its rows."""
@@ -239,18 +247,20 @@ class _Run:
         bad = self.watch.log([*self.batches.unreadable], self.step.skipped, epoch=epoch, **scalars)
         if not bad:
             return
-        names = [self._name(index) for _, index in self.batches.order.keys(bad[0] - 1)]
         self.watch.say(
-            f"Warning: {len(bad)} losses up to step {self.watch.step} were not finite; the updates are skipped"
+            f"Warning: {counted(len(bad), 'loss was', 'losses were')} not finite up to step {self.watch.step}; the "
+            "updates are skipped"
         )
-        if self.watch.bad_in_a_row < self.config.max_skipped:
+        bad = self.watch.longest_row
+        if len(bad) < self.config.max_skipped:
             return
+        names = [self._name(index) for _, index in self.batches.order.keys(bad[0] - 1)]
         listed = "non-finite.txt"
         if self.processes.leads:
             text = "".join(f"{self._name(i)}\n" for step in bad for _, i in self.batches.order.keys(step - 1))
             write_files(self.folder, {listed: lambda path: path.write_text(text, encoding="utf-8")})
         raise TrainingStopped(
-            f"stopped: {self.watch.bad_in_a_row} losses in a row were not finite, the first of these at step {bad[0]}, "
+            f"stopped: {len(bad)} losses in a row were not finite, the first of these at step {bad[0]}, "
             f"whose files are {', '.join(names[:_MOST_NAMED])} and {max(0, len(names) - _MOST_NAMED)} more, listed in "
             f"{self.folder / listed}.{self._resumable()} Try a lower learning rate or precision float32"
         )
@@ -262,7 +272,7 @@ class _Run:
     def save(self) -> None:
         """The checkpoint to resume from, and the weights for everyone else."""
         start = time.perf_counter()
-        if 0 < self.watch.step == self.watch.first:  # resumed, and nothing done since
+        if self.watch.step == self.saved:
             return
         weights = whole_state(self.step.model)
         finite = all(x.isfinite().all() for x in weights.values() if x.is_floating_point())
@@ -271,8 +281,10 @@ class _Run:
                 f"stopped: the weights are not finite after step {self.watch.step}, so they are not saved."
                 f"{self._resumable()} Try a lower learning rate or precision float32"
             )
-        self.state.numbers["seconds"] = self.watch.seconds
-        save_state(self.folder, self.watch.step, self.state, self.processes, self.config.keep)
+        self.state.numbers |= {"seconds": self.watch.seconds, "skipped": int(self.step.skipped)}
+        if not 0 < self.watch.step == self.watch.first:  # resumed at its end, as one that was killed before its weights
+            save_state(self.folder, self.watch.step, self.state, self.processes, self.config.keep)
+        self.saved = self.watch.step
         if self.processes.leads:
             save_weights(weights, plain(self.step.model).config, self.folder)
         self.watch.pause(time.perf_counter() - start)

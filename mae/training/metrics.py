@@ -46,7 +46,8 @@ class Watch:
         self._losses: list[Tensor] = []  # kept on the device: reading one waits for it
         self._images, self._waited = 0, 0.0
         self._unreadable: dict[str, None] = {}
-        self._bad_in_a_row = 0
+        self._row: list[int] = []  # steps up to now whose losses were not finite
+        self.longest_row: list[int] = []  # of those that the last entry covers
         self._start = self._last = time.perf_counter()
         self._bar = _Bar(steps, first) if processes.leads else None
         self._events = None  # made with the first entry, so that a run that never comes to one leaves nothing
@@ -90,13 +91,15 @@ class Watch:
         losses = self._processes.mean(torch.stack(self._losses).float()).tolist()
         good = [x for x in losses if math.isfinite(x)]
         bad = [self.step - len(losses) + i for i, x in enumerate(losses, start=1) if not math.isfinite(x)]
-        for x in losses:
-            self._bad_in_a_row = 0 if math.isfinite(x) else self._bad_in_a_row + 1
+        self.longest_row = [*self._row]
+        for i, x in enumerate(losses, start=1):
+            self._row = [] if math.isfinite(x) else [*self._row, self.step - len(losses) + i]
+            self.longest_row = max(self.longest_row, self._row, key=len)
         now = time.perf_counter()
         took = now - self._last
         entry = {
             "step": self.step,
-            "loss": sum(good) / len(good) if good else float("nan"),
+            "loss": sum(good) / len(good) if good else None,
             "lr": self.lr,
             "images_per_second": self._images / took,
             "seconds": self.seconds,
@@ -112,11 +115,6 @@ class Watch:
             self._bar.show(entry)
         self._losses, self._images, self._waited, self._last = [], 0, 0.0, now
         return bad
-
-    @property
-    def bad_in_a_row(self) -> int:
-        """Losses up to the last logged one that were not finite."""
-        return self._bad_in_a_row
 
     def pause(self, seconds: float) -> None:
         """Leave time out of the images per second, in which other things were done than training."""
@@ -163,7 +161,7 @@ class Watch:
         if self._events is None:
             self._events = _events(self._run, self.first)
         for name, value in entry.items() if self._events else ():
-            if name != "step":
+            if name != "step" and value is not None:
                 self._events.add_scalar(name, value, entry["step"])
 
 
@@ -191,7 +189,7 @@ class _Bar:
         self._bar.update()
 
     def show(self, entry: dict[str, Any]) -> None:
-        words = f"loss {entry['loss']:.4f}"
+        words = "no loss" if entry["loss"] is None else f"loss {entry['loss']:.4f}"
         if not self._narrow:
             words += f", {entry['images_per_second']:.0f} images/s, lr {entry['lr']:.1e}, {entry['memory_mb']:,.0f} MB"
             words += f", {entry['waiting']:.0%} waiting for data"

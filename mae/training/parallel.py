@@ -50,7 +50,7 @@ class Processes:
         if self.count == 1:
             return value
         x = torch.tensor(value)
-        with _lost_said():
+        with lost_said():
             dist.all_reduce(x, dist.ReduceOp.MAX, _host_group())
         return int(x)
 
@@ -59,7 +59,7 @@ class Processes:
         values = [value]
         if self.count > 1:
             values = [None] * self.count
-            with _lost_said():
+            with lost_said():
                 dist.all_gather_object(values, value, _host_group())
         return values
 
@@ -80,7 +80,7 @@ class Processes:
         """The mean over the processes of a tensor on the device, without waiting for it."""
         if self.count > 1:
             x = x.clone()
-            with _lost_said():
+            with lost_said():
                 dist.all_reduce(x)
         return x / self.count
 
@@ -119,13 +119,14 @@ def _host_group() -> dist.ProcessGroup | None:
 
 
 @contextmanager
-def _lost_said() -> Iterator[None]:
+def lost_said() -> Iterator[None]:
+    """What communication raises when another process is gone becomes :class:`ProcessLost`."""
     try:
         yield
     except RuntimeError as error:
         if "gloo" not in str(error).lower() and "nccl" not in str(error).lower() and "closed" not in str(error):
             raise
-        raise ProcessLost(f"another process of this run has ended: {str(error).splitlines()[0][:160]}") from error
+        raise ProcessLost("another process of this run has ended, and torchrun says which and why") from error
 
 
 def distribute(

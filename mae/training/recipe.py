@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mae.checkpoints.layouts import CheckpointError
-from mae.checkpoints.saving import write_json
+from mae.checkpoints.saving import reason_of, write_json
 from mae.fields import COUNT, RATIO, SEED, check, is_number
 from mae.training.optimizers import OptimizerName
 from mae.training.parallel import Parallel
@@ -20,8 +20,8 @@ from mae.training.step import Execution, MaskStrategy, StrategyName
 
 FILE = "recipe.json"
 _WORK = {  # options that may differ when a run is resumed: it computes the same, up to rounding at most
-    "workers", "micro_batches", "execution", "parallel", "device", "log_every", "save_every", "eval_every", "keep",
-    "max_skipped",
+    "data", "val", "init", "workers", "micro_batches", "execution", "parallel", "device", "log_every", "save_every",
+    "eval_every", "keep", "max_skipped",
 }  # fmt: skip
 
 
@@ -159,8 +159,9 @@ class Described:
         """From the recipe in the folder, field by field: what the run would compute otherwise."""
         before = read_recipe(run)
         options = json.loads(json.dumps(self.options))  # tuples become lists, as in the file
-        names = [name for name in dict.fromkeys([*before["options"], *options]) if name not in _WORK]
-        pairs = {name: (before["options"].get(name), options.get(name)) for name in names if name != "data"}
+        then = {name: x for name, x in before["options"].items() if name not in _WORK}
+        # An option that another version has had or has not had yet was not used.
+        pairs = {name: (x, options[name]) for name, x in then.items() if name in options}
         pairs |= {f"data {name}": (before["data"].get(name), x) for name, x in self.data.items()}
         return [f"{name} was {old!r} and is {new!r}" for name, (old, new) in pairs.items() if old != new]
 
@@ -177,14 +178,18 @@ def read_recipe(run: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read.
     """
-    file = run / FILE
+    return {"data": {}} | _read(run / FILE)
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if not all(isinstance(content[part], dict) for part in ("options", "data")):
+        parts = [content["options"], content.get("data", {})]
+        if not all(isinstance(part, dict) for part in parts):
             raise ValueError("it holds other things")
         return content
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{file} is no recipe of a run: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is no recipe: {reason_of(error)}") from error
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -201,7 +206,7 @@ def preset(name: str) -> dict[str, Any]:
     file = file / FILE if file.is_dir() else file
     if not file.is_file():
         raise ValueError(f"there is no recipe {name}; there are {', '.join(known)}, and the recipe.json of any run")
-    return read_recipe(file.parent)["options"] if file.name == FILE else json.loads(file.read_text())["options"]
+    return _read(file)["options"]
 
 
 def versions() -> dict[str, str]:

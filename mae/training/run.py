@@ -13,7 +13,7 @@ from mae.training.parallel import Processes
 
 _OF_A_RUN = ("model.safetensors", metrics.FILE, "config.json", state.FOLDER)
 _BESIDE = (recipe.FILE, "reconstructions", "tensorboard", "report.html", "results.json")  # what others made of it
-_LOCK, _ASIDE = ".lock", ".replaced"
+_LOCK, _STAGE, _ASIDE, _GONE = ".lock", ".replacing", ".replaced", ".gone"
 
 Mode = Literal["new", "overwrite", "resume"]
 
@@ -38,7 +38,7 @@ def open_run(folder: Path, mode: Mode = "new", processes: Processes = Processes(
         if processes.leads:
             new = _hold(folder, lock, mode)
     try:
-        yield lambda: shutil.rmtree(folder / _ASIDE, ignore_errors=True) if processes.leads else None
+        yield lambda: _let_old_go(folder) if processes.leads else None
     finally:
         if processes.leads:
             _bring_back(folder)
@@ -46,7 +46,7 @@ def open_run(folder: Path, mode: Mode = "new", processes: Processes = Processes(
 
 
 def _hold(folder: Path, lock: FileLock, mode: Mode) -> list[Path]:
-    refuse_run(folder, mode != "new")
+    refuse_file(folder)
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,26 +55,45 @@ def _hold(folder: Path, lock: FileLock, mode: Mode) -> list[Path]:
         raise RunError(f"another process writes into {folder}; choose another --out, or wait for it") from None
     except OSError as error:
         raise RunError(f"nothing can be written into {folder}: {error.strerror or error}") from error
-    _bring_back(folder)  # a process was killed in its first step
-    found = [folder / name for name in (*_OF_A_RUN, *_BESIDE) if (folder / name).exists()]
-    if mode == "overwrite" and found:
-        (folder / _ASIDE).mkdir()
-        for path in found:
-            path.rename(folder / _ASIDE / path.name)
+    try:
+        _bring_back(folder)  # a process was killed in its first step
+        refuse_run(folder, mode != "new")
+        if mode == "overwrite":
+            _set_aside(folder)
+    except BaseException:
+        _let_go(folder, lock, new)
+        raise
     return new
 
 
+def _set_aside(folder: Path) -> None:
+    stage = folder / _STAGE
+    stage.mkdir(exist_ok=True)
+    for path in _parts(folder):
+        path.rename(stage / path.name)
+    stage.rename(folder / _ASIDE)  # from here on a whole run is there
+
+
 def _bring_back(folder: Path) -> None:
-    """The run that was set aside, in place of what has not come to a step."""
-    aside = folder / _ASIDE
-    if not aside.is_dir():
-        return
-    for name in (*_OF_A_RUN, *_BESIDE):
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for path in aside.iterdir():
-        path.rename(folder / path.name)
-    aside.rmdir()
+    """The run that was set aside, or a part of one, in place of what has not come to a step."""
+    shutil.rmtree(folder / _GONE, ignore_errors=True)
+    for aside in (folder / _STAGE, folder / _ASIDE):
+        if aside.is_dir():
+            for path in aside.iterdir():
+                place = folder / path.name
+                shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+                path.rename(place)
+            aside.rmdir()
+
+
+def _let_old_go(folder: Path) -> None:
+    if (folder / _ASIDE).is_dir():
+        (folder / _ASIDE).rename(folder / _GONE)  # half of it must not come back
+        shutil.rmtree(folder / _GONE, ignore_errors=True)
+
+
+def _parts(folder: Path) -> list[Path]:
+    return [folder / name for name in (*_OF_A_RUN, *_BESIDE) if (folder / name).exists()]
 
 
 def _let_go(folder: Path, lock: FileLock, new: list[Path]) -> None:

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from mae.checkpoints.layouts import CheckpointError
 from mae.checkpoints.saving import reason_of
+from mae.fields import is_number
 from mae.training.parallel import Processes, ProcessLost
 
 FOLDER = "checkpoints"
@@ -206,7 +207,9 @@ def _load(path: Path, state: TrainingState) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        if not (isinstance(content["shards"], dict) and isinstance(content["numbers"], dict)):
+        numbers, scaler = content["numbers"], content["scaler"]
+        are_numbers = all(is_number(numbers[name]) for name in ("seconds", "skipped"))
+        if not (isinstance(content["shards"], dict) and are_numbers and (scaler is None or "scale" in scaler)):
             raise ValueError("it holds other things")
         return content
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mae.data import Reading, Source, read_pictures
+from mae.data import DataError, Reading, Source, read_pictures
 from mae.data.randomness import derived_seed
 from mae.data.sources import Part
 from mae.training.parallel import Processes, plain
@@ -62,8 +62,13 @@ class Validation:
     def _read(self) -> None:
         numbers = range(len(self._source))[self._processes.rank :: self._processes.count]
         numbers = numbers or range(1)  # of fewer images than processes
-        pictures = [*read_pictures(Part(self._source, numbers), self._reading)]
-        self._images = torch.stack([picture for picture, _ in pictures])
+        try:
+            pictures = [*read_pictures(Part(self._source, numbers), self._reading)]
+        except DataError:  # others have some: that all are unreadable was found out before the first step
+            pictures = []
+        size = (self._reading.channels, *self._reading.image_size)
+        blank = torch.zeros(1, *size, dtype=torch.uint8)
+        self._images = torch.stack([picture for picture, _ in pictures]) if pictures else blank
         self._numbers = [numbers[i] for _, i in pictures] if self._processes.rank < len(self._source) else []
 
     def _masks(self, grid: tuple[int, ...], images: Tensor, chosen: Tensor) -> Masking:
