@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mae import MAEConfig, MaskedAutoencoder
+from mae.data import TensorImages
 from mae.training.loop import TrainConfig, choose_execution, train, uses_bfloat16
 from mae_kernels import backend
 
@@ -47,5 +48,5 @@ def test_training_takes_it(recent, monkeypatch, tmp_path):
     monkeypatch.setattr("mae.training.loop.TrainingStep", step)
     model = MaskedAutoencoder(MAEConfig(image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1))
     with pytest.raises(Chosen) as chosen:
-        train(model, [], TrainConfig(device="cpu"), tmp_path)
+        train(model, TensorImages(torch.rand(4, 3, 16, 16)), TrainConfig(device="cpu"), tmp_path)
     assert chosen.value.args == ((True, "compile") if recent else (False, "eager"))

@@ -1,7 +1,7 @@
 """A masked autoencoder learns on real pictures, on a laptop's CPU, within minutes."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -63,7 +63,8 @@ def run_demo(config: DemoConfig) -> dict[str, float]:
         "pictures, without their labels: 12 of 16 patches are hidden, and the model predicts their pixels."
     )
     untrained = extract_features(model, images.split(500)), extract_features(model, test_images.split(500))
-    train(model, TensorImages(images, config.seed), recipe, config.out, "overwrite" if config.overwrite else "new")
+    mode, options = "overwrite" if config.overwrite else "new", {"model": mae_vit_demo_patch7.__name__} | asdict(recipe)
+    train(model, TensorImages(images, config.seed), recipe, config.out, mode, options=options)
 
     model = load_checkpoint(config.out)
     shown = test_images[:: len(test_images) // 18][:18]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mae.data.errors import DataError, printable
+from mae.data.errors import DataError, counted, printable
 from mae.data.hugging_face import import_datasets
 from mae.data.loader import ignore_signals, let_workers_die_quietly
 from mae.data.notes import Notes
@@ -199,7 +199,8 @@ def _encoded(images: _Encoded, workers: int) -> Iterator[tuple[bytes | None, str
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
-            raise DataError(f"one of {workers} worker processes was killed; take fewer --workers") from error
+            of = counted(workers, "worker process", "worker processes")
+            raise DataError(f"one of {of} was killed; take fewer --workers") from error
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Sound as pictures: log-mel spectrograms, time to the right and frequency upwards."""
 
 import numpy as np
-from scipy.signal import get_window, resample_poly
 
 RATE = 16_000  # samples a second, to which every sound is brought: frequencies up to 8 kHz are seen
 WINDOW, HOP = 400, 160  # samples, 25 and 10 ms, as in AudioMAE
@@ -10,6 +9,8 @@ _LOWEST, _RANGE = -100, 80  # dB
 
 def mono(samples: np.ndarray, rate: int) -> np.ndarray:
     """``[n]`` at RATE, of samples ``[m]`` or ``[m, channels]`` at rate; whole numbers are brought to [-1, 1]."""
+    from scipy.signal import resample_poly  # here, because a second of every command would go into it
+
     if samples.dtype.kind in "iu":
         ends = np.iinfo(samples.dtype)
         samples = (samples - (ends.max + ends.min + 1) / 2) / ((ends.max - ends.min + 1) / 2)
@@ -23,6 +24,8 @@ def spectrogram(samples: np.ndarray, bands: int, columns: int) -> np.ndarray:
     the peak of a sine between -1 and 1. The bands are triangles between 0 and 8 kHz, equally wide in mel,
     ``2595 log10(1 + f / 700)``.
     """
+    from scipy.signal import get_window
+
     samples = np.pad(samples, (0, max(0, (columns - 1) * HOP + WINDOW - len(samples))))
     frames = np.lib.stride_tricks.sliding_window_view(samples, WINDOW)[::HOP][:columns]
     window = get_window("hann", WINDOW)

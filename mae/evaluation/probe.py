@@ -4,9 +4,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from mae.model import VisionTransformer
@@ -30,5 +27,9 @@ def extract_features(model: VisionTransformer, batches: Iterable[Tensor]) -> np.
 
 def linear_probe(train: np.ndarray, train_labels, test: np.ndarray, test_labels) -> float:
     """Top-1 accuracy on test of a logistic regression on standardised features ``[images, D]``."""
+    from sklearn.linear_model import LogisticRegression  # here, because a second of every command would go into it
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     return classifier.fit(train, train_labels).score(test, test_labels)
