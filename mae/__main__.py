@@ -33,6 +33,7 @@ from mae.commands.report import ReportConfig, report
 from mae.data import DataError, DataWarning, printable
 from mae.training.loop import StoppedBySignal
 from mae.training.metrics import TrainingStopped
+from mae.training.parallel import ProcessLost
 from mae.training.run import RunError
 
 _FAILED, _STOPPED = 1, 3
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         _leave(_FAILED, "stopped")
     except StoppedBySignal as error:
         _leave(_STOPPED, str(error))
-    except (CheckpointError, DataError, RunError, TrainingStopped, ValueError) as error:
+    except (CheckpointError, DataError, ProcessLost, RunError, TrainingStopped, ValueError) as error:
         _leave(_FAILED, str(error))
 
 

@@ -496,6 +496,19 @@ def test_tensors_in_memory_are_flipped_half_of_the_time():
     assert 40 < flipped.sum() < 80
 
 
+def test_workers_leave_the_signals_of_the_program_as_they_are(tmp_path):
+    images = TrainingImages(ImageFiles(find_images(good_folder(tmp_path, 3))), Reading(image_size=(16, 16)))
+    heard = []
+    before = signal.signal(signal.SIGCHLD, lambda *_: heard.append(1))
+    try:
+        list(Batches(images, 2, range(3), workers=1))
+        handler = signal.getsignal(signal.SIGCHLD)
+        handler()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert heard
+
+
 def test_a_killed_worker_is_a_sentence(tmp_path):
     images = TrainingImages(ImageFiles(find_images(good_folder(tmp_path, 3))), Reading(image_size=(16, 16)))
     batches = iter(Batches(images, 2, range(1000), workers=1))

@@ -188,7 +188,9 @@ def test_what_is_stopped_is_not_there(tmp_path, monkeypatch):
     assert visible(out) == whole
     with pytest.raises(DataError) as error:
         pack(Stops(files, 18, kill), out, Packing(), Reading(), overwrite=True, workers=1)
-    assert str(error.value) == "one of 1 worker process was killed; take fewer --workers"
+    assert str(error.value) == (
+        "one of 1 worker process was killed, as the system does where memory runs out; take fewer --workers"
+    )
     assert visible(out) == whole
 
 

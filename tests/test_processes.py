@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pictures import good_folder
+from runs import wait_for_step
 
 from mae.__main__ import main
 from mae.training.state import steps_on_disk
@@ -41,14 +42,6 @@ def launched(count: int, data: Path, out: Path, *options: str) -> subprocess.Pop
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, **pipes, text=True, env=environment, start_new_session=True)
-
-
-def wait_for_step(out: Path, process: subprocess.Popen, step: int) -> None:
-    end = time.monotonic() + 120
-    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < step:
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -112,5 +105,5 @@ def test_what_one_process_refuses_all_refuse(data, tmp_path):
     assert process.returncode == 1
     words = "batch_size 7 is not a multiple of 2 processes times 1 micro_batches"
     assert output.count(words) == 1
-    assert "Traceback" not in output.split("Failures:")[0].split("ChildFailedError")[0].split("torch/distributed")[0]
+    assert "mae/commands" not in output  # a frame of a traceback; torchrun adds one of its own
     assert not (tmp_path / "run").exists()

@@ -18,10 +18,11 @@ from mae.checkpoints.saving import write_folder
 from mae.checkpoints.shapes import blocks_in, from_settings, from_weights
 from mae.fields import check_fields, unknown_statistics
 from mae.model import MODELS, MAEConfig, MaskedAutoencoder, VisionTransformer, pos_embed_for
+from mae.run_files import CONFIG, WEIGHTS
 from mae_kernels.patch_grid import Sizes
 
 _TABLES = ("pos_embed", "decoder_pos_embed")
-_WEIGHTS, _CONFIG, _PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+_PREPROCESSOR = "preprocessor_config.json"
 
 
 class CheckpointWarning(UserWarning):
@@ -49,7 +50,7 @@ def save_checkpoint(model: VisionTransformer, folder: str | Path) -> None:
 def save_weights(state: dict[str, Tensor], config: MAEConfig, folder: str | Path) -> None:
     """The same for a state dict that is at hand already."""
     state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
-    write_folder(Path(folder), state, {_CONFIG: dataclasses.asdict(config)})
+    write_folder(Path(folder), state, {CONFIG: dataclasses.asdict(config)})
 
 
 def load_checkpoint(
@@ -109,7 +110,7 @@ def read_checkpoint(
         raise CheckpointError(f"there is no checkpoint at {file}{_others(path)}")
     if model is not None and model not in MODELS:
         raise CheckpointError(f"there is no model called {model!r}; choose one of {', '.join(MODELS)}")
-    described = file.parent / _CONFIG
+    described = file.parent / CONFIG
     if model is not None or file.suffix not in (".safetensors", ".bin") or not described.is_file():
         described = None
     description = _read_json(described) if described else {}
@@ -170,10 +171,10 @@ def _resized(config: MAEConfig, image_size: Sizes | None, file: Path) -> MAEConf
 
 
 def _find(folder: Path) -> Path:
-    if (folder / f"{_WEIGHTS}.index.json").is_file():
+    if (folder / f"{WEIGHTS}.index.json").is_file():
         raise CheckpointError(f"{folder} holds its weights in several files; save them as one")
     other = folder / "pytorch_model.bin"
-    return other if other.is_file() and not (folder / _WEIGHTS).is_file() else folder / _WEIGHTS
+    return other if other.is_file() and not (folder / WEIGHTS).is_file() else folder / WEIGHTS
 
 
 def _others(folder: Path) -> str:

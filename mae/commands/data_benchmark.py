@@ -5,7 +5,8 @@ from statistics import median
 
 import torch
 
-from mae.data import Batches, TrainingImages, on_device, usable_workers
+from mae.data import Batches, TrainingImages, on_device
+from mae.data.workers import usable_cores
 from mae.model import MaskedAutoencoder
 from mae.training.loop import choose_execution, uses_bfloat16
 from mae.training.optimizers import adamw
@@ -40,7 +41,7 @@ def data_benchmark(images: TrainingImages, model: MaskedAutoencoder, config: Tra
         limit = "the loader" if loaded[workers] < trained else "the step"
         print(f"{workers:>8}{loaded[workers]:>18.0f}{trained:>18.1f}   {limit}")
     enough = [workers for workers, rate in loaded.items() if rate > trained]
-    cores = usable_workers(10**6)
+    cores = usable_cores()
     if enough:
         print(f"--workers {enough[0]} is enough. With several, training and loading share {cores} cores")
     else:

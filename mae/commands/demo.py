@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from mae.checkpoints.checkpoint import load_checkpoint
+from mae.commands.pictures import put_picture
 from mae.data import TensorImages
 from mae.evaluation.probe import extract_features, linear_probe
 from mae.model import mae_vit_demo_patch7
-from mae.report.figures import save_reconstructions
 from mae.report.page import write_report
 from mae.training.loop import train
 from mae.training.recipe import TrainConfig
@@ -69,9 +69,7 @@ def run_demo(config: DemoConfig) -> dict[str, float]:
     model = load_checkpoint(config.out)
     shown = test_images[:: len(test_images) // 18][:18]
     noise = torch.rand(len(shown), model.config.num_patches, generator=torch.Generator().manual_seed(0))
-    picture = config.out / "reconstructions" / f"step-{config.steps:06}.png"
-    picture.parent.mkdir(exist_ok=True)
-    save_reconstructions(model.reconstruct(shown, noise=noise), picture)
+    picture = put_picture(model.reconstruct(shown, noise=noise), config.out, config.steps)
     report = write_report(config.out)
 
     print("\nLinear probe: 5000 labelled pictures to fit, 2000 never seen before to test")

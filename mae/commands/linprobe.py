@@ -18,10 +18,9 @@ from mae.data import DataError, ImageFiles, find_labelled_images, printable, rea
 from mae.evaluation.probe import extract_features, linear_probe
 from mae.fields import COUNT, SEED, check
 from mae.model import MaskedAutoencoder, VisionTransformer
+from mae.run_files import RESULTS
 from mae.training.loop import choose_device
 from mae.training.run import refuse_file
-
-_RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,12 @@ def linprobe(config: LinprobeConfig) -> None:
         counts = {"images": len(fit[0]), "test_images": len(test[0]), "classes": len(classes)}
         where = {name: str(getattr(config, name)) for name in ("checkpoint", "data", "test")}
         result = {"command": "linprobe", **where, **counts, "top1": top1}
-        write_json(folder, {_RESULTS: [*earlier, result]})
-        print(f"Added to {printable(folder / _RESULTS)}")
+        write_json(folder, {RESULTS: [*earlier, result]})
+        print(f"Added to {printable(folder / RESULTS)}")
 
 
 def _results(folder: Path) -> list[dict]:
-    file = folder / _RESULTS
+    file = folder / RESULTS
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     except ValueError:

@@ -1,50 +1,65 @@
-"""The pictures and the report of a run, while it goes on and when it ends."""
+"""Reconstructions of images, and the pictures and the report of a run."""
 
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from mae.data import DataWarning, Reading, Source, is_sound, read_pictures
 from mae.data.randomness import derived_seed
-from mae.model import MaskedAutoencoder
-from mae.report.figures import default_count, save_reconstructions
+from mae.model import MaskedAutoencoder, Reconstruction
+from mae.report.figures import View, default_count, save_reconstructions
 from mae.report.page import write_report
+from mae.run_files import METRICS, RECONSTRUCTIONS, picture_name
 from mae.training.step import MaskStrategy
 from mae_kernels import Masking
 
-FOLDER = "reconstructions"
+
+def reconstructed(model: MaskedAutoencoder, images: Tensor, strategy: MaskStrategy, seed: int) -> Reconstruction:
+    """Images ``[N, C, H, W]`` or ``[N, C, T, H, W]`` under masks that are the same on every device."""
+    device = model.cls_token.device
+    masking = strategy(len(images), model.config.grid.grid, generator=torch.Generator().manual_seed(seed))
+    return model.reconstruct(images.to(device), masking=Masking(*(x.to(device) for x in masking)))
+
+
+def view_of(source: Source, numbers: Iterable[int], otherwise: View = "frames") -> View | Literal["sound"]:
+    """How pictures of these numbers are drawn: sound with its axes, else as asked for."""
+    return "sound" if all(is_sound(Path(source.name(i))) for i in numbers) else otherwise
 
 
 class Drawing:
     """Callable: reconstructions of the same images under the same masks, as the picture of a step."""
 
-    def __init__(self, source: Source, reading: Reading, strategy: MaskStrategy, run: Path, seed: int = 0):
-        self._source, self._reading, self._strategy, self._run, self._seed = source, reading, strategy, run, seed
-        self._images = self._view = self._says = None
+    def __init__(self, source: Source, reading: Reading, strategy: MaskStrategy, run: Path):
+        self._source, self._reading, self._strategy, self._run = source, reading, strategy, run
+        self._shown: tuple[Tensor, View | Literal["sound"]] | None = None
 
     def __call__(self, model: MaskedAutoencoder, step: int) -> Path:
-        if self._images is None:
-            most = default_count(self._reading.image_size)
+        if self._shown is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DataWarning)  # training says them
+                most = default_count(self._reading.image_size)
                 pictures, numbers = zip(*read_pictures(self._source, self._reading, most), strict=True)
-            self._images = torch.stack(pictures)
-            sound = all(is_sound(Path(self._source.name(i))) for i in numbers)
-            self._view = "sound" if sound else "frames"
-        device = next(model.parameters()).device
-        generator = torch.Generator().manual_seed(derived_seed("held out", self._seed, (2, 0)))
-        masking = self._strategy(len(self._images), model.config.grid.grid, generator=generator)
-        result = model.reconstruct(self._images.to(device), masking=Masking(*(x.to(device) for x in masking)))
-        file = self._run / FOLDER / f"step-{step:06}.png"
-        file.parent.mkdir(exist_ok=True)
-        beside = file.with_name(f".{file.name}")
-        save_reconstructions(result, beside, view=self._view)
-        os.replace(beside, file)
-        return file
+            self._shown = torch.stack(pictures), view_of(self._source, numbers)
+        images, view = self._shown
+        result = reconstructed(model, images, self._strategy, derived_seed("picture", 0, (0, 0)))
+        return put_picture(result, self._run, step, view)
 
     def finish(self) -> None:
         """Write the report of what there is."""
-        if (self._run / "metrics.jsonl").is_file():
+        if (self._run / METRICS).is_file():
             write_report(self._run)
+
+
+def put_picture(result: Reconstruction, run: Path, step: int, view: View | Literal["sound"] = "frames") -> Path:
+    """Where the picture of a step lies then, whole."""
+    file = run / RECONSTRUCTIONS / picture_name(step)
+    file.parent.mkdir(exist_ok=True)
+    beside = file.with_name(f".{file.name}")
+    save_reconstructions(result, beside, view=view)
+    os.replace(beside, file)
+    return file

@@ -60,7 +60,8 @@ class PretrainConfig:
     data_benchmark: bool = False
     """Measure how many images a second can be loaded, and trained on, and do nothing else."""
     val: str | None = None
-    """Folder or hf:dataset of images that are held out: their loss, under masks that stay, is in metrics.jsonl."""
+    """Folder or hf:dataset of images that are held out: the loss of at most 4096 of them, spread over all, under masks
+    that stay, is in metrics.jsonl."""
     val_share: float = 0.0
     """Share of the images that is held out in place of a folder."""
     norm_pix_loss: bool | Literal["channel"] = True
@@ -125,7 +126,8 @@ def pretrain(config: PretrainConfig) -> None:
         if config.dry_run:
             return
         if config.data_benchmark:
-            data_benchmark(job.images, job.model, job.config.train, device)
+            if processes.leads:
+                data_benchmark(job.images, job.model, job.config.train, device)
             return
         job.run(processes, device)
 

@@ -9,13 +9,13 @@ import tyro
 
 from mae.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from mae.commands.options import ModelName, ReadingOptions, Sizes, given
-from mae.data import ImageFiles, Joined, Source, is_sound, open_source, printable, read_pictures
+from mae.commands.pictures import reconstructed, view_of
+from mae.data import ImageFiles, Joined, Source, open_source, printable, read_pictures
 from mae.fields import COUNT, RATIO, SEED, check
 from mae.model import MaskedAutoencoder
 from mae.report.figures import View, default_count, picture_file, save_reconstructions
 from mae.training.loop import choose_device
 from mae.training.step import MaskStrategy, StrategyName
-from mae_kernels import Masking
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,11 @@ def reconstruct(config: ReconstructConfig) -> None:
     pictures, indices = zip(
         *read_pictures(source, reading, config.most or default_count(reading.image_size)), strict=True
     )
-    images = torch.stack(pictures).to(model.cls_token.device)
-    strategy, generator = MaskStrategy(config.masking, config.mask_ratio), torch.Generator().manual_seed(config.seed)
-    masking = strategy(len(images), model.config.grid.grid, generator=generator)
-    result = model.reconstruct(images, masking=Masking(*(x.to(images.device) for x in masking)))
+    strategy = MaskStrategy(config.masking, config.mask_ratio)
+    result = reconstructed(model, torch.stack(pictures), strategy, config.seed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    view = "sound" if all(is_sound(Path(source.name(i))) for i in indices) else config.view
-    save_reconstructions(result, out, view=view)
-    print(f"Wrote {len(images)} reconstructions to {printable(out)}")
+    save_reconstructions(result, out, view=view_of(source, indices, config.view))
+    print(f"Wrote {len(pictures)} reconstructions to {printable(out)}")
     if result.uses_true_statistics:
         print("The model was trained on normalised pixels: hidden patches take mean and contrast from the original.")
 

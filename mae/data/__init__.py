@@ -2,11 +2,12 @@
 
 from mae.data.crops import Crops, TensorImages, TrainingImages, random_box
 from mae.data.errors import DataError, DataWarning, counted, printable
-from mae.data.loader import Batches, Order, on_device, usable_workers
+from mae.data.loader import Batches, Order, on_device
 from mae.data.pictures import Picture, read_image, resize_and_crop, to_tensor
 from mae.data.readers import Reading, Wanted, is_sound
 from mae.data.sources import ImageFiles, Joined, Part, Source, find_images, find_labelled_images, held_out, open_source
 from mae.data.whole import read_pictures
+from mae.data.workers import usable_workers
 
 __all__ = [
     "Batches",

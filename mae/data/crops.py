@@ -85,8 +85,8 @@ class Collated(NamedTuple):
     """A batch on its way from a worker."""
 
     images: Crops | Tensor | None  # None where no file could be read
-    problems: list[str] = []  # noqa: RUF012 (a NamedTuple copies nothing and nobody appends)
-    notes: list[tuple[int, str]] = []  # noqa: RUF012
+    problems: Sequence[str] = ()
+    notes: Sequence[tuple[int, str]] = ()
 
 
 class TrainingImages(Dataset):
@@ -166,16 +166,17 @@ class TensorImages(Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> Tensor:
         # In NumPy: waking PyTorch's threads takes longer than copying a batch.
         batch = self.images.numpy()[[index for _, index in keys]]
-        flips = [self._draws(epoch)[index] < 0.5 for epoch, index in keys]
+        flips = [_flips(self.seed, epoch, len(self))[index] for epoch, index in keys]
         batch[flips] = batch[flips, ..., ::-1]
         return torch.from_numpy(batch)
 
     def collate(self, images: Tensor, *, resize: bool) -> Collated:
         return Collated(images)
 
-    @lru_cache(maxsize=2)  # noqa: B019 (two epochs at a time, of a handful of objects)
-    def _draws(self, epoch: int) -> list[float]:
-        return uniform("flip", self.seed, (epoch, 0), len(self)).tolist()
+
+@lru_cache(maxsize=2)
+def _flips(seed: int, epoch: int, count: int) -> list[bool]:
+    return (uniform("flip", seed, (epoch, 0), count) < 0.5).tolist()
 
 
 def spread(index: int, count: int) -> Iterator[int]:

@@ -1,8 +1,5 @@
 """Batches on a device: which pictures each holds, and worker processes that make them."""
 
-import os
-import signal
-import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
@@ -14,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mae.data.crops import Crops, TensorImages, TrainingImages
-from mae.data.errors import DataError, counted
+from mae.data.errors import DataError
 from mae.data.notes import Notes, none_readable
 from mae.data.randomness import permutation
+from mae.data.workers import ignore_signals, loaded
 
 
 class Order(NamedTuple):
@@ -82,28 +80,7 @@ class Batches:
             )
 
     def __iter__(self) -> Iterator[Crops | Tensor]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            iterator = iter(self._loader)
-        try:
-            yield from self._received(iterator)
-        finally:  # a traceback may hold it, and the workers with it
-            getattr(iterator, "_shutdown_workers", lambda: None)()
-
-    def _received(self, iterator: Iterator) -> Iterator[Crops | Tensor]:
-        let_workers_die_quietly()
-        while True:
-            try:
-                batch, problems, notes = next(iterator)
-            except StopIteration:
-                return
-            except (RuntimeError, ConnectionError, EOFError) as error:  # as it was, or was not, writing into its pipe
-                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                    raise
-                raise DataError(
-                    f"one of {counted(self._loader.num_workers, 'worker process', 'worker processes')} was killed, as "
-                    "the system does where memory runs out; take fewer --workers, or a smaller --batch-size"
-                ) from error
+        for batch, problems, notes in loaded(self._loader, "take fewer --workers, or a smaller --batch-size"):
             self.unreadable.update(dict.fromkeys(problems))
             if batch is None:
                 raise DataError(none_readable(problems, self.order.count))
@@ -123,28 +100,6 @@ class _Steps:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return (self._order.keys(step, self._rows) for step in self._steps)
-
-
-def usable_workers(asked: int) -> int:
-    """At most one for each core that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(asked, cores)
-
-
-def let_workers_die_quietly() -> None:
-    # PyTorch's handler would raise in the middle of whatever the main process does; the next batch says it as well.
-    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def ignore_signals(worker: int) -> None:
-    # Signals reach the workers too, and the main process decides when to stop; without it they end by themselves.
-    for name in ("SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.set_wakeup_fd(-1)  # it would write into the main process's pipe
-    # The second one ends a worker: a main process that fails sends it, and waits.
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def on_device(batches: Iterable, device: torch.device) -> Iterator[Tensor]:

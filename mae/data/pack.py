@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mae.data.errors import DataError, counted, printable
+from mae.data.errors import DataError, printable
 from mae.data.hugging_face import import_datasets
-from mae.data.loader import ignore_signals, let_workers_die_quietly
 from mae.data.notes import Notes
 from mae.data.pictures import Picture
 from mae.data.readers import Reading, Wanted
 from mae.data.sources import ImageFiles, Source
+from mae.data.workers import ignore_signals, loaded
 
 _SHARD = 128 << 20  # bytes of images in a file, of which several copies are in memory while it is written
 _TOGETHER = 16  # images that a worker hands over at once
@@ -190,17 +190,9 @@ def _encoded(images: _Encoded, workers: int) -> Iterator[tuple[bytes | None, str
     """In order, a few batches ahead of whoever takes them."""
     loader = DataLoader(images, _TOGETHER, num_workers=workers, collate_fn=_Batch.of, worker_init_fn=ignore_signals)
     with tqdm(total=len(images), unit="image") as bar:
-        try:
-            iterator = iter(loader)
-            let_workers_die_quietly()
-            for batch in iterator:
-                yield from batch.each()
-                bar.update(len(batch.said))
-        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            of = counted(workers, "worker process", "worker processes")
-            raise DataError(f"one of {of} was killed; take fewer --workers") from error
+        for batch in loaded(loader):
+            yield from batch.each()
+            bar.update(len(batch.said))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ So nothing random has to be stored: a run that is resumed draws what it would ha
 import numpy as np
 
 # What is drawn, each from a stream of its own. A number once given is never used for anything else.
-_PURPOSES = {"order": 1, "sample": 2, "mask": 3, "held out": 4, "flip": 5}
+_PURPOSES = {"order": 1, "sample": 2, "mask": 3, "held out": 4, "flip": 5, "validation": 6, "picture": 7}
 
 
 def _raw(purpose: str, seed: int, place: tuple[int, int], count: int) -> np.ndarray:

@@ -136,7 +136,7 @@ class Part:
 
 def held_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
     """Those that are left to train on, and a random count of others."""
-    order = permutation("held out", seed, (1, 0), len(source))
+    order = permutation("held out", seed, (0, 0), len(source))
     return Part(source, sorted(order[count:].tolist())), Part(source, sorted(order[:count].tolist()))
 
 

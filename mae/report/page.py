@@ -17,10 +17,8 @@ from mae.report.curves import Line, draw, thin
 from mae.report.history import History, read_history
 from mae.report.style import STYLE
 from mae.report.tables import evaluations, figure, note, read_json, section, text_of
+from mae.run_files import CHECKPOINTS, CONFIG, METRICS, RECIPE, RECONSTRUCTIONS, REPORT, RESULTS
 
-_NAME, _RECIPE, _METRICS, _RESULTS, _CONFIG = (
-    "report.html", "recipe.json", "metrics.jsonl", "results.json", "config.json",
-)  # fmt: skip
 _MOST_PICTURES = 6
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 # Nothing may be loaded, even if something that should have been escaped was not.
@@ -34,18 +32,18 @@ def write_report(run: Path) -> Path:
         ValueError: the folder holds neither recipe.json nor metrics.jsonl.
         CheckpointError: the page could not be written; an older one is whole.
     """
-    if not any((run / name).is_file() for name in (_RECIPE, _METRICS)):
-        raise ValueError(f"{run} is no folder of a run: it holds neither {_RECIPE} nor {_METRICS}")
+    if not any((run / name).is_file() for name in (RECIPE, METRICS)):
+        raise ValueError(f"{run} is no folder of a run: it holds neither {RECIPE} nor {METRICS}")
     page = _page(run)
-    write_files(run, {_NAME: lambda path: path.write_text(page, encoding="utf-8")})
-    return run / _NAME
+    write_files(run, {REPORT: lambda path: path.write_text(page, encoding="utf-8")})
+    return run / REPORT
 
 
 def _page(run: Path) -> str:
-    recipe, problem = read_json(run / _RECIPE, dict)
+    recipe, problem = read_json(run / RECIPE, dict)
     options, versions, data = (_part(recipe, name, dict) for name in ("options", "versions", "data"))
     asked = options | _part(recipe, "schedule", dict)  # the steps that epochs come to
-    history = read_history(run / _METRICS) if (run / _METRICS).is_file() else None
+    history = read_history(run / METRICS) if (run / METRICS).is_file() else None
     name, model = text_of(Path(os.path.abspath(run)).name), text_of(options.get("model") or "model not known")
     labels = "".join(f"<li>{text_of(label)}</li>" for label in _part(recipe, "labels", list))
     missing = f"{problem} The options, the versions and how many steps were asked for are not known."
@@ -57,11 +55,11 @@ def _page(run: Path) -> str:
         note(missing) if problem else "",
         *_curves(history),
         *_pictures(run),
-        *evaluations(run / _RESULTS),
+        *evaluations(run / RESULTS),
         '<div class="side-by-side">',
         *section("The run", _facts(run, history, data)),
         *section("Options", options, "" if problem else "The recipe names no options."),
-        *section("Model", *read_json(run / _CONFIG, dict)),
+        *section("Model", *read_json(run / CONFIG, dict)),
         *section("Versions", versions, "" if problem else "The recipe names no versions."),
         "</div>",
         f"<footer>Written on {_moment(datetime.now(timezone.utc))}.</footer>",
@@ -93,7 +91,7 @@ def _state(run: Path, history: History | None, options: dict) -> str:
     elif done >= asked * (1 - 1e-9):  # an epoch is a sum of fractions
         state = f"Finished {unit} {figure(done)} of {figure(asked)}"
     else:
-        written = datetime.fromtimestamp((run / _METRICS).stat().st_mtime, timezone.utc)
+        written = datetime.fromtimestamp((run / METRICS).stat().st_mtime, timezone.utc)
         state = f"Stopped or still running at {unit} {figure(done)} of {figure(asked)} (last entry {_moment(written)})"
     words = [state]
     if math.isfinite(loss := history.columns["loss"][-1]):
@@ -162,7 +160,7 @@ def _curve(
 def _pictures(run: Path) -> list[str]:
     """The last reconstruction, large, and up to five before it, from the first one on."""
     heading = "<h2>Reconstructions</h2>"
-    files = _numbered(run / "reconstructions", r"step-(\d+)\.png")
+    files = _numbered(run / RECONSTRUCTIONS, r"step-(\d+)\.png")
     whole = [(file, step) for file, step in files if _is_whole(file)]
     damaged = len(files) - len(whole)
     notes = [note(f"{counted(damaged, 'picture')} left out: not a whole PNG file.")] if damaged else []
@@ -205,7 +203,7 @@ def _facts(run: Path, history: History | None, data: dict) -> dict[str, str]:
         memory, waiting = (history.curve(name)[1] for name in ("memory_mb", "waiting"))
         facts["most memory"] = f"{figure(memory.max())} MB" if len(memory) else figure(math.nan)
         facts["time waiting for data"] = f"{figure(100 * waiting.mean())} %" if len(waiting) else figure(math.nan)
-    steps = [step for path, step in _numbered(run / "checkpoints", r"step-(\d+)") if path.is_dir()]
+    steps = [step for path, step in _numbered(run / CHECKPOINTS, r"step-(\d+)") if path.is_dir()]
     span = f", step {steps[0]:,} to step {steps[-1]:,}" if len(steps) > 1 else f", step {steps[0]:,}" if steps else ""
     return facts | {"checkpoints": f"{len(steps) or 'none'}{span}"}
 

@@ -15,11 +15,11 @@ from mae.checkpoints.saving import write_files
 from mae.data import Batches, DataError, TensorImages, TrainingImages, counted, on_device, printable
 from mae.data.randomness import derived_seed
 from mae.model import MaskedAutoencoder
-from mae.training import recipe
+from mae.run_files import RECIPE, WEIGHTS
 from mae.training.metrics import TrainingStopped, Watch
 from mae.training.optimizers import OPTIMIZERS
-from mae.training.parallel import Processes, ProcessLost, distribute, lost_said, plain, whole_state
-from mae.training.recipe import Schedule, TrainConfig
+from mae.training.parallel import Processes, ProcessLost, distribute, plain, whole_state
+from mae.training.recipe import Recipe, Schedule, TrainConfig
 from mae.training.run import Mode, RunError, open_run
 from mae.training.signals import StopRequest, stop_requests
 from mae.training.state import TrainingState, load_state, path_of, save_state, steps_on_disk
@@ -95,8 +95,9 @@ def train(
         data: what it says of the images beside their number.
 
     Returns:
-        The entries of ``metrics.jsonl``: step, loss (mean since the entry before), lr, images_per_second, seconds,
-        waiting (share of the time that data took), memory_mb; in processes that do not lead none.
+        The entries of ``metrics.jsonl``: step, epoch, loss (mean since the entry before, None where none was finite),
+        lr, images_per_second, seconds, waiting (share of the time that data took), memory_mb, val_loss where it was
+        computed, skipped (updates, in all) where there are any; in processes that do not lead none.
 
     Raises:
         RunError: as of :func:`mae.training.run.open_run`.
@@ -129,28 +130,31 @@ def train(
         clip_grad=config.clip_grad,
         scaler=scaler,
     )
-    state = TrainingState(distributed, optimizer, scaler, {"seconds": 0.0, "skipped": 0})
+    state = TrainingState(distributed, optimizer, scaler)
     options = asdict(config) if options is None else options
     data = {"images": len(images)} | (data or {})
     with open_run(run, mode, processes) as started, stop_requests(processes.leads) as asked:
-        described = recipe.Described(options, data, schedule)
+        recipe = Recipe(options, data, schedule)
         if mode == "resume":
             with processes.together():
-                _refuse_another_recipe(run, described)
+                _refuse_another_recipe(run, recipe)
         first = load_state(run, state, processes) if mode == "resume" else 0
-        if mode == "resume" and not first and (run / "model.safetensors").is_file():
+        if mode == "resume" and not first and (run / WEIGHTS).is_file():
             raise RunError(f"{run} holds a model and no checkpoint to go on from; choose another --out, or --overwrite")
-        step.skipped.fill_(state.numbers["skipped"])
+        step.skipped.fill_(state.skipped)
         rows = processes.rows(config.batch_size)
         batches = Batches(images, config.batch_size, range(first, schedule.steps), rows=rows, workers=config.workers)
-        with Watch(run, schedule.steps, first, state.numbers["seconds"], processes) as watch:
-            trainer = _Run(run, config, schedule, processes, step, state, batches, watch, looks, described, started)
-            trainer.go(device, asked)
+        with Watch(run, schedule.steps, first, state.seconds, processes) as watch:
+            running = _Run(run, config, recipe, processes, step, state, batches, watch, looks, started)
+            try:
+                running.go(device, asked)
+            except ProcessLost as error:
+                raise TrainingStopped(f"stopped near step {watch.step + 1}: {error}.{running.resumable()}") from error
             return watch.history
 
 
-def _refuse_another_recipe(run: Path, described: recipe.Described) -> None:
-    if (run / recipe.FILE).is_file() and (fields := described.differences(run)):
+def _refuse_another_recipe(run: Path, recipe: Recipe) -> None:
+    if (run / RECIPE).is_file() and (fields := recipe.differences(run)):
         raise RunError(f"{run} was started with another recipe: {'; '.join(fields)}. Give it its own options again")
 
 
@@ -160,16 +164,19 @@ class _Run:
 
     folder: Path
     config: TrainConfig
-    schedule: Schedule
+    recipe: Recipe
     processes: Processes
     step: TrainingStep
     state: TrainingState
     batches: Batches
     watch: Watch
     looks: Looks
-    described: recipe.Described
     started: Callable[[], None]
     saved: int = -1  # the last step of which this process has written a checkpoint
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.recipe.schedule
 
     def go(self, device: torch.device, asked: StopRequest) -> None:
         config, schedule, watch = self.config, self.schedule, self.watch
@@ -184,7 +191,7 @@ class _Run:
                 if end == _NO_DATA or (end == _ASKED and watch.step > first):
                     break
                 if watch.step == first and self.processes.leads:
-                    self.described.write(self.folder)
+                    self.recipe.write(self.folder)
                 self._one(batch)
                 done = watch.step
                 if done == first + 1:
@@ -199,8 +206,6 @@ class _Run:
                     self.log(**scalars)
                 if done % config.save_every == 0:
                     self.save()
-        except ProcessLost as error:
-            raise TrainingStopped(f"stopped near step {watch.step + 1}: {error}.{self._resumable()}") from error
         finally:
             images.close()  # the worker processes end
             self.batches.notes.warn()
@@ -231,7 +236,7 @@ class _Run:
         lr = self.schedule.lr(done)
         for group in self.state.optimizer.param_groups:
             group["lr"] = lr
-        with lost_said():
+        with self.processes.lost_said():
             loss = self.step(images, self._masking(images, done))
         self.watch.add(loss, lr, self.config.batch_size)
 
@@ -262,7 +267,7 @@ class _Run:
         raise TrainingStopped(
             f"stopped: {len(bad)} losses in a row were not finite, the first of these at step {bad[0]}, "
             f"whose files are {', '.join(names[:_MOST_NAMED])} and {max(0, len(names) - _MOST_NAMED)} more, listed in "
-            f"{self.folder / listed}.{self._resumable()} Try a lower learning rate or precision float32"
+            f"{self.folder / listed}.{self.resumable()} Try a lower learning rate or precision float32"
         )
 
     def _name(self, index: int) -> str:
@@ -279,9 +284,9 @@ class _Run:
         if self.processes.most(not finite):
             raise TrainingStopped(
                 f"stopped: the weights are not finite after step {self.watch.step}, so they are not saved."
-                f"{self._resumable()} Try a lower learning rate or precision float32"
+                f"{self.resumable()} Try a lower learning rate or precision float32"
             )
-        self.state.numbers |= {"seconds": self.watch.seconds, "skipped": int(self.step.skipped)}
+        self.state.seconds, self.state.skipped = self.watch.seconds, int(self.step.skipped)
         if not 0 < self.watch.step == self.watch.first:  # resumed at its end, as one that was killed before its weights
             save_state(self.folder, self.watch.step, self.state, self.processes, self.config.keep)
         self.saved = self.watch.step
@@ -309,7 +314,8 @@ class _Run:
         except (OSError, DataError) as error:  # a picture is not worth a month of training
             warnings.warn(f"no picture of step {self.watch.step}: {error}", stacklevel=2)
 
-    def _resumable(self) -> str:
+    def resumable(self) -> str:
+        """Which checkpoint is the last one, in a sentence; nothing where there is none."""
         steps = steps_on_disk(self.folder)
         return f" The checkpoint of step {steps[-1]} is {path_of(self.folder, steps[-1])}." if steps else ""
 

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from tqdm import tqdm
 from mae.checkpoints.layouts import CheckpointError
 from mae.checkpoints.saving import reason_of, write_files
 from mae.data import counted
+from mae.run_files import EVENTS, METRICS, RECONSTRUCTIONS
 from mae.training.parallel import Processes
 
-FILE = "metrics.jsonl"
 _MOST_NAMED = 3  # files, in a line
 _LINE_EVERY = 60.0  # seconds, where there is no terminal
 
@@ -50,7 +51,6 @@ class Watch:
         self.longest_row: list[int] = []  # of those that the last entry covers
         self._start = self._last = time.perf_counter()
         self._bar = _Bar(steps, first) if processes.leads else None
-        self._events = None  # made with the first entry, so that a run that never comes to one leaves nothing
 
     def __enter__(self) -> "Watch":
         return self
@@ -58,8 +58,22 @@ class Watch:
     def __exit__(self, *exc_info) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._events:
-            self._events.close()
+        if events := vars(self).get("_events"):
+            events.close()
+
+    @cached_property
+    def _events(self) -> Any:
+        """TensorBoard's writer, None where it is not installed; a resumed run hides what came after its first step.
+
+        It is made with the first entry, so that a run that never comes to one leaves nothing.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return None
+        return SummaryWriter(str(self._run / EVENTS), purge_step=self.first + 1 if self.first else None)
 
     @property
     def seconds(self) -> float:
@@ -89,12 +103,15 @@ class Watch:
         if not self._losses:
             return []
         losses = self._processes.mean(torch.stack(self._losses).float()).tolist()
-        good = [x for x in losses if math.isfinite(x)]
-        bad = [self.step - len(losses) + i for i, x in enumerate(losses, start=1) if not math.isfinite(x)]
-        self.longest_row = [*self._row]
-        for i, x in enumerate(losses, start=1):
-            self._row = [] if math.isfinite(x) else [*self._row, self.step - len(losses) + i]
-            self.longest_row = max(self.longest_row, self._row, key=len)
+        good, bad, self.longest_row = [], [], self._row
+        for step, loss in enumerate(losses, start=self.step - len(losses) + 1):
+            if math.isfinite(loss):
+                good.append(loss)
+                self._row = []
+            else:
+                bad.append(step)
+                self._row = [*self._row, step]
+                self.longest_row = max(self.longest_row, self._row, key=len)
         now = time.perf_counter()
         took = now - self._last
         entry = {
@@ -122,16 +139,12 @@ class Watch:
 
     def picture(self, file: Path) -> None:
         """Show it in TensorBoard too."""
-        if self._events is None:
-            self._events = _events(self._run, self.first)
         if self._events:
             import numpy as np
             from PIL import Image
 
             with Image.open(file) as image:
-                self._events.add_image(
-                    "reconstructions", np.asarray(image.convert("RGB")), self.step, dataformats="HWC"
-                )
+                self._events.add_image(RECONSTRUCTIONS, np.asarray(image.convert("RGB")), self.step, dataformats="HWC")
 
     def say(self, words: str) -> None:
         """A line above the bar."""
@@ -150,7 +163,7 @@ class Watch:
         self.say(f"Warning: passed over {counted(len(self._unreadable), 'file')} that cannot be read: {words}")
 
     def _write(self, entry: dict[str, Any]) -> None:
-        path = self._run / FILE
+        path = self._run / METRICS
         try:
             with open(path, "a", encoding="utf-8") as file:
                 print(json.dumps(entry), file=file)
@@ -158,8 +171,6 @@ class Watch:
             raise CheckpointError(
                 f"{path} could not be written: {reason_of(error)}. A checkpoint from before, if there is one, is whole"
             ) from error
-        if self._events is None:
-            self._events = _events(self._run, self.first)
         for name, value in entry.items() if self._events else ():
             if name != "step" and value is not None:
                 self._events.add_scalar(name, value, entry["step"])
@@ -169,7 +180,7 @@ class _Bar:
     """On a terminal a bar that fits its width; elsewhere a line a minute."""
 
     def __init__(self, steps: int, first: int):
-        self._steps, self.first, self._done = steps, first, first
+        self._steps, self._first, self._done = steps, first, first
         self._live = sys.stderr.isatty()
         self._start = self._said = time.perf_counter()
         width = os.get_terminal_size(sys.stderr.fileno()).columns if self._live else 80
@@ -197,7 +208,7 @@ class _Bar:
         now = time.perf_counter()
         if not self._live and (now - self._said >= _LINE_EVERY or self._done == self._steps):
             self._said = now
-            left = (now - self._start) / max(1, self._done - self.first) * (self._steps - self._done)
+            left = (now - self._start) / max(1, self._done - self._first) * (self._steps - self._done)
             print(f"step {self._done}/{self._steps}, {tqdm.format_interval(left)} left, {words}", file=sys.stderr)
 
     def write(self, words: str) -> None:
@@ -209,7 +220,7 @@ class _Bar:
 
 def cut_back(run: Path, step: int) -> list[dict[str, Any]]:
     """Entries of ``metrics.jsonl`` up to a step; later ones, and a line that was not finished, leave the file."""
-    path = run / FILE
+    path = run / METRICS
     if not path.is_file():
         return []
     entries, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -222,19 +233,8 @@ def cut_back(run: Path, step: int) -> list[dict[str, Any]]:
             continue
     if len(entries) < len(lines):
         text = "".join(json.dumps(entry) + "\n" for entry in entries)
-        write_files(run, {FILE: lambda file: file.write_text(text, encoding="utf-8")})
+        write_files(run, {METRICS: lambda file: file.write_text(text, encoding="utf-8")})
     return entries
-
-
-def _events(run: Path, first: int):
-    """TensorBoard's writer, where it is installed; a resumed run hides what came after its first step."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return False
-    return SummaryWriter(str(run / "tensorboard"), purge_step=first + 1 if first else None)
 
 
 def _memory() -> float:

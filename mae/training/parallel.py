@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPr
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mae.model import Block, MaskedAutoencoder
+from mae.model import Block, CrossBlock, MaskedAutoencoder
 
 Parallel = Literal["ddp", "fsdp"]
 
@@ -34,6 +34,7 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+    host_group: dist.ProcessGroup | None = None  # None is the default one, for those who joined otherwise
 
     @property
     def leads(self) -> bool:
@@ -50,8 +51,8 @@ class Processes:
         if self.count == 1:
             return value
         x = torch.tensor(value)
-        with lost_said():
-            dist.all_reduce(x, dist.ReduceOp.MAX, _host_group())
+        with self.lost_said():
+            dist.all_reduce(x, dist.ReduceOp.MAX, self.host_group)
         return int(x)
 
     def gather(self, value: Any) -> list[Any]:
@@ -59,8 +60,8 @@ class Processes:
         values = [value]
         if self.count > 1:
             values = [None] * self.count
-            with lost_said():
-                dist.all_gather_object(values, value, _host_group())
+            with self.lost_said():
+                dist.all_gather_object(values, value, self.host_group)
         return values
 
     @contextmanager
@@ -76,11 +77,22 @@ class Processes:
         if problem := next(filter(None, self.gather(problem)), None):
             raise problem
 
+    @contextmanager
+    def lost_said(self) -> Iterator[None]:
+        """What communication raises when another process is gone becomes :class:`ProcessLost`."""
+        try:
+            yield
+        except RuntimeError as error:
+            words = str(error).lower()
+            if self.count == 1 or not any(word in words for word in ("gloo", "nccl", "closed")):
+                raise
+            raise ProcessLost("another process of this run has ended, and torchrun says which and why") from error
+
     def mean(self, x: Tensor) -> Tensor:
         """The mean over the processes of a tensor on the device, without waiting for it."""
         if self.count > 1:
             x = x.clone()
-            with lost_said():
+            with self.lost_said():
                 dist.all_reduce(x)
         return x / self.count
 
@@ -96,11 +108,9 @@ def joined(device: torch.device) -> Iterator[Processes]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=_PATIENCE)
-    _groups["host"] = dist.new_group(backend="gloo", timeout=_PATIENCE)
     try:
-        yield Processes(dist.get_rank(), count)
+        yield Processes(dist.get_rank(), count, dist.new_group(backend="gloo", timeout=_PATIENCE))
     finally:
-        _groups.clear()
         dist.destroy_process_group()
 
 
@@ -111,44 +121,26 @@ def own_device(device: torch.device) -> torch.device:
     return torch.device("cuda", int(local)) if is_open and local is not None else device
 
 
-_groups: dict[str, dist.ProcessGroup] = {}
-
-
-def _host_group() -> dist.ProcessGroup | None:
-    return _groups.get("host")  # None is the default group: who joined the processes otherwise has no other
-
-
-@contextmanager
-def lost_said() -> Iterator[None]:
-    """What communication raises when another process is gone becomes :class:`ProcessLost`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "gloo" not in str(error).lower() and "nccl" not in str(error).lower() and "closed" not in str(error):
-            raise
-        raise ProcessLost("another process of this run has ended, and torchrun says which and why") from error
-
-
 def distribute(
-    model: MaskedAutoencoder, parallel: Parallel | None, processes: Processes, param_dtype: torch.dtype | None = None
+    model: MaskedAutoencoder, parallel: Parallel, processes: Processes, param_dtype: torch.dtype | None = None
 ) -> nn.Module:
     """The model as all processes train it; of one process it is the model itself.
 
     Args:
-        parallel: ``"ddp"`` holds all of it in each process, ``"fsdp"`` shards it block by block. None is ``"ddp"``.
+        parallel: ``"ddp"`` holds all of it in each process, ``"fsdp"`` shards it block by block.
         param_dtype: for ``"fsdp"``, what parameters are gathered in; gradients are summed in float32.
     """
     if processes.count == 1:
         return model
     device = next(model.parameters()).device
-    if parallel != "fsdp":
+    if parallel == "ddp":
         own = [device] if device.type == "cuda" else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the option's new name is not known to torch 2.11
             return DistributedDataParallel(model, device_ids=own, broadcast_buffers=False, gradient_as_bucket_view=True)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     options = {"mesh": init_device_mesh(device.type, (processes.count,)), "mp_policy": policy}
-    for block in (m for m in model.modules() if isinstance(m, Block)):
+    for block in (m for m in model.modules() if isinstance(m, (Block, CrossBlock))):
         fully_shard(block, **options)
     return fully_shard(model, **options)
 

@@ -11,14 +11,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+import mae_kernels
 from mae.checkpoints.layouts import CheckpointError
 from mae.checkpoints.saving import reason_of, write_json
 from mae.fields import COUNT, RATIO, SEED, check, is_number
+from mae.run_files import RECIPE
 from mae.training.optimizers import OptimizerName
 from mae.training.parallel import Parallel
 from mae.training.step import Execution, MaskStrategy, StrategyName
 
-FILE = "recipe.json"
 _WORK = {  # options that may differ when a run is resumed: it computes the same, up to rounding at most
     "data", "val", "init", "workers", "micro_batches", "execution", "parallel", "device", "log_every", "save_every",
     "eval_every", "keep", "max_skipped",
@@ -137,7 +138,7 @@ class Schedule(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Described:
+class Recipe:
     """A run as its ``recipe.json`` describes it: options by their names, what it is trained on, and what follows."""
 
     options: dict[str, Any]
@@ -150,17 +151,17 @@ class Described:
         Raises:
             CheckpointError: as of :func:`mae.checkpoints.saving.write_files`.
         """
-        if not (run / FILE).is_file():
+        if not (run / RECIPE).is_file():
             content = {"options": self.options, "data": self.data, "schedule": self.schedule._asdict()}
             labels = [f"not the published method: {x}" for x in unpublished(self.options)]
-            write_json(run, {FILE: content | {"versions": versions()} | ({"labels": labels} if labels else {})})
+            write_json(run, {RECIPE: content | {"versions": versions()} | ({"labels": labels} if labels else {})})
 
     def differences(self, run: Path) -> list[str]:
         """From the recipe in the folder, field by field: what the run would compute otherwise."""
-        before = read_recipe(run)
+        before = read_recipe(run / RECIPE)
         options = json.loads(json.dumps(self.options))  # tuples become lists, as in the file
         then = {name: x for name, x in before["options"].items() if name not in _WORK}
-        # An option that another version has had or has not had yet was not used.
+        # Options that only one of two versions has are not compared.
         pairs = {name: (x, options[name]) for name, x in then.items() if name in options}
         pairs |= {f"data {name}": (before["data"].get(name), x) for name, x in self.data.items()}
         return [f"{name} was {old!r} and is {new!r}" for name, (old, new) in pairs.items() if old != new]
@@ -172,23 +173,18 @@ def unpublished(options: dict[str, Any]) -> list[str]:
     return [f"{name} {options[name]}" for name, x in published.items() if options.get(name, x) != x]
 
 
-def read_recipe(run: Path) -> dict[str, Any]:
-    """What :class:`Described` wrote.
+def read_recipe(file: Path) -> dict[str, Any]:
+    """What :class:`Recipe` wrote, or a person with no more than options.
 
     Raises:
         CheckpointError: it cannot be read.
     """
-    return {"data": {}} | _read(run / FILE)
-
-
-def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        parts = [content["options"], content.get("data", {})]
-        if not all(isinstance(part, dict) for part in parts):
+        content = {"data": {}} | json.loads(file.read_text(encoding="utf-8"))
+        if not all(isinstance(content[part], dict) for part in ("options", "data")):
             raise ValueError("it holds other things")
         return content
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} is no recipe: {reason_of(error)}") from error
 
 
@@ -203,14 +199,14 @@ def preset(name: str) -> dict[str, Any]:
     if name in known:
         return json.loads(shipped.joinpath(f"{name}.json").read_text(encoding="utf-8"))["options"]
     file = Path(name)
-    file = file / FILE if file.is_dir() else file
+    file = file / RECIPE if file.is_dir() else file
     if not file.is_file():
         raise ValueError(f"there is no recipe {name}; there are {', '.join(known)}, and the recipe.json of any run")
-    return _read(file)["options"]
+    return read_recipe(file)["options"]
 
 
 def versions() -> dict[str, str]:
     """Of what decides about numbers."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    packages = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return packages | {"device": device, "system": platform.platform()}
+    packages = {package.__name__: package.__version__ for package in (mae_kernels, torch, np)}
+    return packages | {"python": platform.python_version(), "device": device, "system": platform.platform()}

@@ -8,11 +8,11 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from mae.training import metrics, recipe, state
+from mae.run_files import CHECKPOINTS, CONFIG, EVENTS, METRICS, RECIPE, RECONSTRUCTIONS, REPORT, RESULTS, WEIGHTS
 from mae.training.parallel import Processes
 
-_OF_A_RUN = ("model.safetensors", metrics.FILE, "config.json", state.FOLDER)
-_BESIDE = (recipe.FILE, "reconstructions", "tensorboard", "report.html", "results.json")  # what others made of it
+_OF_A_RUN = (WEIGHTS, METRICS, CONFIG, CHECKPOINTS)
+_BESIDE = (RECIPE, RECONSTRUCTIONS, EVENTS, REPORT, RESULTS)  # that alone are none
 _LOCK, _STAGE, _ASIDE, _GONE = ".lock", ".replacing", ".replaced", ".gone"
 
 Mode = Literal["new", "overwrite", "resume"]

@@ -14,11 +14,10 @@ _ECHO = 1.0  # seconds within which a second signal is the first one, which torc
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop, and what a second request would do."""
+    """Whether somebody asked the run to stop."""
 
     def __init__(self, speaks: bool = True):
         self.name = ""  # of the first signal
-        self.doing = "finishing this step, then saving"
         self._speaks, self._at, self._held = speaks, 0.0, False
 
     def __bool__(self) -> bool:
@@ -36,7 +35,7 @@ class StopRequest:
     def receive(self, number: int) -> None:
         if not self.name:
             self.name, self._at = signal.Signals(number).name, time.monotonic()
-            self._say(f"{self.name}: {self.doing}; again to stop at once")
+            self._say(f"{self.name}: finishing this step, then saving; again to stop at once")
         elif time.monotonic() - self._at < _ECHO:
             pass
         elif self._held:

@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.state_dict import (
 from mae.checkpoints.layouts import CheckpointError
 from mae.checkpoints.saving import reason_of
 from mae.fields import is_number
+from mae.run_files import CHECKPOINTS
 from mae.training.parallel import Processes, ProcessLost
 
-FOLDER = "checkpoints"
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -38,31 +38,31 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 @dataclass
 class TrainingState:
-    """Model and optimizer of a run, and numbers that JSON holds, such as the seconds it has taken."""
+    """Model and optimizer of a run, and what is counted over all its parts."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None = None
-    numbers: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0  # of training
+    skipped: int = 0  # updates
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
+    def tensors(self) -> dict[str, Tensor]:
         """What the model and the optimizer use, not copies; the learning rate and other settings are the recipe's."""
+        model = get_model_state_dict(self.model)
         optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=_FLAT)
-        return {
-            "model": get_model_state_dict(self.model),
-            "optimizer": {name: x for name, x in optimizer.items() if isinstance(x, Tensor)},
-        }
+        moments = {f"optimizer.{name}": x for name, x in optimizer.items() if isinstance(x, Tensor)}
+        return {f"model.{name}": x for name, x in model.items()} | moments
 
 
 def steps_on_disk(run: Path) -> list[int]:
     """Steps of the whole checkpoints of a run, in ascending order."""
-    folder = run / FOLDER
+    folder = run / CHECKPOINTS
     found = [_NAME.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name[1]) for name in found if name)
 
 
 def path_of(run: Path, step: int) -> Path:
-    return run / FOLDER / f"step-{step:06}"
+    return run / CHECKPOINTS / f"step-{step:06}"
 
 
 def save_state(run: Path, step: int, state: TrainingState, processes: Processes, keep: int) -> None:
@@ -76,7 +76,7 @@ def save_state(run: Path, step: int, state: TrainingState, processes: Processes,
     try:
         with processes.together():
             if processes.leads:
-                clean(run)
+                _clean(run)
                 stage.mkdir(parents=True)
         with processes.together():
             _write_shards(stage, state)
@@ -101,7 +101,7 @@ def _write_shards(stage: Path, state: TrainingState) -> None:
     # One file a process, with the place of each piece in it; consolidated only for those who want the model.
     writer = dcp.HuggingFaceStorageWriter(str(stage), save_distributed=True)
     with _plainly_raised():
-        dcp.save(_flat(state.tensors()), storage_writer=writer, no_dist=not dist.is_initialized())
+        dcp.save(state.tensors(), storage_writer=writer, no_dist=not dist.is_initialized())
 
 
 @contextmanager
@@ -118,7 +118,8 @@ def _plainly_raised() -> Iterator[None]:
 def _finish(stage: Path, path: Path, step: int, state: TrainingState) -> None:
     shards = {file.name: file.stat().st_size for file in stage.iterdir()}
     scaler = None if state.scaler is None else state.scaler.state_dict()
-    content = {"step": step, "shards": shards, "scaler": scaler, "numbers": state.numbers}
+    counts = {"seconds": state.seconds, "skipped": state.skipped}
+    content = {"step": step, "shards": shards, "scaler": scaler} | counts
     with open(stage / _STATE, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
         file.flush()
@@ -138,9 +139,9 @@ def _remove(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def clean(run: Path) -> None:
+def _clean(run: Path) -> None:
     """What a killed process left half written or half removed."""
-    for path in (run / FOLDER).glob(".step-*"):
+    for path in (run / CHECKPOINTS).glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -188,36 +189,32 @@ def _load(path: Path, state: TrainingState) -> None:
         if found != size:
             is_ = "is missing" if found is None else f"has {found} bytes and not {size}"
             raise CheckpointError(f"{path} is damaged: {name} {is_}")
-    flat = _flat(state.tensors())  # which are read into, in place
+    tensors = state.tensors()  # which are read into, in place
     try:
         reader = dcp.HuggingFaceStorageReader(str(path))
         held = reader.read_metadata().state_dict_metadata
-        _check(path, {name: tuple(x.size) for name, x in held.items()}, {n: tuple(x.shape) for n, x in flat.items()})
+        _check(path, {name: tuple(x.size) for name, x in held.items()}, {n: tuple(x.shape) for n, x in tensors.items()})
         with _plainly_raised():
-            dcp.load(flat, storage_reader=reader, no_dist=not dist.is_initialized())
+            dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        if state.scaler is not None and content["scaler"]:
+            state.scaler.load_state_dict(content["scaler"])
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from error
-    if state.scaler is not None and content["scaler"]:
-        state.scaler.load_state_dict(content["scaler"])
-    state.numbers.update(content["numbers"])
+    state.seconds, state.skipped = content["seconds"], content["skipped"]
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        numbers, scaler = content["numbers"], content["scaler"]
-        are_numbers = all(is_number(numbers[name]) for name in ("seconds", "skipped"))
-        if not (isinstance(content["shards"], dict) and are_numbers and (scaler is None or "scale" in scaler)):
+        are_numbers = all(is_number(content[name]) for name in ("seconds", "skipped"))
+        are_objects = all(isinstance(content[name], (dict, type(None))) for name in ("shards", "scaler"))
+        if not (are_numbers and are_objects and content["shards"]):
             raise ValueError("it holds other things")
         return content
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {_STATE} cannot be read ({reason_of(error)})") from error
-
-
-def _flat(tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {f"{part}.{name}": x for part, values in tensors.items() for name, x in values.items()}
 
 
 def _check(path: Path, held: dict[str, tuple], expected: dict[str, tuple]) -> None:

@@ -130,16 +130,16 @@ class TrainingStep:
             if self.clip_grad is not None:
                 self.scaler.unscale_(self.optimizer)
                 self._clip()
-            before = self.scaler._scale
+            before = self.scaler._scale.clone()  # update changes it in place; get_scale would wait for the device
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.skipped += (self.scaler._scale < before).float()
             return
-        bad = ~loss.isfinite()
+        finite = loss.isfinite()
         if self.clip_grad is not None:
-            bad |= ~self._clip().isfinite()
+            finite &= self._clip().isfinite()
         if hasattr(self.optimizer, "found_inf") or getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            self.optimizer.found_inf = in_any_process(bad.float(), self.model)
+            self.optimizer.found_inf = in_any_process((~finite).float(), self.model)
             self.skipped += self.optimizer.found_inf
         self.optimizer.step()
 

@@ -1,0 +1,10 @@
+"""What the files of a run folder are called, for those who write them and those who read them."""
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+RECIPE, METRICS, CHECKPOINTS = "recipe.json", "metrics.jsonl", "checkpoints"
+RECONSTRUCTIONS, EVENTS, REPORT, RESULTS = "reconstructions", "tensorboard", "report.html", "results.json"
+
+
+def picture_name(step: int) -> str:
+    """Of the reconstructions of a step, within their folder."""
+    return f"step-{step:06}.png"

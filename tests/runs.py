@@ -1,0 +1,83 @@
+"""What tests of runs share: small ones by the loop and by the command, and what they leave behind."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mae import mae_vit_demo_patch7
+from mae.data import TensorImages
+from mae.training.loop import train
+from mae.training.recipe import TrainConfig
+
+SMALL = [
+    "--model", "mae_vit_tiny_patch16", "--image-size", "32", "--batch-size", "4", "--device", "cpu",
+    "--decoder-depth", "1", "--decoder-width", "64",
+]  # fmt: skip
+
+
+def images(count: int = 40) -> TensorImages:
+    generator = torch.Generator().manual_seed(5)
+    return TensorImages(torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, generator=generator), seed=3)
+
+
+def config(steps: int = 12, **options) -> TrainConfig:
+    shared = {"batch_size": 8, "base_lr": 0.02, "device": "cpu", "log_every": 1, "workers": 0, "seed": 3}
+    return TrainConfig(**shared | {"steps": steps, "eval_every": 10**6} | options)
+
+
+def run_demo_model(run: Path, mode: str = "new", data: TensorImages | None = None, seed: int = 0, **options):
+    torch.manual_seed(seed)
+    return train(mae_vit_demo_patch7(), data or images(), config(**options), run, mode)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Interrupting(TensorImages):
+    """Fails like a power cut in the batch after so many."""
+
+    def __init__(self, data: TensorImages, batches: int):
+        super().__init__(data.images, data.seed)
+        self.left = batches
+
+    def __getitems__(self, keys):
+        self.left -= 1
+        if self.left < 0:
+            raise Interrupted
+        return super().__getitems__(keys)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(entry["step"], entry["loss"]) for entry in entries]
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert losses(one) == losses(other)
+
+
+def started(out: Path, data: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "mae", "pretrain", "--data", str(data), "--out", str(out), *SMALL, *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, start_new_session=True)
+
+
+def wait_for_step(out: Path, process: subprocess.Popen, step: int) -> None:
+    end = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < step:
+        assert process.poll() is None, (process.stderr or process.stdout).read()
+        assert time.monotonic() < end
+        time.sleep(0.02)
