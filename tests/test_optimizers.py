@@ -224,6 +224,7 @@ def test_a_model_without_matrices_in_its_blocks_is_refused():
     assert str(error.value) == ("muon: the model has no matrices in blocks; FSDP1 flattens them, fully_shard does not")
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     """A memorised batch, by the command's own loop."""
     torch.manual_seed(0)

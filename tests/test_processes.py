@@ -99,6 +99,7 @@ def test_runs_cross_over_and_a_lost_process_ends_them(alone, data, tmp_path):
     assert_same(alone, out)
 
 
+@pytest.mark.slow
 def test_what_one_process_refuses_all_refuse(data, tmp_path):
     process = launched(2, data, tmp_path / "run", "--batch-size", "7")
     output, _ = process.communicate(timeout=100)
