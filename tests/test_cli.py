@@ -1,11 +1,6 @@
 """``python -m mae`` as a person uses it: real pictures, broken files, Ctrl-C, and clear words when it cannot go on."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -23,6 +18,7 @@ from mae.report.figures import save_reconstructions
 
 SMALL = [
     "--model", "mae_vit_tiny_patch16", "--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu",
+    "--eval-every", "1000",
 ]  # fmt: skip
 
 
@@ -413,30 +409,3 @@ def test_help_explains_every_option(capsys):
         text = capsys.readouterr().out
         assert text.count("--") >= 3
     assert "Optimizer steps" in text
-
-
-def test_control_c_leaves_a_usable_checkpoint(tmp_path):
-    data = good_folder(tmp_path / "data", 2)
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "mae", "pretrain", "--data", str(data), "--out", str(out), *SMALL]
-    command += ["--steps", "100000", "--log-every", "1", "--workers", "1"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    waited = time.monotonic() + 120
-    while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 2:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < waited
-        time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 3
-    assert "mae: SIGINT: finishing this step, then saving; again to stop at once\n" in errors
-    assert errors.splitlines()[-1].startswith("mae: stopped after step ")
-    assert errors.splitlines()[-1].endswith(
-        f" of 100000. The checkpoint is in {out}; the same command with --resume goes on"
-    )
-    assert "Traceback" not in errors
-    step = metrics(out)[-1]["step"]
-    assert f"step {step} of" in errors.splitlines()[-1]
-    assert load_checkpoint(out).config.image_size == (32, 32)

@@ -158,7 +158,7 @@ def test_functional_gradient(model, autocast):
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("decoder", ["self", "cross"])
+@pytest.mark.parametrize("decoder", ["self", pytest.param("cross", marks=pytest.mark.slow)])
 def test_compiled_functional_gradient(decoder, autocast):
     """torch.compile takes the parameters of torch.func.grad for constants, unless it is made to look again."""
     model, inputs = MaskedAutoencoder(replace(SMALL, decoder=decoder)).to(DEVICE), batch(3)

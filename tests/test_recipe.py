@@ -22,7 +22,7 @@ from mae.training.validation import Validation
 
 SMALL = [
     "--model", "mae_vit_tiny_patch16", "--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu",
-    "--decoder-depth", "1", "--decoder-width", "64", "--log-every", "1",
+    "--decoder-depth", "1", "--decoder-width", "64", "--log-every", "1", "--eval-every", "1000",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from mae.training.run import RunError, open_run
 
 SMALL = [
     "--model", "mae_vit_tiny_patch16", "--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu",
-    "--decoder-depth", "1", "--decoder-width", "64", "--steps", "2",
+    "--decoder-depth", "1", "--decoder-width", "64", "--steps", "2", "--eval-every", "1000",
 ]  # fmt: skip
 
 

@@ -43,18 +43,22 @@ def test_a_full_disk_costs_no_finished_checkpoint(tmp_path, data):
     assert [x.name for x in (out / "checkpoints").iterdir()] == ["step-000004"]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["SIGINT", *(pytest.param(x, marks=pytest.mark.slow) for x in ("SIGTERM", "SIGHUP"))])
 def test_signals_save_and_leave_nobody_behind(tmp_path, data, name):
     out = tmp_path / "run"
     process = started(out, data, "--steps", "100000", "--log-every", "1", "--workers", "1")
     wait_for_step(out, process, 2)
-    os.killpg(process.pid, getattr(signal, name))
+    os.killpg(process.pid, getattr(signal, name))  # as a terminal does: the workers get it too
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3
     assert f"mae: {name}: finishing this step, then saving; again to stop at once\n" in errors
     assert "Traceback" not in errors
     step = losses(out)[-1][0]
+    assert errors.splitlines()[-1] == (
+        f"mae: stopped after step {step} of 100000. The checkpoint is in {out}; the same command with --resume goes on"
+    )
     assert steps_on_disk(out)[-1] == step
+    assert load_checkpoint(out).config.image_size == (32, 32)
     assert (out / "reconstructions" / f"step-{step:06}.png").exists()
     assert (out / "report.html").exists()
     with pytest.raises(ProcessLookupError):
