@@ -263,6 +263,7 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
     def losses(name: str, seed: int) -> list[float]:
         out = tmp_path / name
         arguments = ["--data", str(data), "--out", str(out), *SMALL, "--steps", "3", "--log-every", "1"]
+        arguments += ["--decoder-depth", "1", "--decoder-width", "64"]
         main(["pretrain", *arguments, "--seed", str(seed)])
         return [entry["loss"] for entry in metrics(out)]
 

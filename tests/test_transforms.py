@@ -33,7 +33,7 @@ def test_functional_gradient(name, n):
     assert all(torch.equal(ours[key], expected[key]) for key in wrt)
 
 
-@pytest.mark.parametrize("computed", [True, False], ids=["computed", "leaves"])
+@pytest.mark.parametrize("computed", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["computed", "leaves"])
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_compiled_functional_gradient(name, computed, n):
     """Of leaves, and of leaves beside a tensor that was computed from one."""
