@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mae.checkpoints.layouts import CheckpointError
+from mae.reasons import reason_of
 
 # What a killed save leaves: a folder of ours, which names its process, and the files of safetensors and of older saves.
 _STAGE = re.compile(r"\.saving-(?P<host>.+)-(?P<process>\d+)-[0-9a-f]{8}")
@@ -93,16 +94,6 @@ def write_files(folder: Path, writers: dict[str, Callable[[Path], object]]) -> N
         ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-
-
-def reason_of(error: BaseException) -> str:
-    """In a few words why something could not be read or written."""
-    causes, x = [error], error
-    while (x := x.__cause__ or x.__context__) is not None and x not in causes:
-        causes.append(x)
-    # PyTorch says a position alone, and wraps what the system said.
-    cause = next((x for x in causes if isinstance(x, OSError) and x.strerror), error)
-    return getattr(cause, "strerror", None) or (str(cause).splitlines() or [type(cause).__name__])[0]
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -17,6 +17,7 @@ from mae.commands.pictures import Drawing
 from mae.data import (
     ImageFiles,
     Source,
+    StreamOrder,
     TrainingImages,
     counted,
     held_out,
@@ -42,7 +43,8 @@ class PretrainConfig:
 
     data: str
     """Folder of images, searched with its sub-folders; no labels are needed. Or hf: and a dataset: hf:NAME of the hub,
-    hf:FOLDER, hf:FILE.parquet, hf:NAME:SPLIT."""
+    hf:FOLDER, hf:FILE.parquet, hf:NAME:SPLIT. With :streaming behind it Parquet files are read where they lie, of the
+    hub without a copy on this disk, in an order that mixes some row groups at a time."""
     model: ModelName | None = None
     """Architecture; by default mae_vit_small_patch16, on a CPU the smallest, mae_vit_tiny_patch16."""
     out: Path = Path("runs/pretrain")
@@ -142,6 +144,13 @@ class _Job:
     validation: Source | None
     schedule: Schedule
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """What decides about the order, beside options and number of the images."""
+        order, fingerprint = self.images.order(self.config.train.batch_size), self.images.source.fingerprint()
+        streamed = {"open_at_once": order.open_at_once} if isinstance(order, StreamOrder) else {}
+        return {"fingerprint": fingerprint} | streamed
+
     def plan(self) -> str:
         config, schedule = self.config, self.schedule
         epochs = schedule.steps / schedule.steps_per_epoch
@@ -152,6 +161,8 @@ class _Job:
         )
         if self.validation is not None:
             words += f"; {counted(len(self.validation), 'image')} held out"
+        if at_once := self.data.get("open_at_once"):
+            words += f". The stream mixes {at_once} of its {len(self.images.source.blocks.sizes)} row groups at a time"
         if others := unpublished(flat(config)):
             words += f"\nNot the published method: {', '.join(others)}"
         return words
@@ -198,7 +209,7 @@ class _Job:
                 processes=processes,
                 looks=Looks(validate, drawing, self.foretell),
                 options=options,
-                data={"fingerprint": self.images.source.fingerprint()},
+                data=self.data,
             )
         except Exception:
             if processes.leads:

@@ -1,8 +1,9 @@
 """Images, clips, volumes and sound from folders and datasets, as uint8 tensors: whatever people have, broken or not."""
 
 from mae.data.crops import Crops, TensorImages, TrainingImages, random_box
-from mae.data.errors import DataError, DataWarning, counted, printable
-from mae.data.loader import Batches, Order, on_device
+from mae.data.errors import DataError, DataWarning, Unreachable, counted, printable
+from mae.data.loader import Batches, on_device
+from mae.data.order import Order, StreamOrder
 from mae.data.pictures import Picture, read_image, resize_and_crop, to_tensor
 from mae.data.readers import Reading, Wanted, is_sound
 from mae.data.sources import ImageFiles, Joined, Part, Source, find_images, find_labelled_images, held_out, open_source
@@ -21,8 +22,10 @@ __all__ = [
     "Picture",
     "Reading",
     "Source",
+    "StreamOrder",
     "TensorImages",
     "TrainingImages",
+    "Unreachable",
     "Wanted",
     "counted",
     "find_images",

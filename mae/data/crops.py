@@ -1,23 +1,28 @@
 """One picture of training: a random box of it, cut out, and what a batch of such boxes is."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import tee
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mae.data.errors import DataError
-from mae.data.pictures import to_tensor
+from mae.data.errors import DataError, Unreachable
+from mae.data.notes import none_readable
+from mae.data.order import Key, Order, StreamOrder
+from mae.data.pictures import read_image, to_tensor
 from mae.data.randomness import uniform
 from mae.data.readers import Reading, Wanted
 from mae.data.sources import Source
+from mae.data.workers import ahead
 from mae_kernels import PackedImages, random_resized_crop
 
 _MOST_TRIES = 100  # pictures, spread over all of them, before a folder is given up
+_AHEAD = 4  # steps for which a stream is read before they are asked for
 _ENOUGH_PIXELS = 1.5  # in each direction for each pixel of the result, which a picture keeps when it is shrunk
 
 
@@ -41,9 +46,9 @@ def random_box(height: int, width: int, draws: Sequence[float]) -> tuple[int, in
 class Sample(NamedTuple):
     """One picture as a worker hands it on."""
 
-    pixels: Tensor | None  # [T * C, h, w] uint8; None where no file could be read
+    pixels: Tensor | None  # [T * C, h, w] uint8
     flip: bool
-    problems: list[str]  # of the files that were passed over
+    problems: list[str]  # of the files that were passed over, or why there is no picture
     index: int = 0  # of the picture
     note: str = ""  # how values of more than 8 bits became these, see mae.data.levels
 
@@ -103,17 +108,38 @@ class TrainingImages(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """The box of one picture, for key (epoch, index).
+    def order(self, batch_size: int) -> Order:
+        if self.source.blocks is not None:
+            return StreamOrder(self.source.blocks, batch_size, self.seed)
+        return Order(len(self), batch_size, self.seed)
+
+    def with_contents(self, steps: Iterable[list[Key]]) -> Iterator[list[Key]]:
+        """The same keys; those of a stream with what this process reads for its workers."""
+        if self.source.blocks is None:
+            yield from steps
+            return
+        steps, again = tee(steps)
+        contents = self.source.contents([key[1] for key in keys] for keys in again)
+        for keys, files in ahead(zip(steps, contents, strict=True), _AHEAD):
+            yield [(*key, file) for key, file in zip(keys, files, strict=True)]
+
+    def __getitem__(self, key: Key) -> Sample:
+        """The box of one picture, for key (epoch, index) or (epoch, index, the file that holds the picture).
 
         Source: He et al. 2021, appendix A.1; boxes of 20 to 100 % of the area, half of them flipped.
         """
         problems = []
-        start, *box, flip = uniform("sample", self.seed, key, 24).tolist()
+        epoch, index, file = (*key, None)[:3]
+        start, *box, flip = uniform("sample", self.seed, (epoch, index), 24).tolist()
         wanted = Wanted(self._shrink_whole, lambda places: int(start * places))
-        for other in spread(key[1], len(self.source)):
+        for other in spread(index, len(self.source)):
             try:
-                picture = self.source.read(other, self.reading, wanted)
+                if other == index and file is not None:
+                    picture = read_image(file, self.reading, wanted)
+                else:
+                    picture = self.source.read(other, self.reading, wanted)
+            except Unreachable as error:
+                return Sample(None, False, [str(error)])
             except DataError as error:
                 problems.append(str(error))
                 continue
@@ -122,9 +148,9 @@ class TrainingImages(Dataset):
             top, left, height, width = random_box(picture.height, picture.width, box)
             picture = picture.cut((left, top, left + width, top + height), self._shrink(height, width))
             return Sample(to_tensor(picture), flip < 0.5, problems, other, picture.note)
-        return Sample(None, False, problems)
+        return Sample(None, False, [none_readable(problems, len(self.source))])
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample]:
+    def __getitems__(self, keys: list[Key]) -> list[Sample]:
         """Samples up to the first without a picture: where one finds no file, the others need not search as well."""
         samples = []
         for key in keys:
@@ -163,7 +189,13 @@ class TensorImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Tensor:
+    def order(self, batch_size: int) -> Order:
+        return Order(len(self), batch_size, self.seed)
+
+    def with_contents(self, steps: Iterable[list[Key]]) -> Iterable[list[Key]]:
+        return steps
+
+    def __getitems__(self, keys: list[Key]) -> Tensor:
         # In NumPy: waking PyTorch's threads takes longer than copying a batch.
         batch = self.images.numpy()[[index for _, index in keys]]
         flips = [_flips(self.seed, epoch, len(self))[index] for epoch, index in keys]

@@ -1,64 +1,19 @@
-"""Datasets of Hugging Face: their rows hold files, which are read as those of a folder are."""
+"""Datasets of Hugging Face, of the hub or of this disk."""
 
-import hashlib
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mae.data.errors import DataError, printable
-from mae.data.pictures import Picture, read_image
-from mae.data.readers import Reading, Stored, Wanted
+from mae.data.rows import Rows, Table
+from mae.data.streaming import Stream, read_footers
+from mae.reasons import reason_of
 
 if TYPE_CHECKING:
     import datasets
 
-_MOST_HASHED = 64  # rows, spread over all of them, that the fingerprint looks at
 _NO_SCRIPTS = 4  # the version of datasets from which on it runs none
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Files in one column of a dataset, as they are stored there."""
-
-    table: "datasets.Dataset"
-    column: str
-    where: str  # as it was asked for
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def name(self, index: int) -> str:
-        """With the path that the row says, last, so that its suffix is that of the name."""
-        path = self._held(index)[1]
-        return f"{self._row(index)}, {path}" if path else self._row(index)
-
-    def read(self, index: int, reading: Reading, wanted: Wanted | None = None) -> Picture:
-        content, path = self._held(index)
-        if content is None and not path:
-            raise DataError(f"cannot read {printable(self._row(index))}: it holds no file")
-        held = Path(path) if content is None else content
-        return read_image(Stored(held, f"{self._row(index)}, {path}" if path else self._row(index)), reading, wanted)
-
-    def fingerprint(self) -> str:
-        """Of the number of rows and of what 64 of them hold: the same wherever the dataset lies and was cached."""
-        count, digest = len(self), hashlib.sha256()
-        digest.update(str(count).encode())
-        for i in range(looked_at := min(count, _MOST_HASHED)):
-            content, path = self._held(count * i // looked_at)
-            digest.update(b"\0" + (Path(path or "").name.encode() if content is None else content))
-        return digest.hexdigest()[:16]
-
-    def _row(self, index: int) -> str:
-        return f"row {index} of {self.where}"
-
-    def _held(self, index: int) -> tuple[bytes | None, str | None]:
-        """The bytes of a file, or where it lies."""
-        try:
-            held = self.table[int(index)][self.column]
-        except Exception as error:  # damaged files of Arrow
-            raise DataError(f"cannot read {printable(self._row(index))}: {_reason(error)}") from error
-        return (held["bytes"], held.get("path")) if isinstance(held, dict) else (held, None)
+_STREAMING = "streaming"
 
 
 def open_dataset(name: str) -> Rows:
@@ -68,33 +23,41 @@ def open_dataset(name: str) -> Rows:
     split is train by default, and may be a part of it such as ``train[:1000]``. The column is the one of images, else
     of videos or sounds, else of files as bytes. No code of a dataset is ever run.
 
+    ``NAME:streaming``, with all the rest, reads Parquet files where they lie, and copies nothing to this disk: a
+    :class:`mae.data.streaming.Stream`, whose order has few row groups in memory at a time.
+
     Raises:
         DataError: there is no such dataset, split or column, or several columns hold files.
     """
     where = f"hf:{name}"
     place, *options = [name] if Path(name).exists() else re.split(r":(?![^\[]*\])", name)
-    chosen = dict(option.split("=", 1) if "=" in option else ("split", option) for option in options)
+    streams = _STREAMING in options
+    chosen = dict(x.split("=", 1) if "=" in x else ("split", x) for x in options if x != _STREAMING)
     if unknown := chosen.keys() - {"split", "column", "config"}:
         raise DataError(f"{printable(where)}: {min(unknown)}= is neither split= nor column= nor config=")
     datasets = import_datasets(where)
+    split, config, asked = (chosen.get(name) for name in ("split", "config", "column"))
     try:
-        table = _load(datasets, place, chosen.get("split"), chosen.get("config"))
+        if streams:
+            files, features = _files(datasets, place, split or "train", config)
+            footers = read_footers(files)
+            features = features or datasets.Features.from_arrow_schema(footers[0].metadata.schema.to_arrow_schema())
+            stream = Stream(footers, _column(datasets, features, where, asked), where)
+            if not stream:
+                raise DataError(f"{printable(where)} holds no rows")
+            return stream
+        table = _load(datasets, place, split, config)
     except DataError:
         raise
     except Exception as error:  # of Arrow, of the hub, of the network, and of datasets itself
         script = next(iter(sorted(Path(place).glob("*.py"))), None) if Path(place).is_dir() else None
-        reason = f"it holds the script {script.name}, and scripts are never run" if script else _reason(error)
+        reason = f"it holds the script {script.name}, and scripts are never run" if script else reason_of(error)
         raise DataError(f"cannot open {printable(where)}: {printable(reason)}") from error
-    column = chosen.get("column") or _column(datasets, table.features, where)
-    if column not in table.column_names:
-        names = ", ".join(map(printable, table.column_names))
-        raise DataError(f"{printable(where)} has no column {printable(column)}, but {names}")
+    column = _column(datasets, table.features, where, asked)
     table = table.with_format(None).select_columns([column])
     if isinstance(feature := table.features[column], (datasets.Image, datasets.Audio, datasets.Video)):
         table = table.cast_column(column, type(feature)(decode=False))
-    elif not _holds_bytes(feature):
-        raise DataError(f"column {printable(column)} of {printable(where)} holds no files")
-    return Rows(table, column, where)
+    return Table(table, column, where)
 
 
 def import_datasets(who: str) -> Any:
@@ -111,50 +74,87 @@ def import_datasets(who: str) -> Any:
 def _load(datasets: Any, place: str, split: str | None, config: str | None) -> "datasets.Dataset":
     path = Path(place)
     if path.is_file():
-        kind = path.suffix.lower().removeprefix(".")
-        if kind not in ("parquet", "arrow"):
-            raise DataError(f"{printable(path)} is neither a folder nor a .parquet or .arrow file")
-        return datasets.load_dataset(kind, data_files=str(path), split=split or "train")
-    if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
-        if not path.exists() and (place.count("/") > 1 or place.startswith((".", "/", "~"))):
-            raise DataError(f"there is no file or folder {printable(path)}")
+        return datasets.load_dataset(_kind(path), data_files=str(path), split=split or "train")
+    if not _is_saved(path):
+        _refuse_missing(place)
         return datasets.load_dataset(place, config, split=split or "train")
     saved = datasets.load_from_disk(place)
     if isinstance(saved, datasets.Dataset):
         if split is not None:
             raise DataError(f"{printable(path)} holds one dataset without splits, so none is {printable(split)}")
         return saved
-    if (split or "train") not in saved:
-        names = ", ".join(map(printable, saved))
-        raise DataError(f"{printable(path)} holds no split {printable(split or 'train')}, but {names}")
-    return saved[split or "train"]
+    return saved[_split(split or "train", saved, place)]
 
 
-def _column(datasets: Any, features: dict[str, Any], where: str) -> str:
-    """The only one of the first kind of which there is any."""
+def _files(datasets: Any, place: str, split: str, config: str | None) -> tuple[list[str], dict[str, Any] | None]:
+    """The Parquet files of a split, as paths or URLs, and the features where something says them."""
+    path = Path(place)
+    if _is_saved(path) or (path.is_file() and _kind(path) != "parquet"):
+        raise DataError(f"{printable(path)} holds Arrow files, which are read where they lie; leave :streaming out")
+    if path.is_file():
+        builder = datasets.load_dataset_builder("parquet", data_files=str(path))
+    else:
+        _refuse_missing(place)
+        builder = datasets.load_dataset_builder(place, config)
+    files = builder.config.data_files or {}
+    files = [str(file) for file in files[_split(split, files, place)]]
+    if others := [file for file in files if not file.endswith(".parquet")]:
+        raise DataError(f"{printable(place)} holds {printable(others[0])}, and only Parquet is streamed")
+    return files, builder.info.features
+
+
+def _kind(file: Path) -> str:
+    kind = file.suffix.lower().removeprefix(".")
+    if kind not in ("parquet", "arrow"):
+        raise DataError(f"{printable(file)} is neither a folder nor a .parquet or .arrow file")
+    return kind
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` has written it."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _refuse_missing(place: str) -> None:
+    if not Path(place).exists() and (place.count("/") > 1 or place.startswith((".", "/", "~"))):
+        raise DataError(f"there is no file or folder {printable(Path(place))}")
+
+
+def _split(split: str, splits: dict[str, Any], place: str) -> str:
+    if split not in splits:
+        names = ", ".join(map(printable, splits))
+        raise DataError(f"{printable(Path(place))} holds no split {printable(split)}, but {names}")
+    return split
+
+
+def _column(datasets: Any, features: dict[str, Any], where: str, asked: str | None) -> str:
+    """The one that was asked for, or the only one of the first kind of which there is any."""
+    names = ", ".join(map(printable, features))
+    if asked is not None:
+        if asked not in features:
+            raise DataError(f"{printable(where)} has no column {printable(asked)}, but {names}")
+        is_typed = isinstance(features[asked], (datasets.Image, datasets.Audio, datasets.Video))
+        if not is_typed and not _holds_bytes(features[asked]):
+            raise DataError(f"column {printable(asked)} of {printable(where)} holds no files")
+        return asked
     kinds = (
         lambda feature: isinstance(feature, datasets.Image),
         lambda feature: isinstance(feature, datasets.Audio | datasets.Video),
         _holds_bytes,
     )
     for is_one in kinds:
-        names = [name for name, feature in features.items() if is_one(feature)]
-        if len(names) > 1:
+        found = [name for name, feature in features.items() if is_one(feature)]
+        if len(found) > 1:
             raise DataError(
-                f"{printable(where)} has several columns of files: {', '.join(map(printable, names))}; choose one "
-                f"with {printable(where)}:column={printable(names[0])}"
+                f"{printable(where)} has several columns of files: {', '.join(map(printable, found))}; choose one "
+                f"with {printable(where)}:column={printable(found[0])}"
             )
-        if names:
-            return names[0]
-    raise DataError(f"{printable(where)} has no column of images, but {', '.join(map(printable, features))}")
+        if found:
+            return found[0]
+    raise DataError(f"{printable(where)} has no column of images, but {names}")
 
 
 def _holds_bytes(feature: Any) -> bool:
     """Whether it is a file without a type that says so, as most Parquet files that datasets did not write have it."""
     held = feature.get("bytes") if isinstance(feature, dict) else feature
     return getattr(held, "dtype", "") in ("binary", "large_binary")
-
-
-def _reason(error: Exception) -> str:
-    error = error.__cause__ or error  # datasets says no more than that an error has occurred
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,43 +1,18 @@
-"""Batches on a device: which pictures each holds, and worker processes that make them."""
+"""Batches on a device, which worker processes make."""
 
 import warnings
 from collections.abc import Iterable, Iterator
-from functools import lru_cache, partial
-from typing import NamedTuple
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mae.data.crops import Crops, TensorImages, TrainingImages
 from mae.data.errors import DataError
-from mae.data.notes import Notes, none_readable
-from mae.data.randomness import permutation
+from mae.data.notes import Notes
+from mae.data.order import Key, Order
 from mae.data.workers import ignore_signals, loaded
-
-
-class Order(NamedTuple):
-    """Which pictures a step takes: each epoch is a permutation of all, and epochs follow each other without a seam."""
-
-    count: int
-    batch_size: int
-    seed: int = 0
-
-    def keys(self, step: int, rows: slice = slice(None)) -> list[tuple[int, int]]:
-        """(epoch, index) of each picture of a step, counted from 0; of the batch only these rows."""
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)[rows]
-        epochs, places = np.divmod(np.arange(places.start, places.stop), self.count)
-        keys: list[tuple[int, int]] = []
-        for epoch in dict.fromkeys(epochs.tolist()):
-            order = _permutation(self.seed, epoch, self.count)
-            keys += [(epoch, index) for index in order[places[epochs == epoch]].tolist()]
-        return keys
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, count: int):
-    return permutation("order", seed, (epoch, 0), count)
 
 
 class Batches:
@@ -66,12 +41,13 @@ class Batches:
         self.unreadable: dict[str, None] = {}  # problem by problem, in order, each once
         self.images = images
         self.notes = Notes(getattr(images, "source", ()))
-        self.order = Order(len(images), batch_size, images.seed)
+        self.order = images.order(batch_size)
+        self._steps = _Steps(images, self.order, steps, rows)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that there are fewer cores, which a benchmark finds out
             self._loader = DataLoader(
                 images,
-                batch_sampler=_Steps(self.order, steps, rows),
+                batch_sampler=self._steps,
                 num_workers=workers,
                 collate_fn=partial(images.collate, resize=not torch.cuda.is_available()),
                 pin_memory=torch.cuda.is_available(),
@@ -81,25 +57,32 @@ class Batches:
 
     def __iter__(self) -> Iterator[Crops | Tensor]:
         for batch, problems, notes in loaded(self._loader, "take fewer --workers, or a smaller --batch-size"):
-            self.unreadable.update(dict.fromkeys(problems))
             if batch is None:
-                raise DataError(none_readable(problems, self.order.count))
+                raise DataError(problems[-1])
+            self.unreadable.update(dict.fromkeys(problems))
             self.notes.add(notes)
             self.notes.warn(so_far=True)
             yield batch
+        if self._steps.problem is not None:
+            raise self._steps.problem
 
 
 class _Steps:
-    """The batch sampler of a data loader."""
+    """The batch sampler of a data loader; it ends before a step of which a stream cannot be read."""
 
-    def __init__(self, order: Order, steps: range, rows: slice):
-        self._order, self._steps, self._rows = order, steps, rows
+    problem: DataError | None = None
+
+    def __init__(self, images: TrainingImages | TensorImages, order: Order, steps: range, rows: slice):
+        self._images, self._order, self._steps, self._rows = images, order, steps, rows
 
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return (self._order.keys(step, self._rows) for step in self._steps)
+    def __iter__(self) -> Iterator[list[Key]]:
+        try:
+            yield from self._images.with_contents(self._order.keys(step, self._rows) for step in self._steps)
+        except DataError as error:  # the batches before it are on their way
+            self.problem = error
 
 
 def on_device(batches: Iterable, device: torch.device) -> Iterator[Tensor]:

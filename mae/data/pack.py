@@ -26,6 +26,7 @@ from mae.data.sources import ImageFiles, Source
 from mae.data.workers import ignore_signals, loaded
 
 _SHARD = 128 << 20  # bytes of images in a file, of which several copies are in memory while it is written
+_ROW_GROUP = 4 << 20  # bytes of images that are read together; a stream mixes some row groups at a time
 _TOGETHER = 16  # images that a worker hands over at once
 _SHARDS = "data/train-*-of-*.parquet"  # where datasets looks for the split train
 
@@ -98,7 +99,8 @@ def pack(
         def write() -> None:
             files.append(stage / f"{len(files)}.parquet")
             columns = {name: [row[name] for row in rows] for name in features}
-            datasets.Dataset.from_dict(columns, features=features).to_parquet(files[-1])
+            table = datasets.Dataset.from_dict(columns, features=features)
+            table.to_parquet(files[-1], batch_size=max(1, len(rows) * _ROW_GROUP // held))
             rows.clear()
 
         for index, (content, said) in enumerate(_encoded(_Encoded(source, packing, reading), workers)):

@@ -6,7 +6,9 @@ So nothing random has to be stored: a run that is resumed draws what it would ha
 import numpy as np
 
 # What is drawn, each from a stream of its own. A number once given is never used for anything else.
-_PURPOSES = {"order": 1, "sample": 2, "mask": 3, "held out": 4, "flip": 5, "validation": 6, "picture": 7}
+_PURPOSES = {
+    "order": 1, "sample": 2, "mask": 3, "held out": 4, "flip": 5, "validation": 6, "picture": 7, "within": 8,
+}  # fmt: skip
 
 
 def _raw(purpose: str, seed: int, place: tuple[int, int], count: int) -> np.ndarray:
@@ -23,6 +25,11 @@ def uniform(purpose: str, seed: int, place: tuple[int, int], count: int) -> np.n
 def permutation(purpose: str, seed: int, place: tuple[int, int], count: int) -> np.ndarray:
     """The numbers from 0 to below count in random order, int64."""
     return np.argsort(_raw(purpose, seed, place, count), kind="stable")
+
+
+def permutation_within(purpose: str, seed: int, place: tuple[int, int], groups: np.ndarray) -> np.ndarray:
+    """The same, where each number stays among those of its group; groups ``[count]`` do not decrease."""
+    return np.lexsort((_raw(purpose, seed, place, len(groups)), groups))
 
 
 def derived_seed(purpose: str, seed: int, place: tuple[int, int]) -> int:

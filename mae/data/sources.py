@@ -4,19 +4,20 @@ import hashlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from mae.data.errors import DataError, DataWarning, counted, printable
 from mae.data.hugging_face import open_dataset
+from mae.data.order import Blocks, laid_out
 from mae.data.pictures import Picture, read_image
 from mae.data.randomness import permutation
-from mae.data.readers import Reading, Wanted, missing_for, suffixes
+from mae.data.readers import Reading, Stored, Wanted, missing_for, suffixes
 
 _MOST_KINDS = 8  # named in a line; further ones are summed up
 _IMAGE, _FOLDER, _NO_SUFFIX, _BROKEN_LINK, _SPECIAL, _LOCKED = "image", "folder", "none", "link", "special", "locked"
@@ -29,7 +30,14 @@ _WORDS = {  # of what has no suffix to be called by: one, and more than one
 
 
 class Source(Protocol):
-    """Pictures by their numbers, from 0 on."""
+    """Pictures by their numbers, from 0 on.
+
+    A source with blocks is streamed: ``contents(steps)`` yields, for the numbers of each step, the files that hold
+    these pictures, None for one without a file, and keeps the blocks of the step before open.
+    """
+
+    @property
+    def blocks(self) -> Blocks | None: ...
 
     def __len__(self) -> int: ...
 
@@ -53,6 +61,7 @@ class ImageFiles:
 
     files: list[Path]
     root: Path | None = None
+    blocks: ClassVar[None] = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -79,6 +88,7 @@ class Joined:
     """Sources one after another."""
 
     parts: Sequence[Source]
+    blocks: ClassVar[None] = None
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -115,13 +125,24 @@ def open_source(data: str | Path) -> Source:
 
 @dataclass(frozen=True)
 class Part:
-    """Some pictures of a source, by their numbers there."""
+    """Some pictures of a source, by their numbers there, which rise."""
 
     source: Source
     numbers: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    @cached_property
+    def blocks(self) -> Blocks | None:
+        """Those of the source, with fewer pictures."""
+        if self.source.blocks is None:
+            return None
+        borders = np.searchsorted(self.numbers, [0, *np.cumsum(self.source.blocks.sizes)])
+        return self.source.blocks._replace(sizes=np.diff(borders))
+
+    def contents(self, steps: Iterable[list[int]]) -> Iterator[list[Stored | None]]:
+        return self.source.contents([self.numbers[i] for i in indices] for indices in steps)
 
     def name(self, index: int) -> str:
         return self.source.name(self.numbers[index])
@@ -135,8 +156,9 @@ class Part:
 
 
 def held_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
-    """Those that are left to train on, and a random count of others."""
-    order = permutation("held out", seed, (0, 0), len(source))
+    """Those that are left to train on, and a random count of others, of a stream from as few blocks as hold them."""
+    sizes = np.ones(len(source), np.int64) if source.blocks is None else source.blocks.sizes
+    order, _ = laid_out(permutation("held out", seed, (0, 0), len(sizes)), sizes)
     return Part(source, sorted(order[count:].tolist())), Part(source, sorted(order[:count].tolist()))
 
 

@@ -7,7 +7,7 @@ from itertools import chain, pairwise
 from torch import Tensor
 
 from mae.data.crops import arranged, spread
-from mae.data.errors import DataError, DataWarning
+from mae.data.errors import DataError, DataWarning, Unreachable
 from mae.data.notes import Notes, none_readable
 from mae.data.pictures import resize_and_crop, to_tensor
 from mae.data.readers import Reading
@@ -23,6 +23,7 @@ def read_pictures(source: Source, reading: Reading, most: int | None = None) -> 
 
     Raises:
         DataError: none of the files can be read.
+        Unreachable: a part of the source cannot be had.
     """
     most = len(source) if most is None else most
     if most < 1:
@@ -38,6 +39,8 @@ def read_pictures(source: Source, reading: Reading, most: int | None = None) -> 
             tried += 1
             try:
                 picture = source.read(index, reading)
+            except Unreachable:
+                raise
             except DataError as error:
                 problems.append(str(error))
                 continue
@@ -62,6 +65,8 @@ def refuse_unreadable(source: Source, reading: Reading) -> None:
         try:
             source.read(index, reading)
             return
+        except Unreachable:
+            raise
         except DataError as error:
             problems.append(str(error))
     raise DataError(none_readable(problems, len(source)))

@@ -4,13 +4,18 @@ import os
 import signal
 import threading
 import warnings
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
 
 from mae.data.errors import DataError, counted
+
+T = TypeVar("T")
+_END: Any = object()
 
 
 def usable_workers(asked: int) -> int:
@@ -53,6 +58,18 @@ def loaded(loader: DataLoader, remedy: str = "take fewer --workers") -> Iterator
         ) from error
     finally:  # a traceback may hold the iterator, and the workers with it
         getattr(iterator, "_shutdown_workers", lambda: None)()
+
+
+def ahead(items: Iterator[T], count: int) -> Iterator[T]:
+    """The same items, each made by a thread while as many are waiting to be taken."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        waiting = deque(pool.submit(next, items, _END) for _ in range(count))
+        while (item := waiting.popleft().result()) is not _END:
+            waiting.append(pool.submit(next, items, _END))
+            yield item
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager

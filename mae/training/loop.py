@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mae.checkpoints.checkpoint import save_weights
 from mae.checkpoints.saving import write_files
-from mae.data import Batches, DataError, TensorImages, TrainingImages, counted, on_device, printable
+from mae.data import Batches, DataError, DataWarning, TensorImages, TrainingImages, counted, on_device, printable
 from mae.data.randomness import derived_seed
 from mae.model import MaskedAutoencoder
 from mae.run_files import RECIPE, WEIGHTS
@@ -298,7 +298,10 @@ class _Run:
         """Validate and draw, where somebody wants it."""
         start, scalars = time.perf_counter(), {}
         if self.looks.validate is not None:
-            scalars["val_loss"] = self.looks.validate(self.step.model)
+            try:
+                scalars["val_loss"] = self.looks.validate(self.step.model)
+            except DataError as error:  # in all processes; training may still have its images
+                self._warn(f"no validation of step {self.watch.step}: {error}")
         if self.looks.draw is not None:
             weights = whole_state(self.step.model)
             if self.processes.leads:
@@ -312,7 +315,11 @@ class _Run:
         try:
             self.watch.picture(self.looks.draw(model.to(self.step.skipped.device).eval(), self.watch.step))
         except (OSError, DataError) as error:  # a picture is not worth a month of training
-            warnings.warn(f"no picture of step {self.watch.step}: {error}", stacklevel=2)
+            self._warn(f"no picture of step {self.watch.step}: {error}")
+
+    def _warn(self, words: str) -> None:
+        if self.processes.leads:
+            warnings.warn(words, DataWarning, stacklevel=3)
 
     def resumable(self) -> str:
         """Which checkpoint is the last one, in a sentence; nothing where there is none."""

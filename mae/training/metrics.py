@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mae.checkpoints.layouts import CheckpointError
-from mae.checkpoints.saving import reason_of, write_files
+from mae.checkpoints.saving import write_files
 from mae.data import counted
+from mae.reasons import reason_of
 from mae.run_files import EVENTS, METRICS, RECONSTRUCTIONS
 from mae.training.parallel import Processes
 

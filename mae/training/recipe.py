@@ -13,8 +13,9 @@ import torch
 
 import mae_kernels
 from mae.checkpoints.layouts import CheckpointError
-from mae.checkpoints.saving import reason_of, write_json
+from mae.checkpoints.saving import write_json
 from mae.fields import COUNT, RATIO, SEED, check, is_number
+from mae.reasons import reason_of
 from mae.run_files import RECIPE
 from mae.training.optimizers import OptimizerName
 from mae.training.parallel import Parallel

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from mae.checkpoints.layouts import CheckpointError
-from mae.checkpoints.saving import reason_of
 from mae.fields import is_number
+from mae.reasons import reason_of
 from mae.run_files import CHECKPOINTS
 from mae.training.parallel import Processes, ProcessLost
 

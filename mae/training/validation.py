@@ -1,12 +1,11 @@
 """The loss on held-out images, under masks that are always the same."""
 
-from contextlib import suppress
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from mae.data import DataError, Part, Reading, Source, read_pictures
+from mae.data import DataError, Part, Reading, Source, Unreachable, read_pictures
 from mae.data.randomness import derived_seed
 from mae.training.parallel import Processes, plain
 from mae.training.step import MaskStrategy
@@ -18,7 +17,8 @@ _MOST = 4096  # images, which stay in memory
 class Validation:
     """Callable: a model in, its mean loss on the central parts of images out, alike in any number of processes.
 
-    The images are at most 4096, spread over all; they are read in the first call, each process its share.
+    The images are at most 4096, spread over all; they are read in the first call, each process its share. A call raises
+    :class:`Unreachable` where a part of the source cannot be had.
 
     Args:
         batch_size: images of a forward pass in each process.
@@ -43,7 +43,8 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> float:
-        images, numbers = self._share
+        with self._processes.together():
+            images, numbers = self._share
         device, grid = next(model.parameters()).device, plain(model).config.grid.grid
         generator = torch.Generator().manual_seed(derived_seed("validation", self._seed, (0, 0)))
         masks = self._strategy(len(self._source), grid, generator=generator)
@@ -70,8 +71,12 @@ class Validation:
         numbers = range(len(self._source))[self._processes.rank :: self._processes.count]
         pictures = []
         if numbers:
-            with suppress(DataError):  # others have some: that none can be read was found out before the first step
+            try:
                 pictures = [*read_pictures(Part(self._source, numbers), self._reading)]
+            except Unreachable:
+                raise
+            except DataError:  # others have some: that none can be read was found out before the first step
+                pass
         if not pictures:
             size = (self._reading.channels, *self._reading.image_size)
             return torch.zeros(1, *size, dtype=torch.uint8), []

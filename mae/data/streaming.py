@@ -1,0 +1,150 @@
+"""Datasets of Parquet files that are read row group by row group, from a disk or a network, and never as a whole."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mae.data.errors import DataError, Unreachable, printable
+from mae.data.order import Blocks
+from mae.data.readers import Stored
+from mae.data.rows import Rows
+from mae.reasons import reason_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+_FOOTERS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a Parquet file says of itself."""
+
+    file: str  # a path, or a URL such as hf://datasets/NAME/...
+    metadata: "pq.FileMetaData"
+
+
+@dataclass(frozen=True, eq=False)
+class Stream(Rows):
+    """Rows whose blocks are the row groups of Parquet files, one of which is at hand for whoever reads single rows."""
+
+    footers: list[Footer]
+    column: str
+    where: str
+    _at_hand: dict[int, "pa.Array"] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def _groups(self) -> list[tuple[Footer, int]]:
+        return [(footer, i) for footer in self.footers for i in range(footer.metadata.num_row_groups)]
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """The row after each group."""
+        return np.cumsum([footer.metadata.row_group(i).num_rows for footer, i in self._groups], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return sum(footer.metadata.num_rows for footer in self.footers)
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        memory = 0
+        for footer, i in self._groups:
+            group = footer.metadata.row_group(i)
+            for chunk in map(group.column, range(group.num_columns)):
+                if chunk.path_in_schema.split(".")[0] == self.column:
+                    memory += chunk.total_uncompressed_size
+        return Blocks(np.diff(self._ends, prepend=0), memory)
+
+    def value(self, index: int) -> Any:
+        (block,) = self._blocks_of([index])
+        column = self._at_hand.get(block)
+        if column is None:
+            column = self._block(block)
+            self._at_hand.clear()
+            self._at_hand[block] = column
+        return self._value_in(column, block, index)
+
+    def contents(self, steps: Iterable[list[int]]) -> Iterator[list[Stored | None]]:
+        """The files of the rows of each step; None for a row without one. Blocks of the step before stay open.
+
+        Raises:
+            Unreachable: a block cannot be read.
+        """
+        opened: dict[int, pa.Array] = {}
+        for indices in steps:
+            blocks = self._blocks_of(indices)
+            opened = {i: opened[i] if i in opened else self._block(i) for i in dict.fromkeys(blocks)}
+            yield [self._stored_in(opened[block], block, index) for index, block in zip(indices, blocks, strict=True)]
+
+    def fingerprint(self) -> str:
+        """Of what the files say of their row groups, without reading one."""
+        digest = hashlib.sha256()
+        for footer, i in self._groups:
+            group = footer.metadata.row_group(i)
+            digest.update(f"{group.num_rows} {group.total_byte_size}\0".encode())
+        return digest.hexdigest()[:16]
+
+    def _blocks_of(self, indices: list[int]) -> list[int]:
+        return np.searchsorted(self._ends, indices, side="right").tolist()
+
+    def _value_in(self, column: "pa.Array", block: int, index: int) -> Any:
+        begin = int(self._ends[block]) - len(column)
+        return column[index - begin].as_py()
+
+    def _stored_in(self, column: "pa.Array", block: int, index: int) -> Stored | None:
+        try:
+            return self.stored(index, self._value_in(column, block, index))
+        except DataError:
+            return None
+
+    def _block(self, number: int) -> "pa.Array":
+        footer, group = self._groups[number]
+        try:
+            with _opened(footer.file) as file:
+                # A worker that is forked from a process with threads of Arrow's would wait for them.
+                (column,) = _parquet(file, footer.metadata).read_row_group(group, [self.column], use_threads=False)
+                return column.combine_chunks()
+        except Exception as error:  # of Arrow, of the network
+            end = int(self._ends[number])
+            begin = end - footer.metadata.row_group(group).num_rows
+            raise Unreachable(
+                f"cannot read rows {begin} to {end - 1} of {printable(self.where)}, from {printable(footer.file)}: "
+                f"{printable(reason_of(error))}"
+            ) from error
+
+
+def read_footers(files: list[str]) -> list[Footer]:
+    """In the order of the files.
+
+    Raises:
+        DataError: one of them is no Parquet file that can be read.
+    """
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        return list(pool.map(_footer, files))
+
+
+def _footer(file: str) -> Footer:
+    try:
+        with _opened(file) as opened:
+            return Footer(file, _parquet(opened).metadata)
+    except Exception as error:
+        raise DataError(f"cannot open {printable(file)}: {printable(reason_of(error))}") from error
+
+
+def _opened(file: str) -> Any:
+    from fsspec.core import url_to_fs
+
+    files, path = url_to_fs(file)
+    return files.open(path, "rb", cache_type="none")  # by default 5 MB beyond whatever is read are fetched too
+
+
+def _parquet(file: Any, metadata: "pq.FileMetaData | None" = None) -> "pq.ParquetFile":
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(file, metadata=metadata)
