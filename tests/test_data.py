@@ -474,6 +474,8 @@ def test_rows_of_processes_make_the_batch():
     ]
     assert [order.keys(1, slice(0, 2)) + order.keys(1, slice(2, 4))] == [steps[1]]
     assert Order(10, 4, seed=4).keys(0) != steps[0]
+    indices = [index for keys in steps for _, index in keys]
+    assert indices[:10] != indices[10:]
 
 
 def test_batches_are_the_same_for_any_number_of_workers_and_wherever_they_begin(tmp_path):

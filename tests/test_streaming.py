@@ -103,9 +103,12 @@ def test_blocks_are_opened_once_and_not_together(count):
 def test_pictures_of_a_block_are_mixed():
     order = StreamOrder(Blocks(np.full(8, 50), 8 << 40), batch_size=10)
     assert order.open_at_once == 1
-    block = order.epoch(0)[:50] % 50
-    assert sorted(block) == [*range(50)]
-    assert (np.abs(np.diff(block)) == 1).sum() < 10
+    epochs = [order.epoch(epoch).reshape(8, 50) for epoch in range(2)]
+    assert sorted(epochs[0][0] % 50) == [*range(50)]
+    assert (np.abs(np.diff(epochs[0][0])) == 1).sum() < 10
+    blocks = [(epoch[:, 0] // 50).tolist() for epoch in epochs]
+    assert blocks[0] != blocks[1]
+    assert [*range(8)] not in blocks
 
 
 def test_a_stream_holds_what_the_table_holds(tmp_path):
