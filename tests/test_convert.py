@@ -335,6 +335,11 @@ def test_command(run, tmp_path, capsys):
     convert(*arguments, "--to", "mae", "--out", tmp_path / "plain")
     assert not load_checkpoint(tmp_path / "plain").config.norm_pix_loss
 
+    convert("--checkpoint", run, "--image-size", "48", "64", "--to", "mae", "--out", tmp_path / "larger")
+    written, resampled = load_checkpoint(tmp_path / "larger"), load_checkpoint(run, image_size=(48, 64))
+    assert written.config == resampled.config
+    assert torch.equal(written.pos_embed, resampled.pos_embed)
+
 
 def test_a_published_file_says_what_no_shape_tells(tmp_path):
     for normalised in (True, False):

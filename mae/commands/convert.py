@@ -1,11 +1,13 @@
 """``python -m mae convert``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from mae.checkpoints.convert import TARGETS, convert_checkpoint
-from mae.commands.options import ModelName, given
+from mae.commands.options import LoadOptions
 
 
 @dataclass(frozen=True)
@@ -18,17 +20,11 @@ class ConvertConfig:
     """huggingface-4 loads with transformers 4 and 5, huggingface-5 with 5 alone; timm gets the encoder."""
     out: Path
     """Folder to write, or a file that ends in .safetensors or .pth, which holds the weights alone."""
-    model: ModelName | None = None
-    """Architecture, for a checkpoint file that does not tell it by a config.json, its settings or its shapes."""
-    norm_pix_loss: bool | Literal["channel"] | None = None
-    """Whether the model was trained on normalised pixels, or channels of them, for such a file."""
-    ema: bool = False
-    """Take the averaged weights, of a file that holds them beside the plain ones."""
+    loading: Annotated[LoadOptions, tyro.conf.arg(name="")] = field(default_factory=LoadOptions)
 
 
 def convert(config: ConvertConfig) -> None:
-    overrides = given(norm_pix_loss=config.norm_pix_loss)
-    result = convert_checkpoint(config.checkpoint, config.to, config.out, config.model, ema=config.ema, **overrides)
+    result = convert_checkpoint(config.checkpoint, config.to, config.out, **config.loading.arguments)
     print(f"Wrote {', '.join(map(str, result.files))}")
     if result.left_out:
         print(f"Left out, the {len(result.left_out)} tensors of the decoder: {', '.join(result.left_out)}")

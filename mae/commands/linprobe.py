@@ -11,9 +11,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from mae.checkpoints.checkpoint import load_checkpoint
 from mae.checkpoints.saving import write_json
-from mae.commands.options import ModelName, ReadingOptions, Sizes, given
+from mae.commands.options import LoadOptions, ReadingOptions
 from mae.data import DataError, ImageFiles, find_labelled_images, printable, read_pictures
 from mae.evaluation.probe import extract_features, linear_probe
 from mae.fields import COUNT, SEED, check
@@ -33,12 +32,6 @@ class LinprobeConfig:
     """Training images, one sub-folder per class."""
     test: Path
     """Test images, the same sub-folders."""
-    model: ModelName | None = None
-    """Architecture, for a checkpoint file that does not tell it by a config.json, its settings or its shapes."""
-    ema: bool = False
-    """Take the averaged weights, of a file that holds them beside the plain ones."""
-    image_size: Sizes | None = None
-    """Height and width, one number for both, or frames, height and width, where they are not those of the training."""
     batch_size: int = 64
     """Images per forward pass."""
     out: Path | None = None
@@ -47,6 +40,7 @@ class LinprobeConfig:
     """Of the untrained encoder."""
     device: str = "auto"
     """auto, cpu, cuda, mps."""
+    loading: Annotated[LoadOptions, tyro.conf.arg(name="")] = field(default_factory=LoadOptions)
     reading: Annotated[ReadingOptions, tyro.conf.arg(name="")] = field(default_factory=ReadingOptions)
 
 
@@ -54,8 +48,7 @@ def linprobe(config: LinprobeConfig) -> None:
     check(vars(config), {"batch_size": COUNT, "seed": SEED})
     config.reading.reading()
     device = choose_device(config.device)
-    size = given(image_size=config.image_size)
-    trained = load_checkpoint(config.checkpoint, config.model, ema=config.ema, **size).to(device)
+    trained = config.loading.load(config.checkpoint).to(device)
     torch.manual_seed(config.seed)
     untrained = MaskedAutoencoder(trained.config).to(device)
     *fit, classes = find_labelled_images(config.data)

@@ -1,4 +1,4 @@
-"""Options that several commands have: how files are read, and the sizes of a model that is built anew."""
+"""Options that several commands have: how a checkpoint is loaded, how files are read, sizes of a new model."""
 
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -6,12 +6,37 @@ from typing import Any, Literal
 
 import torch
 
+from mae.checkpoints.checkpoint import load_checkpoint
 from mae.data import Reading
 from mae.fields import unknown_statistics
-from mae.model import MODELS, MAEConfig
+from mae.model import MODELS, MAEConfig, VisionTransformer
 
 ModelName = Literal[tuple(MODELS)]
 Sizes = int | tuple[int, int] | tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a checkpoint does not tell, for every command that begins with one."""
+
+    model: ModelName | None = None
+    """Architecture, for a checkpoint file that does not tell it by a config.json, its settings or its shapes."""
+    norm_pix_loss: bool | Literal["channel"] | None = None
+    """Whether the model was trained on normalised pixels, or channels of them, for such a file."""
+    ema: bool = False
+    """Take the averaged weights, of a file that holds them beside the plain ones."""
+    image_size: Sizes | None = None
+    """Height and width, one number for both, or frames, height and width, where they are not those of the training."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of :func:`mae.checkpoints.checkpoint.load_checkpoint`, beside the path."""
+        return {"model": self.model, "ema": self.ema, "image_size": self.image_size} | given(
+            norm_pix_loss=self.norm_pix_loss
+        )
+
+    def load(self, checkpoint: Path) -> VisionTransformer:
+        return load_checkpoint(checkpoint, **self.arguments)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import tyro
 
-from mae.checkpoints.checkpoint import CheckpointError, load_checkpoint
-from mae.commands.options import ModelName, ReadingOptions, Sizes, given
+from mae.checkpoints.checkpoint import CheckpointError
+from mae.commands.options import LoadOptions, ReadingOptions
 from mae.commands.pictures import reconstructed, view_of
 from mae.data import ImageFiles, Joined, Source, open_source, printable, read_pictures
 from mae.fields import COUNT, RATIO, SEED, check
@@ -28,14 +28,6 @@ class ReconstructConfig:
     """Image files, folders of them, or hf: and a dataset, as in pretrain."""
     out: Path = Path("reconstructions.png")
     """Picture to write, a .png unless its name ends otherwise."""
-    model: ModelName | None = None
-    """Architecture, for a checkpoint file that does not tell it by a config.json, its settings or its shapes."""
-    norm_pix_loss: bool | Literal["channel"] | None = None
-    """Whether the model was trained on normalised pixels, or channels of them, for such a file."""
-    ema: bool = False
-    """Take the averaged weights, of a file that holds them beside the plain ones."""
-    image_size: Sizes | None = None
-    """Height and width, one number for both, or frames, height and width, where they are not those of the training."""
     masking: StrategyName = "random"
     """Which patches are hidden, as in pretrain."""
     mask_ratio: float = 0.75
@@ -48,6 +40,7 @@ class ReconstructConfig:
     """Of the masks."""
     device: str = "auto"
     """auto, cpu, cuda, mps."""
+    loading: Annotated[LoadOptions, tyro.conf.arg(name="")] = field(default_factory=LoadOptions)
     reading: Annotated[ReadingOptions, tyro.conf.arg(name="")] = field(default_factory=ReadingOptions)
 
 
@@ -55,8 +48,7 @@ def reconstruct(config: ReconstructConfig) -> None:
     check(vars(config), {"mask_ratio": RATIO, "most": (lambda x: x is None or COUNT[0](x), COUNT[1]), "seed": SEED})
     config.reading.reading()
     out = picture_file(config.out)
-    fields = given(image_size=config.image_size, norm_pix_loss=config.norm_pix_loss)
-    model = load_checkpoint(config.checkpoint, config.model, ema=config.ema, **fields)
+    model = config.loading.load(config.checkpoint)
     if not isinstance(model, MaskedAutoencoder):
         raise CheckpointError(
             f"{config.checkpoint} holds the encoder alone, so there is nothing to reconstruct with; take a checkpoint "
