@@ -32,6 +32,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, options
     assert_equal(tmp_path / "straight", tmp_path / "cut")
 
 
+def test_losses_after_a_kill_are_means_of_the_same_steps(tmp_path):
+    run_demo_model(tmp_path / "straight", log_every=4, save_every=5)
+    assert [step for step, _ in losses(tmp_path / "straight")] == [4, 5, 8, 10, 12]
+    with pytest.raises(Interrupted):
+        run_demo_model(tmp_path / "cut", data=Interrupting(images(), 7), log_every=4, save_every=5)
+    run_demo_model(tmp_path / "cut", "resume", log_every=4, save_every=5)
+    assert_equal(tmp_path / "straight", tmp_path / "cut")
+
+
 def test_resuming_takes_the_other_weights_and_moments_and_not_its_own(tmp_path):
     run_demo_model(tmp_path / "straight", steps=8)
     with pytest.raises(Interrupted):

@@ -202,9 +202,10 @@ class _Run:
                 if done == schedule.steps:
                     break
                 scalars = self.look() if done % schedule.eval_every == 0 else {}
-                if scalars or done % config.log_every == 0:
+                saves = done % config.save_every == 0
+                if scalars or saves or done % config.log_every == 0:  # a resumed run averages from the checkpoint on
                     self.log(**scalars)
-                if done % config.save_every == 0:
+                if saves:
                     self.save()
         finally:
             images.close()  # the worker processes end

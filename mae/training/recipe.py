@@ -75,7 +75,7 @@ class TrainConfig:
     workers: int = 2
     """Processes that decode and crop images, for each process that trains."""
     log_every: int = 20
-    """Steps between entries of metrics.jsonl."""
+    """Steps between entries of metrics.jsonl; checkpoints and validations have one too."""
     save_every: int = 1000
     """Steps between checkpoints; the last step and signals always write one."""
     keep: int = 2
