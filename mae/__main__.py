@@ -15,11 +15,15 @@ from mae.requirements import require
 require("filelock", "matplotlib", "PIL", "safetensors", "sklearn", "tqdm", "tyro")
 
 import warnings
-from typing import Annotated
+from difflib import get_close_matches
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any
 
 import torch
 import tyro
 from tqdm import tqdm
+from tyro.conf import subcommand
 
 from mae.checkpoints.checkpoint import CheckpointError, CheckpointWarning
 from mae.commands.convert import ConvertConfig, convert
@@ -45,21 +49,14 @@ def main(arguments: list[str] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.showwarning = _show
             config = tyro.cli(
-                Annotated[PretrainConfig, tyro.conf.subcommand("pretrain", **_given(defaults(arguments)))]
-                | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
-                | Annotated[LinprobeConfig, tyro.conf.subcommand("linprobe")]
-                | Annotated[ReportConfig, tyro.conf.subcommand("report")]
-                | Annotated[ConvertConfig, tyro.conf.subcommand("convert")]
-                | Annotated[ProfileConfig, tyro.conf.subcommand("profile")]
-                | Annotated[PackConfig, tyro.conf.subcommand("pack")]
-                | Annotated[DemoConfig, tyro.conf.subcommand("demo")],
+                _chosen(arguments),
                 args=arguments,
                 prog="python -m mae",
                 description="Pre-train masked autoencoders, look at reconstructions, probe features, write a "
                 "page about a run, convert checkpoints, profile a training step, pack images.",
                 config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
             )
-            _COMMANDS[type(config)](config)
+            next(run for kind, run in _COMMANDS.values() if type(config) is kind)(config)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         _leave(_FAILED, f"{printable(place)}{error.strerror or printable(error)}")
@@ -75,19 +72,30 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 _COMMANDS = {
-    PretrainConfig: pretrain,
-    ReconstructConfig: reconstruct,
-    LinprobeConfig: linprobe,
-    ReportConfig: report,
-    ConvertConfig: convert,
-    ProfileConfig: profile,
-    PackConfig: run_pack,
-    DemoConfig: run_demo,
+    "pretrain": (PretrainConfig, pretrain),
+    "reconstruct": (ReconstructConfig, reconstruct),
+    "linprobe": (LinprobeConfig, linprobe),
+    "report": (ReportConfig, report),
+    "convert": (ConvertConfig, convert),
+    "profile": (ProfileConfig, profile),
+    "pack": (PackConfig, run_pack),
+    "demo": (DemoConfig, run_demo),
 }
 
 
-def _given(default: PretrainConfig | None) -> dict[str, PretrainConfig]:
-    return {} if default is None else {"default": default}
+def _chosen(arguments: list[str]) -> Any:
+    """The commands as a type, in which a recipe that the arguments name gives pretrain its defaults.
+
+    Raises:
+        ValueError: they begin with no command.
+    """
+    if arguments and arguments[0] not in _COMMANDS and not arguments[0].startswith("-"):
+        meant = "".join(f"; did you mean {name}?" for name in get_close_matches(arguments[0], _COMMANDS, 1))
+        raise ValueError(f"there is no command {arguments[0]}, but {', '.join(_COMMANDS)}{meant}")
+    default = defaults(arguments)
+    given = {"pretrain": {} if default is None else {"default": default}}
+    types = [Annotated[kind, subcommand(name, **given.get(name, {}))] for name, (kind, _) in _COMMANDS.items()]
+    return reduce(or_, types)
 
 
 def _leave(status: int, words: str) -> None:

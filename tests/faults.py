@@ -408,7 +408,7 @@ RUNS = [
     *room("mae/training/run.py", "test_resume.py -k overwritten",
         ("a run that is gone before another has begun", "path.rename(place)\n", "pass\n")),
     *room("mae/training/recipe.py", "test_resume.py -k another_recipe",
-        ("a run that is resumed with another recipe", "if old != new]", "if False]")),
+        ("a run that is resumed with another recipe", "if x != y]", "if False]")),
     *room("mae/training/parallel.py", "test_processes.py -k DDP",
         ("each process takes the same rows", "self.rank * part, (self.rank + 1) * part", "0, part")),
     *room("mae/training/recipe.py", "test_cli.py -k clear_sentence",

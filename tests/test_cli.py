@@ -249,7 +249,7 @@ def test_what_a_folder_holds_is_said_in_a_few_lines(tmp_path, capfd):
     output = "".join(capfd.readouterr())
     assert "\x1b[2J" not in output
     assert "PIL" not in output
-    assert f"Pre-training mae_vit_tiny_patch16 on 46 images from {data}: 12 steps of 4 images" in output
+    assert f"on 46 images from {data}: 12 steps of 4 images" in output
     lines = sorted(line.split("Warning: ", 1)[1] for line in output.splitlines() if "Warning: " in line)
     assert len(lines) == 3
     assert lines[0] == f"{data}: left out 1 .txt file"
@@ -301,6 +301,8 @@ def test_fashion_mnist_is_what_it_says():
     ("command", "sentence"),
     [
         ("pretrain --data {d}/none", "there is no folder {d}/none"),
+        ("trian --data {d}/good", "there is no command trian, but pretrain, reconstruct, linprobe, report, convert,"),
+        ("pretrain --data {d}/good/photo_00.jpg", "{d}/good/photo_00.jpg is a file, not a folder"),
         ("pretrain --data {d}/empty", "found no image below {d}/empty; looked for .jpg, .png, .webp"),
         ("pretrain --data {d}/bad", "none of the 4 files can be read; first: cannot read {d}/bad/"),
         (

@@ -3,7 +3,9 @@
 import multiprocessing
 import os
 import signal
+import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +36,7 @@ from mae.data import (
 )
 from mae.data.randomness import derived_seed, permutation, uniform
 from mae.data.readers import suffixes
+from mae.data.workers import ignore_signals
 from mae_kernels import random_crop_boxes, random_resized_crop, reference
 
 
@@ -509,6 +512,25 @@ def test_workers_leave_the_signals_of_the_program_as_they_are(tmp_path):
     finally:
         signal.signal(signal.SIGCHLD, before)
     assert heard
+
+
+def test_a_worker_ends_with_a_main_process_that_is_killed(tmp_path):
+    """Even where half of a message is in its pipe, and the rest will never come."""
+    reader, writer = os.pipe()
+    main = os.fork()
+    if main == 0:
+        if os.fork() == 0:
+            ignore_signals(0)
+            os.write(writer, b"%d\n" % os.getpid())
+            os.read(os.pipe()[0], 1)
+        time.sleep(100)
+    worker = int(os.read(reader, 20))
+    os.kill(main, signal.SIGKILL)
+    os.waitpid(main, 0)
+    end = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists() and Path(f"/proc/{worker}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_a_killed_worker_is_a_sentence(tmp_path):

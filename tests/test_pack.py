@@ -98,7 +98,7 @@ def test_labels_stay_with_their_images_where_files_are_passed_over(tmp_path, cap
     ]  # fmt: skip
     output = capsys.readouterr()
     assert f"{3 * len(bad)} of {3 * len(bad) + 3} files cannot be read; first: cannot read {tmp_path}" in output.err
-    assert f"Packed 3 images into 1 file of 0.00 GB in all, in {tmp_path / 'out'}." in output.out
+    assert f"Packed 3 images, 3 classes into 1 file of 0.0 MB in all, in {tmp_path / 'out'}." in output.out
 
 
 def test_deep_and_turned_pictures_are_packed_as_they_are_read(tmp_path, capsys):

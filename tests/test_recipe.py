@@ -69,11 +69,13 @@ def test_recipes_are_options_and_their_own_reason(name):
 def test_a_recipe_is_the_default_and_options_win(data, tmp_path, capsys):
     main(["pretrain", "--data", str(data), "--recipe", "cpu", "--batch-size", "16", "--dry-run"])
     assert capsys.readouterr().out == (
-        f"Pre-training mae_vit_tiny_patch16 on 5 images from {data}: 1000 steps of 16 images, 3,200 epochs, "
-        "learning rate up to 0.0005\n"
+        "Pre-training mae_vit_tiny_patch16 (112 x 112 pixels in patches of 8 x 8, cpu) on 5 images from "
+        f"{data}: 1000 steps of 16 images, 3,200 epochs, learning rate up to 0.0005\n"
     )
     pretrain(data, tmp_path / "run", "--steps", "2", "--clip-grad", "7")
     main(["pretrain", "--data", str(data), "--recipe", str(tmp_path / "run"), "--out", str(tmp_path / "b")])
+    ends = r"^Trained for [\d.]+ m?s: loss \d\.\d{4}\nThe model is in .*/run, and report.html there shows its curves"
+    assert re.search(ends, capsys.readouterr().out, re.MULTILINE)
     options = [json.loads((tmp_path / x / "recipe.json").read_text())["options"] for x in ("run", "b")]
     assert options[0] == options[1]
     assert options[0]["clip_grad"] == 7
@@ -141,9 +143,7 @@ def test_other_data_are_not_resumed(data, tmp_path):
     next(iter(find_images(moved))).rename(moved / "another.jpg")
     with pytest.raises(SystemExit) as stop:
         pretrain(moved, tmp_path / "run", "--steps", "2", "--resume")
-    assert re.match(
-        r"mae: .* was started with another recipe: data fingerprint was '\w+' and is '\w+'", stop.value.code
-    )
+    assert re.match(r"mae: .* was started on other images: fingerprint was '\w+' and is '\w+'", stop.value.code)
 
 
 def test_initial_weights(data, tmp_path):
@@ -207,7 +207,7 @@ def test_validation_and_tensorboard(data, tmp_path):
 def test_a_plan_says_how_long_it_will_take(data, tmp_path, capsys):
     pretrain(data, tmp_path / "run", "--steps", "4")
     assert re.search(
-        r"^A step takes [\d.]+ m?s, what is left of the run [\d.]+ m?s$", capsys.readouterr().err, re.MULTILINE
+        r"^A step takes [\d.]+ m?s, and what is left of the run [\d.]+ m?s$", capsys.readouterr().err, re.MULTILINE
     )
     from mae.commands.pretrain import _Job
     from mae.model import MAEConfig, MaskedAutoencoder
@@ -215,10 +215,14 @@ def test_a_plan_says_how_long_it_will_take(data, tmp_path, capsys):
     config = PretrainConfig(str(data))
     tiny = MAEConfig(embed_dim=192, num_heads=3)
     with torch.device("meta"):
-        job = _Job(config, MaskedAutoencoder(tiny), None, None, config.train.schedule(276))
+        job = _Job(config, MaskedAutoencoder(tiny), None, None, config.train.schedule(276), torch.device("cpu"))
     words = job.foretell(18.0, 10_000)
-    assert words.startswith("A step takes 18 s, what is left of the run 50 hours. The decoder is 9")
-    assert "--decoder-depth 1 --decoder-width 128, which is another model, about " in words
+    assert words.startswith(
+        "A step takes 18 s, and what is left of the run 50 hours. It ends earlier with fewer --steps; --recipe cpu is "
+        "for a first look. The decoder is 9"
+    )
+    assert "--decoder-depth 1 --decoder-width 128, which is another model, the run takes " in words
+    assert job.foretell(1.0, 500) == "A step takes 1 s, and what is left of the run 8.3 minutes"
 
 
 def test_the_limit_is_named(data, tmp_path, capsys, monkeypatch):

@@ -95,8 +95,13 @@ def test_another_recipe_is_refused_with_its_fields(tmp_path):
     with pytest.raises(RunError) as error:
         run_demo_model(tmp_path, "resume", data=images(41), steps=5, base_lr=0.03)
     assert str(error.value) == (
-        f"{tmp_path} was started with another recipe: steps was 4 and is 5; base_lr was 0.02 and is 0.03; "
-        "data images was 40 and is 41. Give it its own options again"
+        f"{tmp_path} was started with another recipe: steps was 4 and is 5; base_lr was 0.02 and is 0.03. Give it its "
+        f"own options again, which --recipe {tmp_path} does"
+    )
+    with pytest.raises(RunError) as error:
+        run_demo_model(tmp_path, "resume", data=images(41), steps=4)
+    assert str(error.value) == (
+        f"{tmp_path} was started on other images: images was 40 and is 41. Put them back, or begin another run"
     )
     run_demo_model(tmp_path, "resume", steps=4, save_every=1, log_every=2, micro_batches=2)  # how, and not what
 

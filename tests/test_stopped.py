@@ -80,7 +80,7 @@ def test_a_second_signal_stops_at_once(tmp_path, data):
     assert process.returncode == 1
     assert errors.splitlines()[-3:] == [
         "mae: SIGINT: finishing this step, then saving; again to stop at once", "",
-        "mae: stopped at once; the last checkpoint is whole",
+        "mae: stopped at once; checkpoints that were finished are whole",
     ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 import datasets
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -67,11 +68,11 @@ def opened(order: StreamOrder, ends: np.ndarray, steps: range, rows: slice = sli
     return counts
 
 
-@pytest.mark.parametrize("memory", [1, 8 << 30, 1 << 40])
+@pytest.mark.parametrize("memory", [0, 1 << 28, 1 << 40])
 @pytest.mark.parametrize("sizes", [[7] * 12, [1, 0, 30, 2, 9], [3]])
 @pytest.mark.parametrize("batch_size", [8, 5])
 def test_each_epoch_holds_every_picture_once(sizes, memory, batch_size):
-    count, blocks = sum(sizes), Blocks(np.array(sizes), memory)
+    count, blocks = sum(sizes), Blocks(np.array(sizes), np.full(len(sizes), memory))
     order = StreamOrder(blocks, batch_size, seed=1)
     keys = [key for step in range(2 * count) for key in order.keys(step)]
     assert keys[: 2 * count] != sorted(keys[: 2 * count]) or count < 4
@@ -86,7 +87,7 @@ def test_each_epoch_holds_every_picture_once(sizes, memory, batch_size):
 @pytest.mark.parametrize("count", [128, 131])
 def test_blocks_are_opened_once_and_not_together(count):
     sizes = np.full(count, 20)
-    order = StreamOrder(Blocks(sizes, count * (64 << 20)), batch_size=32)
+    order = StreamOrder(Blocks(sizes, np.full(count, 64 << 20)), batch_size=32)
     assert order.open_at_once == 16
     steps, ends = range(count * 20 // 32), np.cumsum(sizes)
     one = opened(order, ends, steps)
@@ -101,7 +102,7 @@ def test_blocks_are_opened_once_and_not_together(count):
 
 
 def test_pictures_of_a_block_are_mixed():
-    order = StreamOrder(Blocks(np.full(8, 50), 8 << 40), batch_size=10)
+    order = StreamOrder(Blocks(np.full(8, 50), np.full(8, 1 << 40)), batch_size=10)
     assert order.open_at_once == 1
     epochs = [order.epoch(epoch).reshape(8, 50) for epoch in range(2)]
     assert sorted(epochs[0][0] % 50) == [*range(50)]
@@ -122,7 +123,9 @@ def test_a_stream_holds_what_the_table_holds(tmp_path):
     assert stream.name(20) == f"row 20 of {where}, 20.png"
     one = open_source(f"hf:{tmp_path}/set/data/train-00001-of-00003.parquet:streaming")
     assert len(one) == 17
-    assert one.name(3).endswith(", 20.png")
+    assert one.name(3) == f"row 3 of {one.where}"
+    one.read(3, READING)
+    assert one.name(3) == f"row 3 of {one.where}, 20.png"
 
 
 def test_nothing_is_copied_to_the_cache(tmp_path):
@@ -147,10 +150,43 @@ def test_batches_are_those_of_any_process_and_worker_and_of_any_step(tmp_path):
     ]
 
 
+def test_what_replaces_a_broken_picture_lies_beside_it(tmp_path, monkeypatch):
+    source, read, block = open_source(numbered(tmp_path / "set", broken=(5, 6, 8))), [], Stream._block
+    images = TrainingImages(source, READING)
+    monkeypatch.setattr(Stream, "_block", lambda self, number: read.append(number) or block(self, number))
+    samples = [images[(0, index)] for index in (5, 6, 8)]
+    assert {sample.index for sample in samples} <= {7, 9}
+    assert read == [1]
+    values = [{"bytes": b"nothing", "path": f"{i}.png"} for i in range(9)]
+    values[8]["bytes"] = source.value(17)["bytes"]
+    pq.write_table(pa.table({"image": pa.array(values)}), tmp_path / "x.parquet", row_group_size=3)
+    sample = TrainingImages(open_source(f"hf:{tmp_path}/x.parquet:streaming"), READING)[(0, 4)]
+    assert sample.index == 8  # of another row group, where its own has none
+    assert {x.split(" of ")[0] for x in sample.problems[:3]} == {f"cannot read row {i}" for i in (3, 4, 5)}
+
+
+def test_rows_that_are_no_text_are_passed_over(tmp_path):
+    Image.new("L", (12, 12), 7).save(good := io.BytesIO(), "PNG")
+    paths = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a.png", b"caf\xe9.png"]).buffers())
+    column = pa.StructArray.from_arrays([pa.array([good.getvalue()] * 2), paths], ["bytes", "path"])
+    pq.write_table(pa.table({"image": column}), tmp_path / "x.parquet")
+    images = TrainingImages(open_source(f"hf:{tmp_path}/x.parquet:streaming"), READING)
+    batches = Batches(images, 2, range(2))
+    assert [batch.to("cpu").unique().tolist() for batch in batches] == [[7], [7]]
+    (problem,) = batches.unreadable
+    assert problem.startswith(f"cannot read row 1 of hf:{tmp_path}/x.parquet:streaming: 'utf-8' codec can't decode")
+
+
+def test_names_cost_no_reading(tmp_path, monkeypatch):
+    source = open_source(numbered(tmp_path / "set"))
+    monkeypatch.setattr(Stream, "_block", None)
+    assert source.name(50) == f"row 50 of {source.where}"
+
+
 def test_row_groups_are_read_once_an_epoch(tmp_path, monkeypatch):
     source, read, block = open_source(numbered(tmp_path / "set")), [], Stream._block
     monkeypatch.setattr(Stream, "_block", lambda self, number: read.append(number) or block(self, number))
-    monkeypatch.setattr("mae.data.order._IN_MEMORY", source.blocks.memory // 5)
+    monkeypatch.setattr("mae.data.order._IN_MEMORY", source.blocks.memory.sum() // 5)
     images = TrainingImages(source, READING)
     assert images.order(6).open_at_once == 2
     assert len(numbers(images, range(8))) == 8
@@ -186,17 +222,21 @@ def test_no_more_than_a_row_group_is_fetched(tmp_path):
     stream = Stream(read_footers([f"remote://{file}"]), "image", "x")
     Remote.fetched.clear()
     assert int(to_tensor(stream.read(102, READING))[0, 0, 0]) == 102
-    assert 0 < sum(Remote.fetched) <= 1.01 * stream.blocks.memory / len(stream.blocks.sizes) + 100
+    assert 0 < sum(Remote.fetched) <= 1.01 * stream.blocks.memory[20] + 100
     assert len(Remote.fetched) <= 2
 
 
-def test_what_is_held_out_lies_in_few_row_groups(tmp_path):
+def test_what_is_held_out_lies_in_few_row_groups_but_not_in_the_fewest(tmp_path, monkeypatch):
     source = open_source(numbered(tmp_path / "set"))
+    train, held = held_out(source, 9, seed=0)
+    assert (held.blocks.sizes > 0).sum() > 4
+    assert held_out(source, 9, seed=0)[1].numbers == held.numbers != held_out(source, 9, seed=1)[1].numbers
+    monkeypatch.setattr("mae.data.sources._LEAST_BLOCKS", 2)
     train, held = held_out(source, 9, seed=0)
     assert sorted([*train.numbers, *held.numbers]) == [*range(51)]
     assert (held.blocks.sizes > 0).sum() <= 3
     assert train.blocks.sizes.sum() == 42
-    assert train.blocks.memory == source.blocks.memory
+    assert (train.blocks.memory == source.blocks.memory).all()
     seen = [x for batch in numbers(TrainingImages(train, READING), range(7), workers=1) for x in batch]
     assert sorted(seen) == train.numbers
     assert Part(source, [0, 7, 50]).blocks.sizes.tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
@@ -238,6 +278,8 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     file = next((tmp_path / "saved").glob("*.arrow"))
     assert refusal(f"hf:{file}:streaming") == f"{file} {arrow}"
     assert refusal(f"{where}:valid") == f"{tmp_path}/set holds no split valid, but train"
+    assert refusal(f"{where}:train[:3]") == "a stream is of a whole split, and train[:3] is a part of one"
+    assert refusal("hf::streaming") == "hf::streaming names no dataset"
     assert refusal(f"{where}:column=x") == f"{where}:column=x has no column x, but image"
     assert refusal(f"hf:{tmp_path}/gone:streaming") == f"there is no file or folder {tmp_path}/gone"
     (tmp_path / "pictures").mkdir()
@@ -247,6 +289,18 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     )
     datasets.Dataset.from_dict({"image": []}, features=IMAGE).to_parquet(tmp_path / "empty.parquet")
     assert refusal(f"hf:{tmp_path}/empty.parquet:streaming") == f"hf:{tmp_path}/empty.parquet:streaming holds no rows"
+    other = tmp_path / "set" / "data" / "train-00001-of-00001.parquet"
+    for columns, said in (
+        ({"x": [1]}, f"{other} has 0 columns image"),
+        ({"image": ["x"]}, f"column image of {other} holds no files, but string"),
+        ({"image": [{"path": "x"}]}, f"column image of {other} holds no files, but struct<path: string>"),
+    ):
+        pq.write_table(pa.table(columns), other)
+        assert refusal(where) == said
+    other.unlink()
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "set").rename(tmp_path / "a:b" / "set")
+    assert len(open_source(f"hf:{tmp_path}/a:b/set:streaming")) == 17
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and nothing else")
     assert refusal(f"hf:{tmp_path}/x.parquet:streaming").startswith(f"cannot open {tmp_path}/x.parquet: ")
     with pytest.raises(SystemExit) as stop:
@@ -295,7 +349,7 @@ def test_a_run_whose_stream_breaks_off_goes_on_as_one_that_never_did(tmp_path, m
     command[2] = where.removesuffix(":streaming")
     with pytest.raises(SystemExit) as stop:
         main([*command, "--out", str(broken), "--resume"])
-    assert "was started with another recipe: data fingerprint was" in str(stop.value.code)
+    assert "was started on other images: fingerprint was" in str(stop.value.code)
 
 
 def test_features_that_only_the_schema_tells(tmp_path):

@@ -40,10 +40,12 @@ def data_benchmark(images: TrainingImages, model: MaskedAutoencoder, config: Tra
         loaded[workers] = _loaded(images, config.batch_size, workers, device)
         limit = "the loader" if loaded[workers] < trained else "the step"
         print(f"{workers:>8}{loaded[workers]:>18.0f}{trained:>18.1f}   {limit}")
+    if images.source.blocks is not None:
+        print("These row groups are open already: see in a run how long it waits for the data of a network")
     enough = [workers for workers, rate in loaded.items() if rate > trained]
     cores = usable_cores()
     if enough:
-        print(f"--workers {enough[0]} is enough. With several, training and loading share {cores} cores")
+        print(f"--workers {enough[0]} is enough. Workers and training share {cores} cores")
     else:
         print(f"The loader is the limit; {cores} cores are here. python -m mae pack makes smaller files of the images")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 
 from mae.commands.options import ReadingOptions
@@ -73,5 +74,7 @@ def run_pack(config: PackConfig) -> None:
             stacklevel=2,
         )
     images, files, out = counted(packed.images, "image"), counted(packed.files, "file"), printable(config.out)
-    print(f"Packed {images} into {files} of {packed.size / 1e9:.2f} GB in all, in {out}. Train on them:")
-    print(f"  python -m mae pretrain --data hf:{out}")
+    size = f"{packed.size / 1e9:.2f} GB" if packed.size >= 1e9 else f"{packed.size / 1e6:.1f} MB"
+    classes = f", {counted(len(labels[1]), 'class', 'classes')}" if labels else ""
+    print(f"Packed {images}{classes} into {files} of {size} in all, in {out}. Train on them:")
+    print(f"  python -m mae pretrain --data hf:{out} --recipe {'small_data' if torch.cuda.is_available() else 'cpu'}")

@@ -3,6 +3,7 @@
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,13 +29,16 @@ from mae.data import (
 from mae.data.whole import refuse_unreadable
 from mae.fields import SHARE, check
 from mae.model import MAEConfig, MaskedAutoencoder
-from mae.training.loop import Looks, choose_device, train, uses_bfloat16
+from mae.run_files import REPORT
+from mae.training.loop import Looks, choose_device, refuse_another_recipe, train, uses_bfloat16
 from mae.training.parallel import Processes, joined, own_device
 from mae.training.profile import training_flops
-from mae.training.recipe import Schedule, TrainConfig, preset, unpublished
+from mae.training.recipe import Recipe, Schedule, TrainConfig, preset, unpublished
 from mae.training.run import Mode, refuse_run
 from mae.training.state import steps_on_disk
 from mae.training.validation import Validation
+
+_SOON = 600.0  # seconds, beyond which a run says what would be shorter
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def pretrain(config: PretrainConfig) -> None:
             if processes.leads:
                 data_benchmark(job.images, job.model, job.config.train, device)
             return
-        job.run(processes, device)
+        job.run(processes)
 
 
 @dataclass
@@ -143,26 +147,34 @@ class _Job:
     images: TrainingImages
     validation: Source | None
     schedule: Schedule
+    device: torch.device
 
-    @property
-    def data(self) -> dict[str, Any]:
-        """What decides about the order, beside options and number of the images."""
-        order, fingerprint = self.images.order(self.config.train.batch_size), self.images.source.fingerprint()
-        streamed = {"open_at_once": order.open_at_once} if isinstance(order, StreamOrder) else {}
-        return {"fingerprint": fingerprint} | streamed
+    @cached_property
+    def recipe(self) -> Recipe:
+        order, images = self.images.order(self.config.train.batch_size), self.images
+        data = {"images": len(images), "fingerprint": images.source.fingerprint()}
+        if self.validation is not None:
+            data["held_out"] = len(self.validation)
+        if isinstance(order, StreamOrder):
+            data["open_at_once"] = order.open_at_once
+        options = {name: x for name, x in flat(self.config).items() if name not in _NOT_OF_THE_RECIPE}
+        return Recipe(options, data, self.schedule)
 
     def plan(self) -> str:
-        config, schedule = self.config, self.schedule
+        config, schedule, model = self.config, self.schedule, self.model
         epochs = schedule.steps / schedule.steps_per_epoch
+        pixels, patch = (" x ".join(map(str, size)) for size in (model.config.image_size, model.config.patch_size))
         words = (
-            f"Pre-training {config.model} on {counted(len(self.images), 'image')} from {printable(config.data)}: "
+            f"Pre-training {config.model} ({pixels} pixels in patches of {patch}, {self.device}) on "
+            f"{counted(len(self.images), 'image')} from {printable(config.data)}: "
             f"{counted(schedule.steps, 'step')} of {config.train.batch_size} images, {_rounded(epochs)} epochs, "
             f"learning rate up to {schedule.peak_lr:.2g}"
         )
         if self.validation is not None:
             words += f"; {counted(len(self.validation), 'image')} held out"
-        if at_once := self.data.get("open_at_once"):
-            words += f". The stream mixes {at_once} of its {len(self.images.source.blocks.sizes)} row groups at a time"
+        if at_once := self.recipe.data.get("open_at_once"):
+            groups = int((self.images.source.blocks.sizes > 0).sum())
+            words += f". The stream mixes {min(at_once, groups)} of its {groups} row groups at a time"
         if others := unpublished(flat(config)):
             words += f"\nNot the published method: {', '.join(others)}"
         return words
@@ -170,21 +182,26 @@ class _Job:
     def foretell(self, seconds: float, steps: int) -> str:
         """How long the steps that are left will take, and what would be shorter."""
         left = seconds * steps
-        words = f"A step takes {_duration(seconds)}, what is left of the run {_duration(left)}"
+        words = f"A step takes {_duration(seconds)}, and what is left of the run {_duration(left)}"
+        if left < _SOON:
+            return words
+        words += ". It ends earlier with fewer --steps"
+        if self.config.recipe is None and self.device.type == "cpu":
+            words += "; --recipe cpu is for a first look"
         shorter = {"decoder_depth": 1, "decoder_embed_dim": 128, "decoder_num_heads": 1}
         whole, part = (
             training_flops(x, self.config.train.mask_ratio)
             for x in (self.model.config, replace(self.model.config, **shorter))
         )
-        if left < 3600 or part > 0.5 * whole:
+        if part > 0.5 * whole:
             return words
         return (
-            f"{words}. The decoder is {1 - part / whole:.0%} of it: with --decoder-depth 1 --decoder-width 128, which "
-            f"is another model, about {_duration(left * part / whole)}; fewer --steps or --epochs are shorter too"
+            f"{words}. The decoder is {1 - part / whole:.0%} of the arithmetic: with --decoder-depth 1 --decoder-width "
+            f"128, which is another model, the run takes {_duration(left * part / whole)} at best"
         )
 
-    def run(self, processes: Processes, device: torch.device) -> None:
-        config, reading = self.config, self.images.reading
+    def run(self, processes: Processes) -> None:
+        config, reading, device = self.config, self.images.reading, self.device
         bfloat16 = uses_bfloat16(config.train.precision, device)
         validate = None
         if self.validation is not None:
@@ -198,9 +215,8 @@ class _Job:
                 autocast=torch.bfloat16 if bfloat16 else None,
             )
         drawing = Drawing(self.validation or self.images.source, reading, config.train.strategy, config.out)
-        options = {name: x for name, x in flat(config).items() if name not in _NOT_OF_THE_RECIPE}
         try:
-            train(
+            history = train(
                 self.model,
                 self.images,
                 replace(config.train, device=str(device), workers=_workers(config.train.workers, processes)),
@@ -208,8 +224,8 @@ class _Job:
                 config.mode,
                 processes=processes,
                 looks=Looks(validate, drawing, self.foretell),
-                options=options,
-                data=self.data,
+                options=self.recipe.options,
+                data=self.recipe.data,
             )
         except Exception:
             if processes.leads:
@@ -218,12 +234,13 @@ class _Job:
             raise
         if processes.leads:
             drawing.finish()
-            print(f"The model is in {printable(config.out)}. Try it on images that it has not seen:")
+            print(_result(history[-1]))
+            print(f"The model is in {printable(config.out)}, and {REPORT} there shows its curves and pictures. Try it:")
             print(f"  python -m mae reconstruct --checkpoint {printable(config.out)} --images FOLDER")
 
 
 def _prepare(config: PretrainConfig, device: torch.device, processes: Processes) -> _Job:
-    if processes.leads and not (config.dry_run or config.data_benchmark):
+    if processes.leads and not config.data_benchmark:
         refuse_run(config.out, config.mode != "new")
     decoder = {"decoder_depth": config.decoder_depth, "decoder_embed_dim": config.decoder_width}
     decoder |= {"decoder": config.decoder, "predicted_share": config.predicted_share}
@@ -249,7 +266,10 @@ def _prepare(config: PretrainConfig, device: torch.device, processes: Processes)
     model = MaskedAutoencoder(sizes, torch.bfloat16 if config.residual == "bfloat16" else None)
     if config.init is not None and not (config.resume and steps_on_disk(config.out)):
         _take_weights(model, config.init)
-    return _Job(config, model, images, validation, schedule)
+    job = _Job(config, model, images, validation, schedule, device)
+    if config.resume:
+        refuse_another_recipe(config.out, job.recipe)
+    return job
 
 
 def _without(out: Path, source: Source) -> Source:
@@ -276,6 +296,12 @@ def _workers(asked: int, processes: Processes) -> int:
     if started < asked and processes.leads:
         print(f"Warning: {asked} workers were asked for; {started} are started, one a core", file=sys.stderr)
     return started
+
+
+def _result(entry: dict[str, Any]) -> str:
+    loss = "no finite loss" if entry["loss"] is None else f"loss {entry['loss']:.4f}"
+    held_out = f", {entry['val_loss']:.4f} on held-out images" if "val_loss" in entry else ""
+    return f"Trained for {_duration(entry['seconds'])}: {loss}{held_out}"
 
 
 def _rounded(x: float) -> str:

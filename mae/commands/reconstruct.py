@@ -10,7 +10,7 @@ import tyro
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.commands.options import LoadOptions, ReadingOptions
 from mae.commands.pictures import reconstructed, view_of
-from mae.data import ImageFiles, Joined, Source, open_source, printable, read_pictures
+from mae.data import ImageFiles, Joined, Source, counted, open_source, printable, read_pictures
 from mae.fields import COUNT, RATIO, SEED, check
 from mae.model import MaskedAutoencoder
 from mae.report.figures import View, default_count, picture_file, save_reconstructions
@@ -64,7 +64,7 @@ def reconstruct(config: ReconstructConfig) -> None:
     result = reconstructed(model, torch.stack(pictures), strategy, config.seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_reconstructions(result, out, view=view_of(source, indices, config.view))
-    print(f"Wrote {len(pictures)} reconstructions to {printable(out)}")
+    print(f"Wrote {counted(len(pictures), 'reconstruction')} to {printable(out)}")
     if result.uses_true_statistics:
         print("The model was trained on normalised pixels: hidden patches take mean and contrast from the original.")
 

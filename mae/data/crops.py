@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import tee
+from itertools import islice, tee
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from mae.data.workers import ahead
 from mae_kernels import PackedImages, random_resized_crop
 
 _MOST_TRIES = 100  # pictures, spread over all of them, before a folder is given up
-_AHEAD = 4  # steps for which a stream is read before they are asked for
+_AHEAD = 2  # steps for which a stream is read before they are asked for
 _ENOUGH_PIXELS = 1.5  # in each direction for each pixel of the result, which a picture keeps when it is shrunk
 
 
@@ -132,7 +132,7 @@ class TrainingImages(Dataset):
         epoch, index, file = (*key, None)[:3]
         start, *box, flip = uniform("sample", self.seed, (epoch, index), 24).tolist()
         wanted = Wanted(self._shrink_whole, lambda places: int(start * places))
-        for other in spread(index, len(self.source)):
+        for other in self._others(index):
             try:
                 if other == index and file is not None:
                     picture = read_image(file, self.reading, wanted)
@@ -158,6 +158,16 @@ class TrainingImages(Dataset):
             if samples[-1].pixels is None:
                 break
         return samples
+
+    def _others(self, index: int) -> Iterator[int]:
+        """The picture itself, and those that may stand in its place: of a stream first those that are read with it."""
+        yield index
+        beside = ()
+        if self.source.blocks is not None:
+            begin, count = self.source.blocks.around(index)
+            beside = (begin + other for other in spread(index - begin, count))
+        others = dict.fromkeys([*beside, *spread(index, len(self.source))])
+        yield from islice((other for other in others if other != index), _MOST_TRIES - 1)
 
     def _shrink(self, height: int, width: int) -> int:
         rows, columns = self.reading.image_size[-2:]

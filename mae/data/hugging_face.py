@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mae.data.errors import DataError, printable
 from mae.data.rows import Rows, Table
-from mae.data.streaming import Stream, read_footers
+from mae.data.streaming import Stream, read_footers, refuse_others
 from mae.reasons import reason_of
 
 if TYPE_CHECKING:
@@ -23,16 +23,18 @@ def open_dataset(name: str) -> Rows:
     split is train by default, and may be a part of it such as ``train[:1000]``. The column is the one of images, else
     of videos or sounds, else of files as bytes. No code of a dataset is ever run.
 
-    ``NAME:streaming``, with all the rest, reads Parquet files where they lie, and copies nothing to this disk: a
-    :class:`mae.data.streaming.Stream`, whose order has few row groups in memory at a time.
+    With ``:streaming``, and without a part of a split, Parquet files are read where they lie, and nothing is copied to
+    this disk: a :class:`mae.data.streaming.Stream`, whose order has few row groups in memory at a time.
 
     Raises:
         DataError: there is no such dataset, split or column, or several columns hold files.
     """
     where = f"hf:{name}"
-    place, *options = [name] if Path(name).exists() else re.split(r":(?![^\[]*\])", name)
+    place, *options = _parts(name)
     streams = _STREAMING in options
     chosen = dict(x.split("=", 1) if "=" in x else ("split", x) for x in options if x != _STREAMING)
+    if not place:
+        raise DataError(f"{printable(where)} names no dataset")
     if unknown := chosen.keys() - {"split", "column", "config"}:
         raise DataError(f"{printable(where)}: {min(unknown)}= is neither split= nor column= nor config=")
     datasets = import_datasets(where)
@@ -43,7 +45,8 @@ def open_dataset(name: str) -> Rows:
             footers = read_footers(files)
             features = features or datasets.Features.from_arrow_schema(footers[0].metadata.schema.to_arrow_schema())
             stream = Stream(footers, _column(datasets, features, where, asked), where)
-            if not stream:
+            refuse_others(footers, stream.column)
+            if not len(stream):
                 raise DataError(f"{printable(where)} holds no rows")
             return stream
         table = _load(datasets, place, split, config)
@@ -58,6 +61,14 @@ def open_dataset(name: str) -> Rows:
     if isinstance(feature := table.features[column], (datasets.Image, datasets.Audio, datasets.Video)):
         table = table.cast_column(column, type(feature)(decode=False))
     return Table(table, column, where)
+
+
+def _parts(name: str) -> list[str]:
+    """The place, which may hold colons where it is on this disk, and what follows it."""
+    for ending in ("", f":{_STREAMING}"):
+        if name.endswith(ending) and Path(place := name.removesuffix(ending)).exists():
+            return [place, *filter(None, [ending[1:]])]
+    return re.split(r":(?![^\[]*\])", name)
 
 
 def import_datasets(who: str) -> Any:
@@ -89,6 +100,8 @@ def _load(datasets: Any, place: str, split: str | None, config: str | None) -> "
 def _files(datasets: Any, place: str, split: str, config: str | None) -> tuple[list[str], dict[str, Any] | None]:
     """The Parquet files of a split, as paths or URLs, and the features where something says them."""
     path = Path(place)
+    if "[" in split:
+        raise DataError(f"a stream is of a whole split, and {printable(split)} is a part of one")
     if _is_saved(path) or (path.is_file() and _kind(path) != "parquet"):
         raise DataError(f"{printable(path)} holds Arrow files, which are read where they lie; leave :streaming out")
     if path.is_file():
@@ -98,7 +111,7 @@ def _files(datasets: Any, place: str, split: str, config: str | None) -> tuple[l
         builder = datasets.load_dataset_builder(place, config)
     files = builder.config.data_files or {}
     files = [str(file) for file in files[_split(split, files, place)]]
-    if others := [file for file in files if not file.endswith(".parquet")]:
+    if others := [file for file in files if not file.lower().endswith(".parquet")]:
         raise DataError(f"{printable(place)} holds {printable(others[0])}, and only Parquet is streamed")
     return files, builder.info.features
 

@@ -79,6 +79,7 @@ class _Steps:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[list[Key]]:
+        self.problem = None
         try:
             yield from self._images.with_contents(self._order.keys(step, self._rows) for step in self._steps)
         except DataError as error:  # the batches before it are on their way

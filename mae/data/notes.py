@@ -37,5 +37,7 @@ class Notes:
 
 
 def none_readable(problems: list[str], count: int) -> str:
+    if count == 1:
+        return problems[0]
     tried = f"the {count} files" if len(problems) >= count else f"{len(problems)} files, spread over all {count},"
     return f"none of {tried} can be read; first: {problems[0]}"

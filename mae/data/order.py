@@ -16,12 +16,19 @@ class Blocks(NamedTuple):
     """Pictures that are read together, one block after another, as the row groups of Parquet files are."""
 
     sizes: np.ndarray  # pictures of each, int64
-    memory: int  # bytes of all
+    memory: np.ndarray  # bytes of each, int64
 
     def open_at_once(self, batch_size: int) -> int:
         """How many fit into memory, as a divisor of the batch size."""
-        most = min(batch_size, max(1, _IN_MEMORY * len(self.sizes) // max(1, self.memory)))
+        size = float(np.average(self.memory, weights=self.sizes)) if self.sizes.any() else 0.0  # large ones stay long
+        most = min(batch_size, max(1, int(_IN_MEMORY / max(1.0, size))))
         return max(x for x in range(1, most + 1) if batch_size % x == 0)
+
+    def around(self, index: int) -> tuple[int, int]:
+        """The first picture of the block of one, and how many there are."""
+        ends = np.cumsum(self.sizes)
+        block = np.searchsorted(ends, index, side="right")
+        return int(ends[block] - self.sizes[block]), int(self.sizes[block])
 
 
 class Order:

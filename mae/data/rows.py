@@ -18,7 +18,7 @@ _MOST_HASHED = 64  # rows, spread over all of them, that the fingerprint looks a
 
 
 class Rows:
-    """Files as they are stored, one in each row; where the rows lie is what the classes below know."""
+    """Files as they are stored, one in each row: :class:`Table`, and :class:`mae.data.streaming.Stream`."""
 
     where: str  # as it was asked for
     blocks: Blocks | None = None
@@ -93,4 +93,4 @@ class Table(Rows):
 
 def held_in(value: Any) -> tuple[bytes | None, str | None]:
     """The bytes of a file, or where it lies."""
-    return (value["bytes"], value.get("path")) if isinstance(value, dict) else (value, None)
+    return (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)

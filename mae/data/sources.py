@@ -19,7 +19,9 @@ from mae.data.pictures import Picture, read_image
 from mae.data.randomness import permutation
 from mae.data.readers import Reading, Stored, Wanted, missing_for, suffixes
 
+_LEAST_BLOCKS = 64  # of a stream that pictures are held out from
 _MOST_KINDS = 8  # named in a line; further ones are summed up
+_DATASETS = {".parquet", ".arrow"}
 _IMAGE, _FOLDER, _NO_SUFFIX, _BROKEN_LINK, _SPECIAL, _LOCKED = "image", "folder", "none", "link", "special", "locked"
 _WORDS = {  # of what has no suffix to be called by: one, and more than one
     _NO_SUFFIX: ("file without a suffix", "files without a suffix"),
@@ -156,9 +158,16 @@ class Part:
 
 
 def held_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
-    """Those that are left to train on, and a random count of others, of a stream from as few blocks as hold them."""
-    sizes = np.ones(len(source), np.int64) if source.blocks is None else source.blocks.sizes
-    order, _ = laid_out(permutation("held out", seed, (0, 0), len(sizes)), sizes)
+    """Those that are left to train on, and a random count of others, of a stream from few blocks."""
+    if source.blocks is None:
+        order = permutation("held out", seed, (0, 0), len(source))
+    else:  # neighbours are often alike, so not from the fewest
+        sizes = source.blocks.sizes
+        blocks = permutation("held out", seed, (0, 0), len(sizes))
+        enough = max(_LEAST_BLOCKS, 1 + int(np.searchsorted(np.cumsum(sizes[blocks]), count)))
+        chosen, _ = laid_out(blocks[:enough], sizes)
+        others, _ = laid_out(blocks[enough:], sizes)
+        order = np.append(chosen[permutation("held out", seed, (1, 0), len(chosen))], others)
     return Part(source, sorted(order[count:].tolist())), Part(source, sorted(order[:count].tolist()))
 
 
@@ -172,11 +181,15 @@ def find_images(folder: str | Path) -> list[Path]:
         DataError: there is no folder, or no image in it.
     """
     folder, left_out = Path(folder), Counter()
+    if folder.is_file():
+        hint = f"; hf:{printable(folder)} reads it" if folder.suffix.lower() in _DATASETS else ""
+        raise DataError(f"{printable(folder)} is a file, not a folder{hint}")
     if not folder.is_dir():
         raise DataError(f"there is no folder {printable(folder)}")
     files = list(_walk(folder, left_out))
     if not files:
-        raise DataError(f"found no image below {printable(folder)}; {_looked_for(left_out)}")
+        hint = f"; hf:{printable(folder)} reads datasets" if _DATASETS & left_out.keys() else ""
+        raise DataError(f"found no image below {printable(folder)}; {_looked_for(left_out)}{hint}")
     _warn(folder, left_out)
     return files
 

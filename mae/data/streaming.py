@@ -37,7 +37,11 @@ class Stream(Rows):
     footers: list[Footer]
     column: str
     where: str
-    _at_hand: dict[int, "pa.Array"] = field(default_factory=dict, init=False, repr=False)
+    _at_hand: dict[int, "pa.ChunkedArray"] = field(default_factory=dict, init=False, repr=False)
+    _names: dict[int, str] = field(default_factory=dict, init=False, repr=False)  # of single rows that were read
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_at_hand": {}}  # another process reads for itself
 
     @cached_property
     def _groups(self) -> list[tuple[Footer, int]]:
@@ -49,17 +53,12 @@ class Stream(Rows):
         return np.cumsum([footer.metadata.row_group(i).num_rows for footer, i in self._groups], dtype=np.int64)
 
     def __len__(self) -> int:
-        return sum(footer.metadata.num_rows for footer in self.footers)
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     @cached_property
     def blocks(self) -> Blocks:
-        memory = 0
-        for footer, i in self._groups:
-            group = footer.metadata.row_group(i)
-            for chunk in map(group.column, range(group.num_columns)):
-                if chunk.path_in_schema.split(".")[0] == self.column:
-                    memory += chunk.total_uncompressed_size
-        return Blocks(np.diff(self._ends, prepend=0), memory)
+        memory = [sum(chunk.total_uncompressed_size for chunk in self._chunks(*group)) for group in self._groups]
+        return Blocks(np.diff(self._ends, prepend=0), np.array(memory, np.int64))
 
     def value(self, index: int) -> Any:
         (block,) = self._blocks_of([index])
@@ -70,13 +69,22 @@ class Stream(Rows):
             self._at_hand[block] = column
         return self._value_in(column, block, index)
 
+    def name(self, index: int) -> str:
+        """The row, with its path where it has been read: a name is not worth a network."""
+        return self._names.get(index, self._row(index))
+
+    def stored(self, index: int, value: Any) -> Stored:
+        stored = super().stored(index, value)
+        self._names[index] = stored.name
+        return stored
+
     def contents(self, steps: Iterable[list[int]]) -> Iterator[list[Stored | None]]:
         """The files of the rows of each step; None for a row without one. Blocks of the step before stay open.
 
         Raises:
             Unreachable: a block cannot be read.
         """
-        opened: dict[int, pa.Array] = {}
+        opened: dict[int, pa.ChunkedArray] = {}
         for indices in steps:
             blocks = self._blocks_of(indices)
             opened = {i: opened[i] if i in opened else self._block(i) for i in dict.fromkeys(blocks)}
@@ -86,30 +94,42 @@ class Stream(Rows):
         """Of what the files say of their row groups, without reading one."""
         digest = hashlib.sha256()
         for footer, i in self._groups:
-            group = footer.metadata.row_group(i)
-            digest.update(f"{group.num_rows} {group.total_byte_size}\0".encode())
+            digest.update(f"{footer.metadata.row_group(i).num_rows}\0".encode())
+            for chunk in self._chunks(footer, i):
+                known = chunk.statistics
+                ends = (known.min_raw, known.max_raw) if known is not None and known.has_min_max else ()
+                digest.update(f"{chunk.total_compressed_size} {chunk.total_uncompressed_size} {ends}\0".encode())
         return digest.hexdigest()[:16]
+
+    def _chunks(self, footer: Footer, group: int) -> "list[pq.ColumnChunkMetaData]":
+        """What lies of the column in a row group."""
+        found = footer.metadata.row_group(group)
+        chunks = map(found.column, range(found.num_columns))
+        return [x for x in chunks if f"{x.path_in_schema}.".startswith(f"{self.column}.")]
 
     def _blocks_of(self, indices: list[int]) -> list[int]:
         return np.searchsorted(self._ends, indices, side="right").tolist()
 
-    def _value_in(self, column: "pa.Array", block: int, index: int) -> Any:
+    def _value_in(self, column: "pa.ChunkedArray", block: int, index: int) -> Any:
         begin = int(self._ends[block]) - len(column)
-        return column[index - begin].as_py()
-
-    def _stored_in(self, column: "pa.Array", block: int, index: int) -> Stored | None:
         try:
-            return self.stored(index, self._value_in(column, block, index))
+            return column[index - begin].as_py()
+        except Exception as error:  # a path that is no text
+            raise DataError(f"cannot read {printable(self._row(index))}: {printable(reason_of(error))}") from error
+
+    def _stored_in(self, column: "pa.ChunkedArray", block: int, index: int) -> Stored | None:
+        try:
+            return super().stored(index, self._value_in(column, block, index))
         except DataError:
             return None
 
-    def _block(self, number: int) -> "pa.Array":
+    def _block(self, number: int) -> "pa.ChunkedArray":
         footer, group = self._groups[number]
         try:
             with _opened(footer.file) as file:
                 # A worker that is forked from a process with threads of Arrow's would wait for them.
-                (column,) = _parquet(file, footer.metadata).read_row_group(group, [self.column], use_threads=False)
-                return column.combine_chunks()
+                parquet = _parquet(file, footer.metadata)
+                return parquet.read_row_group(group, [self.column], use_threads=False).column(self.column)
         except Exception as error:  # of Arrow, of the network
             end = int(self._ends[number])
             begin = end - footer.metadata.row_group(group).num_rows
@@ -117,6 +137,20 @@ class Stream(Rows):
                 f"cannot read rows {begin} to {end - 1} of {printable(self.where)}, from {printable(footer.file)}: "
                 f"{printable(reason_of(error))}"
             ) from error
+
+
+def refuse_others(footers: list[Footer], column: str) -> None:
+    """Raise :class:`DataError` where a file does not hold the column, once and with bytes."""
+    import pyarrow.types as types
+
+    for footer in footers:
+        schema = footer.metadata.schema.to_arrow_schema()
+        if schema.names.count(column) != 1:
+            raise DataError(f"{printable(footer.file)} has {schema.names.count(column)} columns {printable(column)}")
+        kind = schema.field(column).type
+        held = kind.field("bytes").type if types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+        if not types.is_binary(held) and not types.is_large_binary(held):
+            raise DataError(f"column {printable(column)} of {printable(footer.file)} holds no files, but {kind}")
 
 
 def read_footers(files: list[str]) -> list[Footer]:

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ def usable_cores() -> int:
 
 def ignore_signals(worker: int) -> None:
     """What a data loader calls in each worker."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     # Signals reach the workers too, and the main process decides when to stop; without it they end by themselves.
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
@@ -36,6 +38,13 @@ def ignore_signals(worker: int) -> None:
     signal.set_wakeup_fd(-1)  # it would write into the main process's pipe
     # The second one ends a worker: a main process that fails sends it, and waits.
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def _end_with(parent: int) -> None:
+    """A worker waits for ever where the main process is killed within a long message to it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def loaded(loader: DataLoader, remedy: str = "take fewer --workers") -> Iterator[Any]:

@@ -34,6 +34,21 @@ class History:
         usable = np.isfinite(values)
         return self.columns["step"][usable], values[usable]
 
+    def means(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The same over as many steps as most lines are apart; the few before a checkpoint join those behind it."""
+        steps, values = self.curve(name)
+        if not len(steps):
+            return steps, values
+        lengths = np.diff(steps, prepend=0)
+        usual, kept, total, weight = np.quantile(lengths, 0.5, method="lower"), [], 0.0, 0.0
+        for step, value, length in zip(steps, values, lengths, strict=True):
+            total, weight = total + value * length, weight + length
+            if weight >= usual or step == steps[-1]:
+                kept.append((step, total / weight))
+                total = weight = 0.0
+        steps, values = np.array(kept).T
+        return steps, values
+
     def last(self, name: str) -> float:
         """The last usable number, or NaN."""
         values = self.curve(name)[1]

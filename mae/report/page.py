@@ -132,7 +132,7 @@ def _curve(
     """A figure of columns of the history by their names in words, or no text where nothing is known of any."""
     lines, said = [], []
     for name, words in names.items():
-        steps, values = history.curve(name)
+        steps, values = history.means(name) if name == "loss" else history.curve(name)
         parts = []
         if len(values):
             line, size = thin(Line(words, steps, values * factor))
@@ -199,7 +199,8 @@ def _facts(run: Path, history: History | None, data: dict) -> dict[str, str]:
     facts = {f"{name} of the data": value for name, value in data.items()}
     if history is not None and len(history):
         facts["epochs"] = figure(history.last("epoch"))
-        facts["skipped updates"] = figure(history.last("skipped"))
+        skipped = history.last("skipped")
+        facts["skipped updates"] = figure(0.0 if math.isnan(skipped) else skipped)  # said where there are any
         memory, waiting = (history.curve(name)[1] for name in ("memory_mb", "waiting"))
         facts["most memory"] = f"{figure(memory.max())} MB" if len(memory) else figure(math.nan)
         facts["time waiting for data"] = f"{figure(100 * waiting.mean())} %" if len(waiting) else figure(math.nan)
@@ -212,7 +213,7 @@ def _duration(seconds: float) -> str:
     for size, unit in ((3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return counted(round(seconds), "second")
 
 
 def _moment(moment: datetime) -> str:

@@ -28,6 +28,7 @@ from mae_kernels import Masking
 from mae_kernels.backend import is_recent_gpu
 
 _MEASURED = 3  # steps after which a run says how long it will take, the first of which compiles and warms up
+_LONG = 10.0  # seconds of a step, after which it is said at once where nothing compiles
 _MOST_NAMED = 3
 _GO_ON, _ASKED, _NO_DATA = range(3)  # what a process wants; all do what most of them wants, in this order
 
@@ -137,7 +138,7 @@ def train(
         recipe = Recipe(options, data, schedule)
         if mode == "resume":
             with processes.together():
-                _refuse_another_recipe(run, recipe)
+                refuse_another_recipe(run, recipe)
         first = load_state(run, state, processes) if mode == "resume" else 0
         if mode == "resume" and not first and (run / WEIGHTS).is_file():
             raise RunError(f"{run} holds a model and no checkpoint to go on from; choose another --out, or --overwrite")
@@ -145,6 +146,9 @@ def train(
         rows = processes.rows(config.batch_size)
         batches = Batches(images, config.batch_size, range(first, schedule.steps), rows=rows, workers=config.workers)
         with Watch(run, schedule.steps, first, state.seconds, processes) as watch:
+            if first:
+                going = "Going on after" if first < schedule.steps else "Nothing is left to do after"
+                watch.say(f"{going} step {first} of {schedule.steps}")
             running = _Run(run, config, recipe, processes, step, state, batches, watch, looks, started)
             try:
                 running.go(device, asked)
@@ -153,9 +157,18 @@ def train(
             return watch.history
 
 
-def _refuse_another_recipe(run: Path, recipe: Recipe) -> None:
-    if (run / RECIPE).is_file() and (fields := recipe.differences(run)):
-        raise RunError(f"{run} was started with another recipe: {'; '.join(fields)}. Give it its own options again")
+def refuse_another_recipe(run: Path, recipe: Recipe) -> None:
+    """Raise :class:`RunError` where a run would go on with other options or on other images."""
+    if not (run / RECIPE).is_file():
+        return
+    options, data = recipe.differences(run)
+    if options:
+        raise RunError(
+            f"{run} was started with another recipe: {'; '.join(options)}. Give it its own options again, which "
+            f"--recipe {run} does"
+        )
+    if data:
+        raise RunError(f"{run} was started on other images: {'; '.join(data)}. Put them back, or begin another run")
 
 
 @dataclass
@@ -180,7 +193,7 @@ class _Run:
 
     def go(self, device: torch.device, asked: StopRequest) -> None:
         config, schedule, watch = self.config, self.schedule, self.watch
-        first, end, problem = watch.step, _GO_ON, None
+        first, end, problem, begin = watch.step, _GO_ON, None, time.perf_counter()
         images = on_device(self.batches, device)
         try:
             while watch.step < schedule.steps and end == _GO_ON:
@@ -196,9 +209,12 @@ class _Run:
                 done = watch.step
                 if done == first + 1:
                     self.started()
-                    begin = self._now()
-                if done - first == _MEASURED and self.looks.foretell is not None:
-                    watch.say(self.looks.foretell((self._now() - begin) / (_MEASURED - 1), schedule.steps - done))
+                    took, begin = self._now() - begin, self._now()
+                    is_long = took > _LONG and choose_execution(config.execution, device) == "eager"
+                    if is_long:
+                        self._foretell(took)
+                if done - first == _MEASURED and not is_long:
+                    self._foretell((self._now() - begin) / (_MEASURED - 1))
                 if done == schedule.steps:
                     break
                 scalars = self.look() if done % schedule.eval_every == 0 else {}
@@ -231,6 +247,11 @@ class _Run:
         """When the device has done everything up to here."""
         self.step.skipped.item()
         return time.perf_counter()
+
+    def _foretell(self, seconds: float) -> None:
+        left = self.schedule.steps - self.watch.step
+        if self.looks.foretell is not None and left:
+            self.watch.say(self.looks.foretell(seconds, left))
 
     def _one(self, images: Tensor) -> None:
         done = self.watch.step

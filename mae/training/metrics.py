@@ -194,20 +194,32 @@ class _Bar:
             mininterval=0.2,
             disable=not self._live,
         )
-        self._narrow = width < 60
+        self._room = width - len(f"{steps}/{steps} {bar}") - len(" 00:00:00 left, ") - (4 if bar else 0)
+        self._held_out = ""
 
     def advance(self) -> None:
         self._done += 1
         self._bar.update()
 
     def show(self, entry: dict[str, Any]) -> None:
-        words = "no loss" if entry["loss"] is None else f"loss {entry['loss']:.4f}"
-        if not self._narrow:
-            words += f", {entry['images_per_second']:.0f} images/s, lr {entry['lr']:.1e}, {entry['memory_mb']:,.0f} MB"
-            words += f", {entry['waiting']:.0%} waiting for data"
+        if "val_loss" in entry:
+            self._held_out = f"held out {entry['val_loss']:.4f}"
+        parts = [
+            "no loss" if entry["loss"] is None else f"loss {entry['loss']:.4f}",
+            self._held_out,
+            f"{entry['images_per_second']:.0f} images/s",
+            f"lr {entry['lr']:.1e}",
+            f"{entry['waiting']:.0%} waiting for data",
+            f"{entry['memory_mb']:,.0f} MB of memory",
+        ]
+        parts = [*filter(None, parts)]
+        while self._live and len(parts) > 1 and len(", ".join(parts)) > self._room:
+            parts.pop()
+        words = ", ".join(parts)
         self._bar.set_postfix_str(words)
         now = time.perf_counter()
-        if not self._live and (now - self._said >= _LINE_EVERY or self._done == self._steps):
+        is_due = now - self._said >= _LINE_EVERY or "val_loss" in entry or self._done == self._steps
+        if not self._live and is_due:
             self._said = now
             left = (now - self._start) / max(1, self._done - self._first) * (self._steps - self._done)
             print(f"step {self._done}/{self._steps}, {tqdm.format_interval(left)} left, {words}", file=sys.stderr)

@@ -157,15 +157,18 @@ class Recipe:
             labels = [f"not the published method: {x}" for x in unpublished(self.options)]
             write_json(run, {RECIPE: content | {"versions": versions()} | ({"labels": labels} if labels else {})})
 
-    def differences(self, run: Path) -> list[str]:
-        """From the recipe in the folder, field by field: what the run would compute otherwise."""
+    def differences(self, run: Path) -> tuple[list[str], list[str]]:
+        """From the recipe in the folder, field by field: options that compute something else, and other data."""
         before = read_recipe(run / RECIPE)
         options = json.loads(json.dumps(self.options))  # tuples become lists, as in the file
         then = {name: x for name, x in before["options"].items() if name not in _WORK}
-        # Options that only one of two versions has are not compared.
-        pairs = {name: (x, options[name]) for name, x in then.items() if name in options}
-        pairs |= {f"data {name}": (before["data"].get(name), x) for name, x in self.data.items()}
-        return [f"{name} was {old!r} and is {new!r}" for name, (old, new) in pairs.items() if old != new]
+        # What only one of two versions says is not compared.
+        return _changed(then, options), _changed(before["data"], self.data)
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    both = {name: (x, now[name]) for name, x in before.items() if name in now}
+    return [f"{name} was {x!r} and is {y!r}" for name, (x, y) in both.items() if x != y]
 
 
 def unpublished(options: dict[str, Any]) -> list[str]:

@@ -41,7 +41,7 @@ class StopRequest:
         elif self._held:
             self._say("saving; this takes a moment")
         else:
-            self._say("stopped at once; the last checkpoint is whole")
+            self._say("stopped at once; checkpoints that were finished are whole")
             os._exit(1)
 
     def _say(self, words: str) -> None:

@@ -68,7 +68,8 @@ class Validation:
     @cached_property
     def _share(self) -> tuple[Tensor, list[int]]:
         """Images ``[N, ...]`` uint8 of this process, and their numbers; a blank one where it has none."""
-        numbers = range(len(self._source))[self._processes.rank :: self._processes.count]
+        rank, processes, count = self._processes.rank, self._processes.count, len(self._source)
+        numbers = range(count * rank // processes, count * (rank + 1) // processes)  # neighbours, for a stream
         pictures = []
         if numbers:
             try:
