@@ -136,10 +136,13 @@ def test_the_recipe_says_everything(data, tmp_path):
     assert "not the published method: decoder cross" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_other_data_are_not_resumed(data, tmp_path):
+def test_other_data_are_not_resumed(data, tmp_path, capsys):
     pretrain(data, tmp_path / "run", "--steps", "2")
     moved = data.rename(tmp_path / "moved")
+    pretrain(moved, tmp_path / "run", "--steps", "2", "--resume", "--val", str(moved))  # which may come and go
+    capsys.readouterr()
     pretrain(moved, tmp_path / "run", "--steps", "2", "--resume")
+    assert "Nothing is left to do after step 2 of 2" in capsys.readouterr().err
     next(iter(find_images(moved))).rename(moved / "another.jpg")
     with pytest.raises(SystemExit) as stop:
         pretrain(moved, tmp_path / "run", "--steps", "2", "--resume")

@@ -234,7 +234,8 @@ class _Job:
             raise
         if processes.leads:
             drawing.finish()
-            print(_result(history[-1]))
+            if history:  # a person may have removed metrics.jsonl
+                print(_result(history[-1]))
             print(f"The model is in {printable(config.out)}, and {REPORT} there shows its curves and pictures. Try it:")
             print(f"  python -m mae reconstruct --checkpoint {printable(config.out)} --images FOLDER")
 

@@ -21,9 +21,9 @@ from mae.training.optimizers import OptimizerName
 from mae.training.parallel import Parallel
 from mae.training.step import Execution, MaskStrategy, StrategyName
 
-_WORK = {  # options that may differ when a run is resumed: it computes the same, up to rounding at most
-    "data", "val", "init", "workers", "micro_batches", "execution", "parallel", "device", "log_every", "save_every",
-    "eval_every", "keep", "max_skipped",
+_WORK = {  # what may differ when a run is resumed: it computes the same, up to rounding at most
+    "data", "val", "held_out", "init", "workers", "micro_batches", "execution", "parallel", "device", "log_every",
+    "save_every", "eval_every", "keep", "max_skipped",
 }  # fmt: skip
 
 
@@ -161,13 +161,12 @@ class Recipe:
         """From the recipe in the folder, field by field: options that compute something else, and other data."""
         before = read_recipe(run / RECIPE)
         options = json.loads(json.dumps(self.options))  # tuples become lists, as in the file
-        then = {name: x for name, x in before["options"].items() if name not in _WORK}
         # What only one of two versions says is not compared.
-        return _changed(then, options), _changed(before["data"], self.data)
+        return _changed(before["options"], options), _changed(before["data"], self.data)
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    both = {name: (x, now[name]) for name, x in before.items() if name in now}
+    both = {name: (x, now[name]) for name, x in before.items() if name in now and name not in _WORK}
     return [f"{name} was {x!r} and is {y!r}" for name, (x, y) in both.items() if x != y]
 
 
