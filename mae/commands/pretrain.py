@@ -30,7 +30,7 @@ from mae.data.whole import refuse_unreadable
 from mae.fields import SHARE, check
 from mae.model import MAEConfig, MaskedAutoencoder
 from mae.run_files import REPORT
-from mae.training.loop import Looks, choose_device, refuse_another_recipe, train, uses_bfloat16
+from mae.training.loop import Looks, choose_device, train, uses_bfloat16
 from mae.training.parallel import Processes, joined, own_device
 from mae.training.profile import training_flops
 from mae.training.recipe import Recipe, Schedule, TrainConfig, preset, unpublished
@@ -269,7 +269,7 @@ def _prepare(config: PretrainConfig, device: torch.device, processes: Processes)
         _take_weights(model, config.init)
     job = _Job(config, model, images, validation, schedule, device)
     if config.resume:
-        refuse_another_recipe(config.out, job.recipe)
+        job.recipe.refuse_another(config.out)
     return job
 
 

@@ -15,7 +15,7 @@ from mae.checkpoints.saving import write_files
 from mae.data import Batches, DataError, DataWarning, TensorImages, TrainingImages, counted, on_device, printable
 from mae.data.randomness import derived_seed
 from mae.model import MaskedAutoencoder
-from mae.run_files import RECIPE, WEIGHTS
+from mae.run_files import WEIGHTS
 from mae.training.metrics import TrainingStopped, Watch
 from mae.training.optimizers import OPTIMIZERS
 from mae.training.parallel import Processes, ProcessLost, distribute, plain, whole_state
@@ -138,7 +138,7 @@ def train(
         recipe = Recipe(options, data, schedule)
         if mode == "resume":
             with processes.together():
-                refuse_another_recipe(run, recipe)
+                recipe.refuse_another(run)
         first = load_state(run, state, processes) if mode == "resume" else 0
         if mode == "resume" and not first and (run / WEIGHTS).is_file():
             raise RunError(f"{run} holds a model and no checkpoint to go on from; choose another --out, or --overwrite")
@@ -155,20 +155,6 @@ def train(
             except ProcessLost as error:
                 raise TrainingStopped(f"stopped near step {watch.step + 1}: {error}.{running.resumable()}") from error
             return watch.history
-
-
-def refuse_another_recipe(run: Path, recipe: Recipe) -> None:
-    """Raise :class:`RunError` where a run would go on with other options or on other images."""
-    if not (run / RECIPE).is_file():
-        return
-    options, data = recipe.differences(run)
-    if options:
-        raise RunError(
-            f"{run} was started with another recipe: {'; '.join(options)}. Give it its own options again, which "
-            f"--recipe {run} does"
-        )
-    if data:
-        raise RunError(f"{run} was started on other images: {'; '.join(data)}. Put them back, or begin another run")
 
 
 @dataclass

@@ -19,6 +19,7 @@ from mae.reasons import reason_of
 from mae.run_files import RECIPE
 from mae.training.optimizers import OptimizerName
 from mae.training.parallel import Parallel
+from mae.training.run import RunError
 from mae.training.step import Execution, MaskStrategy, StrategyName
 
 _WORK = {  # what may differ when a run is resumed: it computes the same, up to rounding at most
@@ -157,15 +158,25 @@ class Recipe:
             labels = [f"not the published method: {x}" for x in unpublished(self.options)]
             write_json(run, {RECIPE: content | {"versions": versions()} | ({"labels": labels} if labels else {})})
 
-    def differences(self, run: Path) -> tuple[list[str], list[str]]:
-        """From the recipe in the folder, field by field: options that compute something else, and other data."""
+    def refuse_another(self, run: Path) -> None:
+        """Raise :class:`RunError` where the recipe in the folder computes something else, or on other images."""
+        if not (run / RECIPE).is_file():
+            return
         before = read_recipe(run / RECIPE)
         options = json.loads(json.dumps(self.options))  # tuples become lists, as in the file
-        # What only one of two versions says is not compared.
-        return _changed(before["options"], options), _changed(before["data"], self.data)
+        if changed := _changed(before["options"], options):
+            raise RunError(
+                f"{run} was started with another recipe: {'; '.join(changed)}. Give it its own options again, which "
+                f"--recipe {run} does"
+            )
+        if changed := _changed(before["data"], self.data):
+            raise RunError(
+                f"{run} was started on other images: {'; '.join(changed)}. Put them back, or begin another run"
+            )
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Field by field; what only one of two versions says is not compared."""
     both = {name: (x, now[name]) for name, x in before.items() if name in now and name not in _WORK}
     return [f"{name} was {x!r} and is {y!r}" for name, (x, y) in both.items() if x != y]
 
