@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 class MaskedAutoencoderViT(nn.Module):
     def __init__(
-        self, img_size=28, patch_size=7, in_chans=1, embed_dim=96, depth=4, num_heads=4,
+        self, *, img_size=28, patch_size=7, in_chans=1, embed_dim=96, depth=4, num_heads=4,
         decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, norm_pix_loss=True,
     ):  # fmt: skip
         super().__init__()

@@ -1,6 +1,8 @@
 """What the loop computes: schedule and masks as functions of the step, and updates that go wrong."""
 
+import io
 import json
+import os
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ from runs import Interrupted, Interrupting, assert_equal, config, images, losses
 from mae import mae_vit_demo_patch7
 from mae.data import TensorImages
 from mae.data.randomness import derived_seed
-from mae.training.loop import train
-from mae.training.metrics import TrainingStopped
+from mae.training.loop import Looks, train
+from mae.training.metrics import TrainingStopped, _Bar
 from mae.training.recipe import TrainConfig
 from mae.training.state import path_of
 from mae.training.step import TrainingStep
@@ -106,3 +108,47 @@ def test_epochs_are_steps():
     assert published.eval_every == 25023  # 80 epochs
     with pytest.raises(ValueError, match="steps 5 and epochs 3 say the same thing"):
         TrainConfig(steps=5, epochs=3)
+
+
+def test_long_steps_are_foretold_after_the_first_one(tmp_path, monkeypatch):
+    told = []
+
+    def foretell(seconds: float, steps: int) -> str:
+        told.append((seconds > 0, steps))
+        return "words"
+
+    for folder, length in (("short", 1e6), ("long", 0.0)):
+        monkeypatch.setattr("mae.training.loop._LONG", length)
+        train(mae_vit_demo_patch7(), images(), config(5), tmp_path / folder, looks=Looks(foretell=foretell))
+    assert told == [(True, 2), (True, 4)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (150, "loss 0.5000, held out 0.2500, 1234 images/s, lr 1.0e-03, 12% waiting for data, 5,678 MB of memory"),
+        (100, "loss 0.5000, held out 0.2500, 1234 images/s"),
+        (60, "loss 0.5000, held out 0.2500"),
+        (40, "loss 0.5000"),
+    ],
+)
+def test_a_bar_shows_whole_words_within_its_width(monkeypatch, columns, shown):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def fileno(self) -> int:
+            return 2
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("os.get_terminal_size", lambda _: os.terminal_size((columns, 24)))
+    bar = _Bar(10_000, 0)
+    bar.advance()
+    entry = {"loss": 0.5, "images_per_second": 1234.4, "lr": 1e-3, "waiting": 0.12, "memory_mb": 5678.0}
+    bar.show(entry | {"val_loss": 0.25})
+    bar.show(entry)  # what is held out is shown until there is a newer one
+    bar.close()
+    lines = terminal.getvalue().replace("\r", "\n").splitlines()
+    assert max(map(len, lines)) <= columns
+    assert [line for line in lines if line.endswith(f"left, {shown}")], lines

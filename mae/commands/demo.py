@@ -17,7 +17,7 @@ from mae.evaluation.probe import extract_features, linear_probe
 from mae.model import mae_vit_demo_patch7
 from mae.report.page import write_report
 from mae.training.loop import train
-from mae.training.recipe import TrainConfig
+from mae.training.recipe import Recipe, TrainConfig
 from mae.training.run import refuse_run
 
 _CLASSES, _SIDE, _PER_ROW = 10, 28, 50
@@ -48,7 +48,7 @@ def fashion_mnist(part: str) -> tuple[Tensor, np.ndarray]:
 
 def run_demo(config: DemoConfig) -> dict[str, float]:
     """Print what happens and return the probe's accuracies by kind of feature."""
-    recipe = TrainConfig(
+    training = TrainConfig(
         steps=config.steps, batch_size=128, base_lr=4e-3, seed=config.seed, device="cpu", workers=0, eval_every=10**9
     )
     refuse_run(config.out, config.overwrite)
@@ -63,8 +63,10 @@ def run_demo(config: DemoConfig) -> dict[str, float]:
         "pictures, without their labels: 12 of 16 patches are hidden, and the model predicts their pixels."
     )
     untrained = extract_features(model, images.split(500)), extract_features(model, test_images.split(500))
-    mode, options = "overwrite" if config.overwrite else "new", {"model": mae_vit_demo_patch7.__name__} | asdict(recipe)
-    train(model, TensorImages(images, config.seed), recipe, config.out, mode, options=options)
+    options = {"model": mae_vit_demo_patch7.__name__} | asdict(training)
+    recipe = Recipe(options, {"images": len(images)}, training.schedule(len(images)))
+    mode = "overwrite" if config.overwrite else "new"
+    train(model, TensorImages(images, config.seed), training, config.out, mode, recipe=recipe)
 
     model = load_checkpoint(config.out)
     shown = test_images[:: len(test_images) // 18][:18]

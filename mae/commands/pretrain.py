@@ -224,8 +224,7 @@ class _Job:
                 config.mode,
                 processes=processes,
                 looks=Looks(validate, drawing, self.foretell),
-                options=self.recipe.options,
-                data=self.recipe.data,
+                recipe=self.recipe,
             )
         except Exception:
             if processes.leads:

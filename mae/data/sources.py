@@ -165,9 +165,9 @@ def held_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
         sizes = source.blocks.sizes
         blocks = permutation("held out", seed, (0, 0), len(sizes))
         enough = max(_LEAST_BLOCKS, 1 + int(np.searchsorted(np.cumsum(sizes[blocks]), count)))
-        chosen, _ = laid_out(blocks[:enough], sizes)
-        others, _ = laid_out(blocks[enough:], sizes)
-        order = np.append(chosen[permutation("held out", seed, (1, 0), len(chosen))], others)
+        order, _ = laid_out(blocks, sizes)
+        among = int(sizes[blocks[:enough]].sum())
+        order[:among] = order[permutation("held out", seed, (1, 0), among)]
     return Part(source, sorted(order[count:].tolist())), Part(source, sorted(order[:count].tolist()))
 
 

@@ -82,8 +82,7 @@ def train(
     *,
     processes: Processes = Processes(),
     looks: Looks = Looks(),
-    options: dict[str, Any] | None = None,
-    data: dict[str, Any] | None = None,
+    recipe: Recipe | None = None,
 ) -> list[dict[str, Any]]:
     """Pre-train model in place, and write metrics and checkpoints into the folder run.
 
@@ -92,8 +91,7 @@ def train(
         run: a folder without a run, unless mode says otherwise.
         mode: ``"overwrite"`` the run in the folder, or ``"resume"`` it: go on where the newest checkpoint stands, or
             at the first step where there is none.
-        options: what ``recipe.json`` says of the run, by default the fields of config.
-        data: what it says of the images beside their number.
+        recipe: what ``recipe.json`` says of the run, by default the fields of config and the number of images.
 
     Returns:
         The entries of ``metrics.jsonl``: step, epoch, loss (mean since the entry before, None where none was finite),
@@ -115,7 +113,8 @@ def train(
             f"batch_size {config.batch_size} is not a multiple of {processes.count} processes times "
             f"{config.micro_batches} micro_batches"
         )
-    schedule = config.schedule(len(images))
+    recipe = recipe or Recipe(asdict(config), {"images": len(images)}, config.schedule(len(images)))
+    schedule = recipe.schedule
     model.to(device).train()
     fsdp_dtype = torch.bfloat16 if config.fsdp_dtype == "bfloat16" else None
     distributed = distribute(model, config.parallel, processes, fsdp_dtype)
@@ -132,10 +131,7 @@ def train(
         scaler=scaler,
     )
     state = TrainingState(distributed, optimizer, scaler)
-    options = asdict(config) if options is None else options
-    data = {"images": len(images)} | (data or {})
     with open_run(run, mode, processes) as started, stop_requests(processes.leads) as asked:
-        recipe = Recipe(options, data, schedule)
         if mode == "resume":
             with processes.together():
                 recipe.refuse_another(run)

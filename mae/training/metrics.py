@@ -24,6 +24,7 @@ from mae.run_files import EVENTS, METRICS, RECONSTRUCTIONS
 from mae.training.parallel import Processes
 
 _MOST_NAMED = 3  # files, in a line
+_BAR = 16  # characters
 _LINE_EVERY = 60.0  # seconds, where there is no terminal
 
 
@@ -185,7 +186,7 @@ class _Bar:
         self._live = sys.stderr.isatty()
         self._start = self._said = time.perf_counter()
         width = os.get_terminal_size(sys.stderr.fileno()).columns if self._live else 80
-        bar = "|{bar:16}| " if width >= 100 else ""
+        bar = f"|{{bar:{_BAR}}}| " if width >= 100 else ""
         self._bar = tqdm(
             total=steps,
             initial=first,
@@ -194,7 +195,7 @@ class _Bar:
             mininterval=0.2,
             disable=not self._live,
         )
-        self._room = width - len(f"{steps}/{steps} {bar}") - len(" 00:00:00 left, ") - (4 if bar else 0)
+        self._room = width - len(f"{steps}/{steps} 00:00:00 left, ") - (len("|| ") + _BAR if bar else 0)
         self._held_out = ""
 
     def advance(self) -> None:
