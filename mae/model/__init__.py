@@ -2,6 +2,7 @@
 
 from mae.model.autoencoder import MAEOutput, MaskedAutoencoder, Reconstruction
 from mae.model.block import Block
+from mae.model.classifier import Classifier, HeadConfig
 from mae.model.cross import CrossBlock
 from mae.model.positions import pos_embed_for, resample_pos_embed, sincos_pos_embed
 from mae.model.presets import (
@@ -23,7 +24,9 @@ from mae.model.vit import VisionTransformer
 __all__ = [
     "MODELS",
     "Block",
+    "Classifier",
     "CrossBlock",
+    "HeadConfig",
     "MAEConfig",
     "MAEOutput",
     "MaskedAutoencoder",

@@ -75,10 +75,13 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, ids: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, ids: Tensor | None = None, keys: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tensor:
         """All tokens ``[N, T, D]``, or those at ids ``[N, S]`` alone, where -1 is none; either way they attend to all.
 
-        With keys ``[N, T]`` bool they attend to the tokens for which it is True: the others are padding.
+        With keys ``[N, T]`` bool they attend to the tokens for which it is True: the others are padding. keep
+        ``[N, 2]`` has factors of what attention and MLP add to each sample, see :meth:`mae.model.Classifier.draw_keep`.
         """
         attn, norm = self.attn, self.norm1
         rows = x if ids is None else gather_tokens(x, ids)  # [N, S, D]
@@ -90,23 +93,28 @@ class Block(nn.Module):
             attended = attn.attend(norm_linear(x, norm, weight, bias), queries, keys)
         else:
             attended = of_some(attn, norm(x), ids, keys)
-        return feed_forward(rows + attended, self.norm2, self.mlp)
+        if keep is None:
+            return feed_forward(rows + attended, self.norm2, self.mlp)
+        first, second = keep.to(attended.dtype)[..., None, None].unbind(1)  # each [N, 1, 1]
+        return feed_forward(rows + attended * first, self.norm2, self.mlp, second)
 
 
-def feed_forward(x: Tensor, norm: nn.Module, mlp: nn.Module) -> Tensor:
-    """``x + mlp(norm(x))``, the second half of a block: ``[N, T, D] -> [N, T, D]``."""
+def feed_forward(x: Tensor, norm: nn.Module, mlp: nn.Module, keep: Tensor | None = None) -> Tensor:
+    """``x + keep * mlp(norm(x))``, the second half of a block: ``[N, T, D] -> [N, T, D]``; keep of None is 1."""
     if untouched(mlp, Mlp) and untouched(norm, nn.LayerNorm) and untouched(fc1 := mlp.fc1, nn.Linear):
-        return x + mlp.output(norm_linear(x, norm, fc1.weight, fc1.bias))
-    return x + mlp(norm(x))
+        added = mlp.output(norm_linear(x, norm, fc1.weight, fc1.bias))
+    else:
+        added = mlp(norm(x))
+    return x + (added if keep is None else added * keep)
 
 
-def of_some(module: nn.Module, x: Tensor, ids: Tensor | None, keys: Tensor | None = None) -> Tensor:
+def of_some(module: nn.Module, x: Tensor, ids: Tensor | None, keys: Tensor | None = None, **options) -> Tensor:
     """The module's result for the tokens at ids ``[N, S]``, or for all: ``[N, T, D] -> [N, S, D]``.
 
     A module that stands in the place of one of ours may know no ids: it computes all tokens, of which some are taken.
-    It has to take ``keys`` where some tokens are padding.
+    It has to take ``keys`` where some tokens are padding, and further options where there are any.
     """
-    options = {} if keys is None else {"keys": keys}
+    options |= {} if keys is None else {"keys": keys}
     if ids is not None and getattr(module, "takes_ids", False):
         return module(x, ids, **options)
     x = module(x, **options)

@@ -69,10 +69,15 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"{type(self).__name__}: images have {grid.grid[0]} frames, and this is a model of images")
         return pos_embed_for(table, sides, grid.grid[-len(sides) :])
 
-    def encode(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Tokens ``[N, T, D]`` through blocks and norm. keys ``[N, T]`` bool: False where they are padding."""
-        for block in self.blocks:
-            x = of_some(block, x, None, keys)
+    def encode(self, x: Tensor, keys: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """Tokens ``[N, T, D]`` through blocks and norm.
+
+        Args:
+            keys: ``[N, T]`` bool, False where they are padding.
+            keep: ``[N, depth, 2]`` factors of what each block adds in its two halves, None for 1.
+        """
+        for i, block in enumerate(self.blocks):
+            x = of_some(block, x, None, keys, **({} if keep is None else {"keep": keep[:, i]}))
         return self.norm(x)
 
     def forward_features(self, images: Tensor) -> Tensor:
