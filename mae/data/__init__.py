@@ -1,7 +1,7 @@
 """Images, clips, volumes and sound from folders and datasets, as uint8 tensors: whatever people have, broken or not."""
 
 from mae.data.crops import Crops, TensorImages, TrainingImages, random_box
-from mae.data.errors import DataError, DataWarning, Unreachable, counted, printable
+from mae.data.errors import DataError, DataWarning, Unreachable, Unreadable, counted, printable
 from mae.data.loader import Batches, on_device
 from mae.data.order import Order, StreamOrder
 from mae.data.pictures import Picture, read_image, resize_and_crop, to_tensor
@@ -26,6 +26,7 @@ __all__ = [
     "TensorImages",
     "TrainingImages",
     "Unreachable",
+    "Unreadable",
     "Wanted",
     "counted",
     "find_images",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mae.data.errors import DataError, Unreachable
+from mae.data.errors import Unreachable, Unreadable
 from mae.data.notes import none_readable
 from mae.data.order import Key, Order, StreamOrder
 from mae.data.pictures import read_image, to_tensor
@@ -140,7 +140,7 @@ class TrainingImages(Dataset):
                     picture = self.source.read(other, self.reading, wanted)
             except Unreachable as error:
                 return Sample(None, False, [str(error)])
-            except DataError as error:
+            except Unreadable as error:
                 problems.append(str(error))
                 continue
             if picture.is_sound:

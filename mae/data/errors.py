@@ -5,6 +5,10 @@ class DataError(Exception):
     """Data that cannot be trained on; the message says what was looked for and where."""
 
 
+class Unreadable(DataError):
+    """Pictures that cannot be read, where others may be."""
+
+
 class Unreachable(DataError):
     """A part of a dataset cannot be had: other pictures are not tried in its place, each after the same wait."""
 

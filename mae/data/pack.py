@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mae.data.errors import DataError, printable
+from mae.data.errors import DataError, Unreadable, printable
 from mae.data.hugging_face import import_datasets
 from mae.data.notes import Notes
 from mae.data.pictures import Picture
@@ -157,7 +157,7 @@ class _Encoded(Dataset):
     def __getitem__(self, index: int) -> tuple[bytes | None, str]:
         try:
             picture = self._source.read(index, self._reading, self._packing.wanted)
-        except DataError as error:
+        except Unreadable as error:
             return None, str(error)
         name = printable(self._source.name(index))
         if picture.is_sound:

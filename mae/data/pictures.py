@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from mae.data.errors import DataError, printable
+from mae.data.errors import DataError, Unreadable, printable
 from mae.data.levels import ENOUGH, PLAIN, to_8_bits
 from mae.data.readers import READERS, Reading, Stored, Values, Wanted
 from mae.data.readers.pillow import planes_of
@@ -59,7 +59,7 @@ def read_image(file: str | Path | Stored, reading: Reading | int, wanted: Wanted
     shrunk takes less time to decode. A number in place of reading is that of the channels.
 
     Raises:
-        DataError: the file cannot be decoded, has other channels or fewer frames than the model, too many pixels, or
+        Unreadable: the file cannot be decoded, has other channels or fewer frames than the model, too many pixels, or
             values that no range turns into 8 bits.
     """
     file = file if isinstance(file, Stored) else Stored(Path(file), str(file))
@@ -72,7 +72,7 @@ def read_image(file: str | Path | Stored, reading: Reading | int, wanted: Wanted
         with _quiet_pillow():
             return _picture(reader.read(file, reading, wanted or Wanted()), reading)
     except Exception as error:  # decoders raise anything from OSError to struct.error on damaged files
-        raise DataError(f"cannot read {printable(file.name)}: {_reason(error)}") from error
+        raise Unreadable(f"cannot read {printable(file.name)}: {_reason(error)}") from error
 
 
 def to_tensor(picture: Picture) -> Tensor:

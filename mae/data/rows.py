@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mae.data.errors import DataError, printable
+from mae.data.errors import Unreadable, printable
 from mae.data.order import Blocks
 from mae.data.pictures import Picture, read_image
 from mae.data.readers import Reading, Stored, Wanted
@@ -30,7 +30,7 @@ class Rows:
         """The bytes of a file, a dictionary of its ``bytes`` and ``path``, either of which may be None, or None.
 
         Raises:
-            DataError: the row cannot be read.
+            Unreadable: the row cannot be read.
             Unreachable: the block of it cannot be read.
         """
         raise NotImplementedError
@@ -42,7 +42,7 @@ class Rows:
         """With the path that the row says, last, so that its suffix is that of the name."""
         try:
             return self.stored(index, self.value(index)).name
-        except DataError:
+        except Unreadable:
             return self._row(index)
 
     def read(self, index: int, reading: Reading, wanted: Wanted | None = None) -> Picture:
@@ -52,11 +52,11 @@ class Rows:
         """The file of a row of that value.
 
         Raises:
-            DataError: there is none.
+            Unreadable: there is none.
         """
         content, path = held_in(value)
         if content is None and not path:
-            raise DataError(f"cannot read {printable(self._row(index))}: it holds no file")
+            raise Unreadable(f"cannot read {printable(self._row(index))}: it holds no file")
         held = Path(path) if content is None else content
         return Stored(held, f"{self._row(index)}, {path}" if path else self._row(index))
 
@@ -79,7 +79,7 @@ class Table(Rows):
         try:
             return self.table[int(index)][self.column]
         except Exception as error:  # damaged files of Arrow
-            raise DataError(f"cannot read {printable(self._row(index))}: {reason_of(error)}") from error
+            raise Unreadable(f"cannot read {printable(self._row(index))}: {reason_of(error)}") from error
 
     def fingerprint(self) -> str:
         """Of the number of rows and of what 64 of them hold: the same wherever the dataset lies and was cached."""

@@ -50,7 +50,7 @@ class Source(Protocol):
         """The picture, as :func:`mae.data.read_image` reads it.
 
         Raises:
-            DataError: it cannot be read.
+            Unreadable: it cannot.
         """
 
     def fingerprint(self) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mae.data.errors import DataError, Unreachable, printable
+from mae.data.errors import DataError, Unreachable, Unreadable, printable
 from mae.data.order import Blocks
 from mae.data.readers import Stored
 from mae.data.rows import Rows
@@ -115,12 +115,12 @@ class Stream(Rows):
         try:
             return column[index - begin].as_py()
         except Exception as error:  # a path that is no text
-            raise DataError(f"cannot read {printable(self._row(index))}: {printable(reason_of(error))}") from error
+            raise Unreadable(f"cannot read {printable(self._row(index))}: {printable(reason_of(error))}") from error
 
     def _stored_in(self, column: "pa.ChunkedArray", block: int, index: int) -> Stored | None:
         try:
             return super().stored(index, self._value_in(column, block, index))
-        except DataError:
+        except Unreadable:
             return None
 
     def _block(self, number: int) -> "pa.ChunkedArray":

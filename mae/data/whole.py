@@ -7,7 +7,7 @@ from itertools import chain, pairwise
 from torch import Tensor
 
 from mae.data.crops import arranged, spread
-from mae.data.errors import DataError, DataWarning, Unreachable
+from mae.data.errors import DataWarning, Unreadable
 from mae.data.notes import Notes, none_readable
 from mae.data.pictures import resize_and_crop, to_tensor
 from mae.data.readers import Reading
@@ -22,7 +22,7 @@ def read_pictures(source: Source, reading: Reading, most: int | None = None) -> 
     :class:`DataWarning` counts it.
 
     Raises:
-        DataError: none of the files can be read.
+        Unreadable: none of the files can be read.
         Unreachable: a part of the source cannot be had.
     """
     most = len(source) if most is None else most
@@ -39,9 +39,7 @@ def read_pictures(source: Source, reading: Reading, most: int | None = None) -> 
             tried += 1
             try:
                 picture = source.read(index, reading)
-            except Unreachable:
-                raise
-            except DataError as error:
+            except Unreadable as error:
                 problems.append(str(error))
                 continue
             if picture.note:
@@ -59,14 +57,12 @@ def read_pictures(source: Source, reading: Reading, most: int | None = None) -> 
 
 
 def refuse_unreadable(source: Source, reading: Reading) -> None:
-    """Raise :class:`DataError` at once, and not when the last of many files has been tried."""
+    """Raise :class:`Unreadable` at once, and not when the last of many files has been tried."""
     problems = []
     for index in spread(0, len(source)):
         try:
             source.read(index, reading)
             return
-        except Unreachable:
-            raise
-        except DataError as error:
+        except Unreadable as error:
             problems.append(str(error))
-    raise DataError(none_readable(problems, len(source)))
+    raise Unreadable(none_readable(problems, len(source)))

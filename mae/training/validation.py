@@ -5,7 +5,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from mae.data import DataError, Part, Reading, Source, Unreachable, read_pictures
+from mae.data import Part, Reading, Source, Unreadable, read_pictures
 from mae.data.randomness import derived_seed
 from mae.training.parallel import Processes, plain
 from mae.training.step import MaskStrategy
@@ -18,7 +18,7 @@ class Validation:
     """Callable: a model in, its mean loss on the central parts of images out, alike in any number of processes.
 
     The images are at most 4096, spread over all; they are read in the first call, each process its share. A call raises
-    :class:`Unreachable` where a part of the source cannot be had.
+    :class:`mae.data.Unreachable` where a part of the source cannot be had.
 
     Args:
         batch_size: images of a forward pass in each process.
@@ -74,9 +74,7 @@ class Validation:
         if numbers:
             try:
                 pictures = [*read_pictures(Part(self._source, numbers), self._reading)]
-            except Unreachable:
-                raise
-            except DataError:  # others have some: that none can be read was found out before the first step
+            except Unreadable:  # others have some: that none can be read was found out before the first step
                 pass
         if not pictures:
             size = (self._reading.channels, *self._reading.image_size)
