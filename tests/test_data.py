@@ -14,6 +14,7 @@ from pictures import good_folder, photographs, readable_oddities, unreadable_fil
 from PIL import Image
 
 from mae.data import (
+    Batch,
     Batches,
     Crops,
     DataError,
@@ -132,7 +133,7 @@ def test_folders_without_images_are_refused(tmp_path):
     assert str(error.value) == f"there is no folder {tmp_path / 'missing'}"
     with pytest.raises(DataError) as error:
         find_labelled_images(tmp_path)
-    assert str(error.value) == f"{tmp_path} must hold one sub-folder of images per class, found 0"
+    assert str(error.value) == f"{tmp_path} must hold one sub-folder of images per class, and holds no sub-folder"
 
 
 def test_labels_are_sub_folders(tmp_path):
@@ -256,7 +257,8 @@ def test_large_pictures_are_shrunk_before_they_travel(tmp_path, suffix):
 def test_batches_are_resized_and_flipped(tmp_path, resize):
     images = TrainingImages(ImageFiles(find_images(good_folder(tmp_path, 5))), Reading(image_size=(24, 32)))
     samples = [images[0, i] for i in range(5)]
-    batch, problems, _ = images.collate(samples, resize=resize)
+    batch, numbers, problems, _ = images.collate(samples, resize=resize)
+    assert numbers == [sample.index for sample in samples]
     assert isinstance(batch, torch.Tensor if resize else Crops)
     assert len(batch) == 5
     assert problems == []
@@ -275,8 +277,8 @@ def test_batches_are_resized_and_flipped(tmp_path, resize):
 def test_batches_travel_in_pinned_memory(tmp_path):
     files = find_images(good_folder(tmp_path, 5))
     (batch,) = Batches(TrainingImages(ImageFiles(files), Reading(image_size=(24, 32))), 5, range(1), workers=1)
-    assert all(x.is_pinned() for x in (*batch.images, batch.flips))
-    off = batch.to("cuda", non_blocking=True).cpu().int() - batch.to("cpu").int()
+    assert all(x.is_pinned() for x in (*batch.images.images, batch.images.flips))
+    off = batch.to("cuda", non_blocking=True).images.cpu().int() - batch.to("cpu").images.int()
     assert off.abs().max() <= 1
 
 
@@ -287,7 +289,7 @@ def test_batches_pass_over_broken_files_and_count_them(tmp_path, workers):
     readable_oddities(tmp_path)
     images = TrainingImages(ImageFiles(find_images(tmp_path)), Reading(image_size=(16, 16)))
     batches = Batches(images, 7, range(8), workers=workers)
-    shapes = [batch.to("cpu").shape for batch in batches]
+    shapes = [batch.to("cpu").images.shape for batch in batches]
     assert shapes == [(7, 3, 16, 16)] * 8
     assert len(batches.unreadable) == len(bad)
     assert all(any(str(file) in problem for problem in batches.unreadable) for file in bad.values())
@@ -310,7 +312,7 @@ def test_thirteen_bands_become_batches(tmp_path):
         np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).integers(0, 256, (13, 40, 40), np.uint8))
     images = TrainingImages(ImageFiles(find_images(tmp_path)), Reading(13, image_size=(16, 16)))
     (batch,) = Batches(images, 4, range(1), workers=1)
-    assert batch.to("cpu").shape == (4, 13, 16, 16)
+    assert batch.to("cpu").images.shape == (4, 13, 16, 16)
 
 
 def test_pictures_in_ranges_of_their_own_are_counted(tmp_path):
@@ -380,7 +382,7 @@ def test_the_seed_fixes_the_batches(tmp_path):
     def run(seed: int, workers: int = 1) -> torch.Tensor:
         images = TrainingImages(ImageFiles(files), Reading(image_size=(16, 16)), seed)
         batches = Batches(images, 5, range(4), workers=workers)
-        return torch.stack([batch.to("cpu") for batch in batches])
+        return torch.stack([batch.to("cpu").images for batch in batches])
 
     assert torch.equal(run(0), run(0))
     assert not torch.equal(run(0), run(1))
@@ -402,10 +404,13 @@ def test_an_epoch_shows_every_image_once(tmp_path):
 
 def test_on_a_cpu_batches_are_moved_one_by_one():
     seen = []
-    batches = on_device((seen.append(i) or torch.full((2, 1, 4, 4), i) for i in range(3)), torch.device("cpu"))
-    assert next(batches).max() == 0
+    images = (torch.full((2, 1, 4, 4), i) for i in range(3))
+    batches = on_device(
+        (seen.append(i) or Batch(x, torch.tensor([i, i])) for i, x in enumerate(images)), torch.device("cpu")
+    )
+    assert next(batches).images.max() == 0
     assert seen == [0]  # the next one is fetched when it is asked for, while the step on this one runs
-    assert [batch.max().item() for batch in batches] == [1, 2]
+    assert [(x.images.max().item(), x.numbers.tolist()) for x in batches] == [(1, [1, 1]), (2, [2, 2])]
 
 
 def test_on_a_gpu_batches_are_copied_on_a_stream_of_their_own(monkeypatch):
@@ -425,7 +430,7 @@ def test_on_a_gpu_batches_are_copied_on_a_stream_of_their_own(monkeypatch):
         yield
         events.append(f"leave {stream.name}")
 
-    class Batch:
+    class Tensor:
         def to(self, device, non_blocking=False):
             events.append(f"copy to {device}, {non_blocking=}")
             return self
@@ -436,12 +441,14 @@ def test_on_a_gpu_batches_are_copied_on_a_stream_of_their_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copying"))
     monkeypatch.setattr(torch.cuda, "stream", on_stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("training"))
-    assert len(list(on_device([Batch(), Batch()], torch.device("cuda", 0)))) == 2
+    assert len(list(on_device([Batch(Tensor(), Tensor())] * 2, torch.device("cuda", 0)))) == 2
     assert events == 2 * [
         "enter copying",
         "copy to cuda:0, non_blocking=True",
+        "copy to cuda:0, non_blocking=True",
         "leave copying",
         "training waits for copying",
+        "kept for training",
         "kept for training",
     ]
 
@@ -485,7 +492,7 @@ def test_batches_are_the_same_for_any_number_of_workers_and_wherever_they_begin(
     images = TrainingImages(ImageFiles(find_images(good_folder(tmp_path, 5))), Reading(image_size=(16, 16)), seed=2)
 
     def run(steps: range, workers: int, rows: slice = slice(None)) -> list[torch.Tensor]:
-        return [batch.to("cpu") for batch in Batches(images, 4, steps, workers=workers, rows=rows)]
+        return [batch.to("cpu").images for batch in Batches(images, 4, steps, workers=workers, rows=rows)]
 
     whole = torch.stack(run(range(5), 0))
     assert torch.equal(torch.stack(run(range(2, 5), 2)), whole[2:])
@@ -494,7 +501,7 @@ def test_batches_are_the_same_for_any_number_of_workers_and_wherever_they_begin(
 
 def test_tensors_in_memory_are_flipped_half_of_the_time():
     images = TensorImages(torch.arange(24).reshape(6, 1, 1, 4).byte(), seed=1)
-    batches = torch.cat([batch.to("cpu") for batch in Batches(images, 6, range(20))])
+    batches = torch.cat([batch.to("cpu").images for batch in Batches(images, 6, range(20))])
     flipped = batches[:, 0, 0, 0] > batches[:, 0, 0, 3]
     whole = torch.where(flipped[:, None, None, None], batches.flip(3), batches)
     assert sorted(whole[:6, 0, 0, 0].tolist()) == [0, 4, 8, 12, 16, 20]

@@ -157,7 +157,7 @@ def test_batches_of_a_dataset_are_those_of_its_folder(tmp_path, workers):
 
     def run(source):
         batches = Batches(TrainingImages(source, Reading(image_size=(16, 16))), 4, range(4), workers=workers)
-        return torch.stack([batch.to("cpu") for batch in batches]), batches.unreadable
+        return torch.stack([batch.to("cpu").images for batch in batches]), batches.unreadable
 
     (ours, problems), (theirs, expected) = run(open_source(f"hf:{tmp_path / 'x.parquet'}")), run(ImageFiles(files))
     assert torch.equal(ours, theirs)

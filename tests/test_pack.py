@@ -85,7 +85,7 @@ def test_labels_are_sub_folders(tmp_path):
     assert table["path"][:] == ["ant/photo_00.jpg", "cat/photo_00.jpg", "cat/photo_01.png"]
     with pytest.raises(SystemExit) as stop:
         main(["pack", "--data", str(tmp_path / "files" / "cat"), "--out", str(tmp_path / "other"), "--labels"])
-    assert stop.value.code.endswith("cat must hold one sub-folder of images per class, found 0")
+    assert stop.value.code.endswith("cat must hold one sub-folder of images per class, and holds no sub-folder")
 
 
 def test_labels_stay_with_their_images_where_files_are_passed_over(tmp_path, capsys):

@@ -55,7 +55,7 @@ def numbered(folder, files: int = 3, rows: int = 17, broken: tuple[int, ...] = (
 
 def numbers(images: TrainingImages, steps: range, batch_size: int = 6, **options) -> list[list[int]]:
     batches = Batches(images, batch_size, steps, **options)
-    return [batch.to("cpu")[:, 0, 4, 4].tolist() for batch in batches]
+    return [batch.to("cpu").images[:, 0, 4, 4].tolist() for batch in batches]
 
 
 def opened(order: StreamOrder, ends: np.ndarray, steps: range, rows: slice = slice(None)) -> list[int]:
@@ -172,7 +172,7 @@ def test_rows_that_are_no_text_are_passed_over(tmp_path):
     pq.write_table(pa.table({"image": column}), tmp_path / "x.parquet")
     images = TrainingImages(open_source(f"hf:{tmp_path}/x.parquet:streaming"), READING)
     batches = Batches(images, 2, range(2))
-    assert [batch.to("cpu").unique().tolist() for batch in batches] == [[7], [7]]
+    assert [batch.to("cpu").images.unique().tolist() for batch in batches] == [[7], [7]]
     (problem,) = batches.unreadable
     assert problem.startswith(f"cannot read row 1 of hf:{tmp_path}/x.parquet:streaming: 'utf-8' codec can't decode")
 

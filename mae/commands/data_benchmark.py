@@ -31,7 +31,7 @@ def data_benchmark(images: TrainingImages, model: MaskedAutoencoder, config: Tra
     batch, took = next(on_device(Batches(images, config.batch_size, range(1)), device)), []
     for _ in range(_STEPS + 1):
         start = time.perf_counter()
-        step(batch).item()
+        step(batch.images).item()
         took.append(time.perf_counter() - start)
     trained = config.batch_size / median(took[1:])
     loaded = {}
@@ -57,5 +57,5 @@ def _loaded(images: TrainingImages, batch_size: int, workers: int, device: torch
     start = time.perf_counter()
     for batch in batches:
         last = batch
-    last.flatten()[0].item()
+    last.images.flatten()[0].item()
     return batch_size * _BATCHES / (time.perf_counter() - start)

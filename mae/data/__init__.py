@@ -2,21 +2,24 @@
 
 from mae.data.crops import Crops, TensorImages, TrainingImages, random_box
 from mae.data.errors import DataError, DataWarning, Unreachable, Unreadable, counted, printable
-from mae.data.loader import Batches, on_device
+from mae.data.labels import Labelled, open_labelled, open_train_and_test
+from mae.data.loader import Batch, Batches, on_device
 from mae.data.order import Order, StreamOrder
 from mae.data.pictures import Picture, read_image, resize_and_crop, to_tensor
 from mae.data.readers import Reading, Wanted, is_sound
 from mae.data.sources import ImageFiles, Joined, Part, Source, find_images, find_labelled_images, held_out, open_source
-from mae.data.whole import read_pictures
+from mae.data.whole import read_pictures, whole_batches
 from mae.data.workers import usable_workers
 
 __all__ = [
+    "Batch",
     "Batches",
     "Crops",
     "DataError",
     "DataWarning",
     "ImageFiles",
     "Joined",
+    "Labelled",
     "Order",
     "Part",
     "Picture",
@@ -34,6 +37,8 @@ __all__ = [
     "held_out",
     "is_sound",
     "on_device",
+    "open_labelled",
+    "open_train_and_test",
     "open_source",
     "printable",
     "random_box",
@@ -42,4 +47,5 @@ __all__ = [
     "resize_and_crop",
     "to_tensor",
     "usable_workers",
+    "whole_batches",
 ]

@@ -26,15 +26,15 @@ _AHEAD = 2  # steps for which a stream is read before they are asked for
 _ENOUGH_PIXELS = 1.5  # in each direction for each pixel of the result, which a picture keeps when it is shrunk
 
 
-def random_box(height: int, width: int, draws: Sequence[float]) -> tuple[int, int, int, int]:
+def random_box(height: int, width: int, draws: Sequence[float], least_area: float = 0.2) -> tuple[int, int, int, int]:
     """What ``random_crop_boxes`` makes of its 22 draws from [0, 1) for one image: top, left, height and width.
 
-    The box has 20 to 100 % of the area. In plain Python: forty operations on tensors of one image would take a third
-    of the time that decoding it takes.
+    The box has least_area to all of the area. In plain Python: forty operations on tensors of one image would take a
+    third of the time that decoding it takes.
     """
     *draws, down, right = draws
     for area, ratio in zip(draws[:10], draws[10:], strict=True):
-        area = height * width * (0.2 + 0.8 * area)
+        area = height * width * (least_area + (1 - least_area) * area)
         ratio = 3 / 4 * (16 / 9) ** ratio
         h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < h <= height and 0 < w <= width:
@@ -90,6 +90,7 @@ class Collated(NamedTuple):
     """A batch on its way from a worker."""
 
     images: Crops | Tensor | None  # None where no file could be read
+    numbers: Sequence[int] = ()  # of these pictures in the source
     problems: Sequence[str] = ()
     notes: Sequence[tuple[int, str]] = ()
 
@@ -100,10 +101,15 @@ class TrainingImages(Dataset):
     Frames of a clip have their box and flip in common, and a random start; of sound a random part is taken, as it is.
     Boxes that have far more pixels than the result are shrunk by a whole factor, to between 1.5 and 3 times its height
     or width, whichever is nearer: so a photograph of 12 megapixels is not handed on with 16 MB.
+
+    Args:
+        least_area: share of a picture that a box has at least; at most it has all.
+        flips: whether half of the boxes are mirrored.
     """
 
-    def __init__(self, source: Source, reading: Reading, seed: int = 0):
+    def __init__(self, source: Source, reading: Reading, seed: int = 0, *, least_area: float = 0.2, flips: bool = True):
         self.source, self.reading, self.seed = source, reading, seed
+        self.least_area, self.flips = least_area, flips
 
     def __len__(self) -> int:
         return len(self.source)
@@ -126,7 +132,7 @@ class TrainingImages(Dataset):
     def __getitem__(self, key: Key) -> Sample:
         """The box of one picture, for key (epoch, index) or (epoch, index, the file that holds the picture).
 
-        Source: He et al. 2021, appendix A.1; boxes of 20 to 100 % of the area, half of them flipped.
+        Source: He et al. 2021, appendix A.1; in pre-training boxes of 20 to 100 % of the area, half of them flipped.
         """
         problems = []
         epoch, index, file = (*key, None)[:3]
@@ -145,9 +151,9 @@ class TrainingImages(Dataset):
                 continue
             if picture.is_sound:
                 return Sample(to_tensor(picture), False, problems, other, picture.note)
-            top, left, height, width = random_box(picture.height, picture.width, box)
+            top, left, height, width = random_box(picture.height, picture.width, box, self.least_area)
             picture = picture.cut((left, top, left + width, top + height), self._shrink(height, width))
-            return Sample(to_tensor(picture), flip < 0.5, problems, other, picture.note)
+            return Sample(to_tensor(picture), self.flips and flip < 0.5, problems, other, picture.note)
         return Sample(None, False, [none_readable(problems, len(self.source))])
 
     def __getitems__(self, keys: list[Key]) -> list[Sample]:
@@ -174,8 +180,8 @@ class TrainingImages(Dataset):
         return max(1, int(min(height / rows, width / columns) / _ENOUGH_PIXELS))
 
     def _shrink_whole(self, height: int, width: int) -> int:
-        """What the smallest box allows, a fifth of the area at a ratio of 3 to 4."""
-        least = math.sqrt(height * width * 0.2 * 3 / 4)
+        """What the smallest box allows, at a ratio of 3 to 4."""
+        least = math.sqrt(height * width * self.least_area * 3 / 4)
         return self._shrink(min(height, int(least)), min(width, int(least)))
 
     def collate(self, samples: list[Sample], *, resize: bool) -> Collated:
@@ -183,15 +189,16 @@ class TrainingImages(Dataset):
         problems = [problem for sample in samples for problem in sample.problems]
         # None travels to the main process: an exception in a worker would arrive there buried in a traceback.
         if samples[-1].pixels is None:
-            return Collated(None, samples[-1].problems)
+            return Collated(None, problems=samples[-1].problems)
         flips = torch.tensor([sample.flip for sample in samples])
         crops = Crops(PackedImages.pack([sample.pixels for sample in samples]), flips, self.reading.image_size)
         notes = [(sample.index, sample.note) for sample in samples if sample.note]
-        return Collated(crops.to("cpu") if resize else crops, problems, notes)
+        numbers = [sample.index for sample in samples]
+        return Collated(crops.to("cpu") if resize else crops, numbers, problems, notes)
 
 
 class TensorImages(Dataset):
-    """Images ``[N, C, H, W]`` in memory, as they are, half of them flipped."""
+    """Images ``[N, C, H, W]`` in memory, as they are, half of them flipped. They are numbered from 0 on."""
 
     def __init__(self, images: Tensor, seed: int = 0):
         self.images, self.seed = images, seed
@@ -205,15 +212,16 @@ class TensorImages(Dataset):
     def with_contents(self, steps: Iterable[list[Key]]) -> Iterable[list[Key]]:
         return steps
 
-    def __getitems__(self, keys: list[Key]) -> Tensor:
+    def __getitems__(self, keys: list[Key]) -> tuple[Tensor, list[int]]:
         # In NumPy: waking PyTorch's threads takes longer than copying a batch.
-        batch = self.images.numpy()[[index for _, index in keys]]
+        numbers = [index for _, index in keys]
+        batch = self.images.numpy()[numbers]
         flips = [_flips(self.seed, epoch, len(self))[index] for epoch, index in keys]
         batch[flips] = batch[flips, ..., ::-1]
-        return torch.from_numpy(batch)
+        return torch.from_numpy(batch), numbers
 
-    def collate(self, images: Tensor, *, resize: bool) -> Collated:
-        return Collated(images)
+    def collate(self, samples: tuple[Tensor, list[int]], *, resize: bool) -> Collated:
+        return Collated(*samples)
 
 
 @lru_cache(maxsize=2)

@@ -1,10 +1,14 @@
 """Datasets of Hugging Face, of the hub or of this disk."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mae.data.errors import DataError, printable
+import numpy as np
+
+from mae.data.errors import DataError, counted, printable
 from mae.data.rows import Rows, Table
 from mae.data.streaming import Stream, read_footers, refuse_others
 from mae.reasons import reason_of
@@ -29,33 +33,89 @@ def open_dataset(name: str) -> Rows:
     Raises:
         DataError: there is no such dataset, split or column, or several columns hold files.
     """
-    where = f"hf:{name}"
-    place, *options = _parts(name)
-    streams = _STREAMING in options
-    chosen = dict(x.split("=", 1) if "=" in x else ("split", x) for x in options if x != _STREAMING)
-    if not place:
-        raise DataError(f"{printable(where)} names no dataset")
-    if unknown := chosen.keys() - {"split", "column", "config"}:
-        raise DataError(f"{printable(where)}: {min(unknown)}= is neither split= nor column= nor config=")
+    where, place, options = f"hf:{name}", *_options(name, {"split", "column", "config"})
     datasets = import_datasets(where)
-    split, config, asked = (chosen.get(name) for name in ("split", "config", "column"))
+    if _STREAMING not in options:
+        table = _opened(datasets, where, place, options)
+        return _rows(datasets, table, where, options.get("column"))
+    with _said(where, place):
+        files, features = _files(datasets, place, options.get("split", "train"), options.get("config"))
+        footers = read_footers(files)
+        features = features or datasets.Features.from_arrow_schema(footers[0].metadata.schema.to_arrow_schema())
+        stream = Stream(footers, _column(datasets, features, where, options.get("column")), where)
+        refuse_others(footers, stream.column)
+        if not len(stream):
+            raise DataError(f"{printable(where)} holds no rows")
+        return stream
+
+
+def open_labelled_dataset(name: str) -> tuple[Table, np.ndarray, tuple[str, ...]]:
+    """Such a dataset that is not streamed, the label of each row, and the names of the classes.
+
+    Labels are of the column that ``:label=COLUMN`` names, else of the only one of type ClassLabel, else of one that is
+    called label; without a ClassLabel the classes are its different values in their order.
+
+    Raises:
+        DataError: as of :func:`open_dataset`, or there is no such column, or a row without a label.
+    """
+    where, place, options = f"hf:{name}", *_options(name, {"split", "column", "config", "label"})
+    if _STREAMING in options:
+        raise DataError(f"{printable(where)}: labels are read of a dataset that is not streamed; leave :streaming out")
+    datasets = import_datasets(where)
+    table = _opened(datasets, where, place, options)
+    typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    column = options.get("label") or (typed[0] if len(typed) == 1 else "label")
+    if column not in table.features:
+        raise DataError(
+            f"{printable(where)} has no column {printable(column)} but {', '.join(map(printable, table.features))}; "
+            f"say which are the labels with {printable(where)}:label=COLUMN"
+        )
+    values, feature = table.with_format(None)[column][:], table.features[column]
+    without = sum(x is None or x == -1 for x in values)
+    if without:
+        raise DataError(f"{counted(without, 'row')} of {printable(where)} {'has' if without == 1 else 'have'} no label")
+    if isinstance(feature, datasets.ClassLabel):
+        return _rows(datasets, table, where, options.get("column")), np.array(values, np.int64), tuple(feature.names)
+    classes = sorted({*values}, key=lambda x: (str(type(x)), x)) if not isinstance(values[0], (list, dict)) else []
+    if not classes or isinstance(values[0], float):
+        raise DataError(f"column {printable(column)} of {printable(where)} holds no labels")
+    places = {value: i for i, value in enumerate(classes)}
+    labels = np.array([places[value] for value in values], np.int64)
+    return _rows(datasets, table, where, options.get("column")), labels, tuple(map(str, classes))
+
+
+def _options(name: str, known: set[str]) -> tuple[str, dict[str, str]]:
+    """The place, and what is said behind it, of these and of streaming."""
+    place, *options = _parts(name)
+    chosen = dict(x.split("=", 1) if "=" in x else (x if x == _STREAMING else "split", x) for x in options)
+    if not place:
+        raise DataError(f"{printable(f'hf:{name}')} names no dataset")
+    if unknown := chosen.keys() - known - {_STREAMING}:
+        *first, last = sorted(known, key=["split", "column", "config", "label"].index)
+        words = "".join(f"{'neither' if i == 0 else 'nor'} {x}= " for i, x in enumerate(first))
+        raise DataError(f"{printable(f'hf:{name}')}: {min(unknown)}= is {words}nor {last}=")
+    return place, chosen
+
+
+@contextmanager
+def _said(where: str, place: str) -> Iterator[None]:
+    """Whatever goes wrong while a dataset is opened, in a sentence."""
     try:
-        if streams:
-            files, features = _files(datasets, place, split or "train", config)
-            footers = read_footers(files)
-            features = features or datasets.Features.from_arrow_schema(footers[0].metadata.schema.to_arrow_schema())
-            stream = Stream(footers, _column(datasets, features, where, asked), where)
-            refuse_others(footers, stream.column)
-            if not len(stream):
-                raise DataError(f"{printable(where)} holds no rows")
-            return stream
-        table = _load(datasets, place, split, config)
+        yield
     except DataError:
         raise
     except Exception as error:  # of Arrow, of the hub, of the network, and of datasets itself
         script = next(iter(sorted(Path(place).glob("*.py"))), None) if Path(place).is_dir() else None
         reason = f"it holds the script {script.name}, and scripts are never run" if script else reason_of(error)
         raise DataError(f"cannot open {printable(where)}: {printable(reason)}") from error
+
+
+def _opened(datasets: Any, where: str, place: str, options: dict[str, str]) -> "datasets.Dataset":
+    with _said(where, place):
+        return _load(datasets, place, options.get("split"), options.get("config"))
+
+
+def _rows(datasets: Any, table: "datasets.Dataset", where: str, asked: str | None) -> Table:
     column = _column(datasets, table.features, where, asked)
     table = table.with_format(None).select_columns([column])
     if isinstance(feature := table.features[column], (datasets.Image, datasets.Audio, datasets.Video)):

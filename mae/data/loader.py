@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +16,21 @@ from mae.data.order import Key, Order
 from mae.data.workers import ignore_signals, loaded
 
 
+class Batch(NamedTuple):
+    """Pictures, and their numbers in the source: in place of one that cannot be read stands another, with its own."""
+
+    images: Crops | Tensor  # on the device [N, C, H, W] or [N, C, T, H, W] uint8
+    numbers: Tensor  # [N] int64
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        return Batch(*(x.to(device, non_blocking=non_blocking) for x in self))
+
+
 class Batches:
     """The batches of some steps, and a record of the files that could not be read, or not plainly.
 
-    ``batch.to(device, non_blocking=True)`` is ``[N, C, H, W]`` or ``[N, C, T, H, W]`` uint8 there, ``len(batch)`` is N:
-    the batches are :class:`Crops`, or, where there is no GPU to resize them, tensors that the workers have resized,
-    each for itself.
+    Images of a :class:`Batch` are :class:`Crops`, or, where there is no GPU to resize them, tensors that the workers
+    have resized, each for itself.
 
     Args:
         batch_size: pictures of a step, in all processes together.
@@ -55,14 +65,14 @@ class Batches:
                 generator=torch.Generator(),  # the global one is left alone
             )
 
-    def __iter__(self) -> Iterator[Crops | Tensor]:
-        for batch, problems, notes in loaded(self._loader, "take fewer --workers, or a smaller --batch-size"):
-            if batch is None:
+    def __iter__(self) -> Iterator[Batch]:
+        for images, numbers, problems, notes in loaded(self._loader, "take fewer --workers, or a smaller --batch-size"):
+            if images is None:
                 raise DataError(problems[-1])
             self.unreadable.update(dict.fromkeys(problems))
             self.notes.add(notes)
             self.notes.warn(so_far=True)
-            yield batch
+            yield Batch(images, torch.tensor(numbers))
         if self._steps.problem is not None:
             raise self._steps.problem
 
@@ -86,7 +96,7 @@ class _Steps:
             self.problem = error
 
 
-def on_device(batches: Iterable, device: torch.device) -> Iterator[Tensor]:
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Each batch on the device. On CUDA it is copied on a stream of its own, while the step before it still runs."""
     if device.type != "cuda":
         for batch in batches:
@@ -95,8 +105,9 @@ def on_device(batches: Iterable, device: torch.device) -> Iterator[Tensor]:
     copying = torch.cuda.Stream(device)
     for batch in batches:  # the host is here as soon as it has launched the step before
         with torch.cuda.stream(copying):
-            images = batch.to(device, non_blocking=True)
+            batch = batch.to(device, non_blocking=True)
         training = torch.cuda.current_stream(device)
         training.wait_stream(copying)
-        images.record_stream(training)  # its memory may only be used again once the step is done with it
-        yield images
+        for x in batch:
+            x.record_stream(training)  # its memory may only be used again once the step is done with it
+        yield batch

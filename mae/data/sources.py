@@ -198,12 +198,13 @@ def find_labelled_images(folder: str | Path) -> tuple[list[Path], list[int], lis
     """Files, labels and class names of a folder with one sub-folder per class, which are not hidden.
 
     Raises:
-        DataError: there are fewer than two classes, or some of them hold no image.
+        DataError: there is no class, or some of them hold no image.
     """
     folder, left_out = Path(folder), Counter()
     classes = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name[0] != ".") if folder.is_dir() else []
-    if len(classes) < 2:
-        raise DataError(f"{printable(folder)} must hold one sub-folder of images per class, found {len(classes)}")
+    if not classes:
+        what = "holds no sub-folder" if folder.is_dir() else "is no folder"
+        raise DataError(f"{printable(folder)} must hold one sub-folder of images per class, and {what}")
     found = [list(_walk(folder / name, left_out)) for name in classes]
     empty = [name for name, files in zip(classes, found, strict=True) if not files]
     if empty:

@@ -1,17 +1,21 @@
 """Pictures as they are looked at and evaluated: the central part of each, nothing random."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
 
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from mae.data.crops import arranged, spread
+from mae.data.crops import Collated, Sample, arranged, spread
 from mae.data.errors import DataWarning, Unreadable
+from mae.data.loader import Batch
 from mae.data.notes import Notes, none_readable
-from mae.data.pictures import resize_and_crop, to_tensor
+from mae.data.pictures import Picture, resize_and_crop, to_tensor
 from mae.data.readers import Reading
 from mae.data.sources import Source
+from mae.data.workers import ignore_signals, loaded
 
 
 def read_pictures(source: Source, reading: Reading, most: int | None = None) -> Iterator[tuple[Tensor, int]]:
@@ -45,15 +49,87 @@ def read_pictures(source: Source, reading: Reading, most: int | None = None) -> 
             if picture.note:
                 notes.add([(index, picture.note)])
             taken += 1
-            planes = to_tensor(resize_and_crop(picture, reading.image_size[-2:]))
-            yield arranged(planes, reading.image_size), index
+            yield _central(picture, reading), index
             if part is not rest:
                 break
     notes.warn()
-    if problems:
-        warnings.warn(
-            f"{len(problems)} of {tried} files cannot be read; first: {problems[0]}", DataWarning, stacklevel=2
+    _warn(problems, tried)
+
+
+class WholePictures(Dataset):
+    """The central part of each picture of a source, by its number."""
+
+    def __init__(self, source: Source, reading: Reading):
+        self.source, self.reading = source, reading
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            picture = self.source.read(index, self.reading)
+        except Unreadable as error:
+            return Sample(None, False, [str(error)], index)
+        return Sample(_central(picture, self.reading), False, [], index, picture.note)
+
+    @staticmethod
+    def collate(samples: list[Sample]) -> Collated:
+        read = [sample for sample in samples if sample.pixels is not None]
+        return Collated(
+            torch.stack([sample.pixels for sample in read]) if read else None,
+            [sample.index for sample in read],
+            [problem for sample in samples for problem in sample.problems],
+            [(sample.index, sample.note) for sample in read if sample.note],
         )
+
+
+def whole_batches(
+    source: Source,
+    reading: Reading,
+    batch_size: int,
+    *,
+    numbers: Sequence[int] | None = None,
+    workers: int = 0,
+    warn: bool = True,
+) -> Iterator[Batch]:
+    """Batches of the central parts of the pictures of these numbers, all of them for None, in that order.
+
+    What cannot be read is missing; in the end a :class:`DataWarning` counts it, where warn is True.
+
+    Raises:
+        Unreadable: none of the files can be read, which is found out before the first batch.
+        Unreachable: a part of the source cannot be had.
+    """
+    numbers = range(len(source)) if numbers is None else numbers
+    refuse_unreadable(source, reading)
+    loader = DataLoader(
+        WholePictures(source, reading),
+        batch_size,
+        sampler=numbers,
+        num_workers=workers,
+        collate_fn=WholePictures.collate,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # the global one is left alone
+    )
+    problems, notes = [], Notes(source)
+    for images, places, unread, noted in loaded(loader):
+        problems += unread
+        notes.add(noted)
+        if images is not None:
+            yield Batch(images, torch.tensor(places))
+    if warn:
+        notes.warn()
+        _warn(problems, len(numbers))
+
+
+def _central(picture: Picture, reading: Reading) -> Tensor:
+    return arranged(to_tensor(resize_and_crop(picture, reading.image_size[-2:])), reading.image_size)
+
+
+def _warn(problems: list[str], tried: int) -> None:
+    if problems:
+        words = f"{len(problems)} of {tried} files cannot be read; first: {problems[0]}"
+        warnings.warn(words, DataWarning, stacklevel=3)
 
 
 def refuse_unreadable(source: Source, reading: Reading) -> None:

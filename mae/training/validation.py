@@ -1,5 +1,6 @@
 """The loss on held-out images, under masks that are always the same."""
 
+from contextlib import suppress
 from functools import cached_property
 
 import torch
@@ -72,10 +73,8 @@ class Validation:
         numbers = range(count * rank // processes, count * (rank + 1) // processes)  # neighbours, for a stream
         pictures = []
         if numbers:
-            try:
+            with suppress(Unreadable):  # others have some: that none can be read was found out before the first step
                 pictures = [*read_pictures(Part(self._source, numbers), self._reading)]
-            except Unreadable:  # others have some: that none can be read was found out before the first step
-                pass
         if not pictures:
             size = (self._reading.channels, *self._reading.image_size)
             return torch.zeros(1, *size, dtype=torch.uint8), []
