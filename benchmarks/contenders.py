@@ -144,7 +144,7 @@ def _ours(name: str, model: nn.Module, step: TrainingStep, batch: Batch) -> Cont
     def run() -> Tensor:
         return step(ship(), masking())
 
-    return Contender(name, model, run, lambda: step.loss(ship(), masking()), batch, step.optimizer)
+    return Contender(name, model, run, lambda: step.loss(ship(), *masking()), batch, step.optimizer)
 
 
 def _plain(name, model, loss, optimizer, batch, bfloat16) -> Contender:

@@ -1,4 +1,4 @@
-"""``python -m mae``: pre-train, reconstruct, probe, report, convert, profile, pack, demo."""
+"""``python -m mae``: pre-train, reconstruct, fine-tune, probe, predict, report, convert, profile, pack, demo."""
 
 # ruff: noqa: E402 (Ctrl-C is answered, and missing packages are named, while the modules below are imported)
 import os
@@ -28,8 +28,12 @@ from tyro.conf import subcommand
 from mae.checkpoints.checkpoint import CheckpointError, CheckpointWarning
 from mae.commands.convert import ConvertConfig, convert
 from mae.commands.demo import DemoConfig, run_demo
+from mae.commands.features import FeaturesConfig, features
+from mae.commands.finetune import FinetuneConfig, finetune
+from mae.commands.knn import KnnConfig, knn
 from mae.commands.linprobe import LinprobeConfig, linprobe
 from mae.commands.pack import PackConfig, run_pack
+from mae.commands.predict import PredictConfig, predict
 from mae.commands.pretrain import PretrainConfig, defaults, pretrain
 from mae.commands.profile import ProfileConfig, profile
 from mae.commands.reconstruct import ReconstructConfig, reconstruct
@@ -52,8 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
                 _chosen(arguments),
                 args=arguments,
                 prog="python -m mae",
-                description="Pre-train masked autoencoders, look at reconstructions, probe features, write a "
-                "page about a run, convert checkpoints, profile a training step, pack images.",
+                description="Pre-train masked autoencoders, look at reconstructions, fine-tune and probe what they "
+                "have learned, write a page about a run, convert checkpoints, profile a training step, pack images.",
                 config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
             )
             next(run for kind, run in _COMMANDS.values() if type(config) is kind)(config)
@@ -74,7 +78,11 @@ def main(arguments: list[str] | None = None) -> None:
 _COMMANDS = {
     "pretrain": (PretrainConfig, pretrain),
     "reconstruct": (ReconstructConfig, reconstruct),
+    "finetune": (FinetuneConfig, finetune),
     "linprobe": (LinprobeConfig, linprobe),
+    "knn": (KnnConfig, knn),
+    "predict": (PredictConfig, predict),
+    "features": (FeaturesConfig, features),
     "report": (ReportConfig, report),
     "convert": (ConvertConfig, convert),
     "profile": (ProfileConfig, profile),

@@ -180,7 +180,7 @@ def test_validation_is_the_mean_loss_under_masks_that_stay(tmp_path):
 
     def loss(**options) -> float:
         with pytest.warns(UserWarning, match="cannot be read"):
-            return Validation(source, reading, MaskStrategy(), Processes(), **options)(model)
+            return Validation(source, reading, MaskStrategy(), Processes(), **options)(model)["val_loss"]
 
     whole = loss(batch_size=64)
     assert loss(batch_size=2) == pytest.approx(whole, rel=1e-6)

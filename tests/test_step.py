@@ -225,14 +225,14 @@ def test_compiled_steps_run_and_keep_what_eager_ones_do(monkeypatch, bfloat16):
 
     def bytes_kept(execution):
         step = TrainingStep(model, adamw(model, LR), bfloat16=bfloat16, execution=execution)
-        step.loss(images, masks).backward()  # compiles
+        step.loss(images, *masks).backward()  # compiles
         with saved_bytes(*model.parameters(), *model.buffers(), images, *masks) as saved:
-            step.loss(images, masks)
+            step.loss(images, *masks)
         return saved()
 
     kept = bytes_kept("eager")
     with OwnOps() as forward:
-        loss = TrainingStep(model, adamw(model, LR), bfloat16=bfloat16).loss(images, masks)
+        loss = TrainingStep(model, adamw(model, LR), bfloat16=bfloat16).loss(images, *masks)
     with OwnOps() as backward:
         loss.backward()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=partial(compile_fx, inner_compile=count)))

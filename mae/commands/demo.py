@@ -13,7 +13,8 @@ from torch import Tensor
 from mae.checkpoints.checkpoint import load_checkpoint
 from mae.commands.pictures import put_picture
 from mae.data import TensorImages
-from mae.evaluation.probe import extract_features, linear_probe
+from mae.evaluation.features import extract_features
+from mae.evaluation.probe import linear_probe
 from mae.model import mae_vit_demo_patch7
 from mae.report.page import write_report
 from mae.training.loop import train
@@ -84,7 +85,7 @@ def run_demo(config: DemoConfig) -> dict[str, float]:
         "untrained encoder": untrained,
         "pre-trained encoder": trained,
     }.items():
-        accuracies[name] = linear_probe(fit, labels, test, test_labels)
+        accuracies[name] = float((linear_probe(fit, labels, test).argmax(1) == test_labels).mean())
         print(f"  {name:<24}{fit.shape[1]:>12}{accuracies[name]:>9.1%}")
     print(
         f"\nLook at {picture} and {report}; the model is in {config.out}.\n"

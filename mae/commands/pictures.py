@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mae.data import DataWarning, Reading, Source, is_sound, read_pictures
+from mae.data import DataWarning, ImageFiles, Joined, Reading, Source, is_sound, open_source, read_pictures
 from mae.data.randomness import derived_seed
 from mae.model import MaskedAutoencoder, Reconstruction
 from mae.report.figures import View, default_count, save_reconstructions
@@ -24,6 +24,16 @@ def reconstructed(model: MaskedAutoencoder, images: Tensor, strategy: MaskStrate
     device = model.cls_token.device
     masking = strategy(len(images), model.config.grid.grid, generator=torch.Generator().manual_seed(seed))
     return model.reconstruct(images.to(device), masking=Masking(*(x.to(device) for x in masking)))
+
+
+def open_images(images: Iterable[str]) -> Source:
+    """Image files, which are taken whatever their suffix is, folders of them, and datasets behind hf:, as one."""
+
+    def opened(name: str) -> Source:
+        is_many = name.startswith("hf:") or Path(name).is_dir()
+        return open_source(name) if is_many else ImageFiles([Path(name)])
+
+    return Joined([opened(name) for name in images])
 
 
 def view_of(source: Source, numbers: Iterable[int], otherwise: View = "frames") -> View | Literal["sound"]:

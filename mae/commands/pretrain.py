@@ -1,6 +1,5 @@
 """``python -m mae pretrain``."""
 
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,6 +14,7 @@ from mae.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from mae.commands.data_benchmark import data_benchmark
 from mae.commands.options import ModelName, ReadingOptions, SizeOptions, flat, from_flat
 from mae.commands.pictures import Drawing
+from mae.commands.words import duration, rounded, started_workers
 from mae.data import (
     ImageFiles,
     Source,
@@ -24,7 +24,6 @@ from mae.data import (
     held_out,
     open_source,
     printable,
-    usable_workers,
 )
 from mae.data.whole import refuse_unreadable
 from mae.fields import SHARE, check
@@ -167,7 +166,7 @@ class _Job:
         words = (
             f"Pre-training {config.model} ({pixels} pixels in patches of {patch}, {self.device}) on "
             f"{counted(len(self.images), 'image')} from {printable(config.data)}: "
-            f"{counted(schedule.steps, 'step')} of {config.train.batch_size} images, {_rounded(epochs)} epochs, "
+            f"{counted(schedule.steps, 'step')} of {config.train.batch_size} images, {rounded(epochs)} epochs, "
             f"learning rate up to {schedule.peak_lr:.2g}"
         )
         if self.validation is not None:
@@ -182,7 +181,7 @@ class _Job:
     def foretell(self, seconds: float, steps: int) -> str:
         """How long the steps that are left will take, and what would be shorter."""
         left = seconds * steps
-        words = f"A step takes {_duration(seconds)}, and what is left of the run {_duration(left)}"
+        words = f"A step takes {duration(seconds)}, and what is left of the run {duration(left)}"
         if left < _SOON:
             return words
         words += ". It ends earlier with fewer --steps"
@@ -197,7 +196,7 @@ class _Job:
             return words
         return (
             f"{words}. The decoder is {1 - part / whole:.0%} of the arithmetic: with --decoder-depth 1 --decoder-width "
-            f"128, which is another model, the run takes {_duration(left * part / whole)} at best"
+            f"128, which is another model, the run takes {duration(left * part / whole)} at best"
         )
 
     def run(self, processes: Processes) -> None:
@@ -219,7 +218,7 @@ class _Job:
             history = train(
                 self.model,
                 self.images,
-                replace(config.train, device=str(device), workers=_workers(config.train.workers, processes)),
+                replace(config.train, device=str(device), workers=started_workers(config.train.workers, processes)),
                 config.out,
                 config.mode,
                 processes=processes,
@@ -291,25 +290,7 @@ def _take_weights(model: MaskedAutoencoder, checkpoint: Path) -> None:
     model.load_state_dict(loaded.state_dict())
 
 
-def _workers(asked: int, processes: Processes) -> int:
-    started = usable_workers(asked)
-    if started < asked and processes.leads:
-        print(f"Warning: {asked} workers were asked for; {started} are started, one a core", file=sys.stderr)
-    return started
-
-
 def _result(entry: dict[str, Any]) -> str:
     loss = "no finite loss" if entry["loss"] is None else f"loss {entry['loss']:.4f}"
     held_out = f", {entry['val_loss']:.4f} on held-out images" if "val_loss" in entry else ""
-    return f"Trained for {_duration(entry['seconds'])}: {loss}{held_out}"
-
-
-def _rounded(x: float) -> str:
-    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("hours", 3600), ("minutes", 60), ("s", 1)):
-        if seconds >= 2 * length:
-            return f"{_rounded(seconds / length)} {unit}"
-    return f"{seconds:.2g} s" if seconds >= 0.1 else f"{1e3 * seconds:.0f} ms"
+    return f"Trained for {duration(entry['seconds'])}: {loss}{held_out}"

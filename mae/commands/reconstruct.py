@@ -9,8 +9,8 @@ import tyro
 
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.commands.options import LoadOptions, ReadingOptions
-from mae.commands.pictures import reconstructed, view_of
-from mae.data import ImageFiles, Joined, Source, counted, open_source, printable, read_pictures
+from mae.commands.pictures import open_images, reconstructed, view_of
+from mae.data import counted, printable, read_pictures
 from mae.fields import COUNT, RATIO, SEED, check
 from mae.model import MaskedAutoencoder
 from mae.report.figures import View, default_count, picture_file, save_reconstructions
@@ -56,7 +56,7 @@ def reconstruct(config: ReconstructConfig) -> None:
         )
     model = model.to(choose_device(config.device))
     reading = config.reading.reading(model.config)
-    source = Joined([_opened(images) for images in config.images])
+    source = open_images(config.images)
     pictures, indices = zip(
         *read_pictures(source, reading, config.most or default_count(reading.image_size)), strict=True
     )
@@ -67,9 +67,3 @@ def reconstruct(config: ReconstructConfig) -> None:
     print(f"Wrote {counted(len(pictures), 'reconstruction')} to {printable(out)}")
     if result.uses_true_statistics:
         print("The model was trained on normalised pixels: hidden patches take mean and contrast from the original.")
-
-
-def _opened(images: str | Path) -> Source:
-    """A single file is taken whatever its suffix is."""
-    is_many = str(images).startswith("hf:") or Path(images).is_dir()
-    return open_source(images) if is_many else ImageFiles([Path(images)])

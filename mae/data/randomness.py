@@ -8,6 +8,7 @@ import numpy as np
 # What is drawn, each from a stream of its own. A number once given is never used for anything else.
 _PURPOSES = {
     "order": 1, "sample": 2, "mask": 3, "held out": 4, "flip": 5, "validation": 6, "picture": 7, "within": 8,
+    "mix": 9, "erase": 10, "drop path": 11,
 }  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def whole_batches(
         WholePictures(source, reading),
         batch_size,
         sampler=numbers,
-        num_workers=workers,
+        num_workers=0 if source.blocks is not None else workers,  # a worker would read a stream's row groups again
         collate_fn=WholePictures.collate,
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # the global one is left alone

@@ -1,35 +1,54 @@
-"""Linear probe: how much a linear classifier reads from frozen features."""
+"""Linear probe and nearest neighbours: what can be read from frozen features without training the encoder."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mae.model import VisionTransformer
+_CHUNK = 1 << 26  # similarities at a time
 
 
-@torch.no_grad()
-def extract_features(model: VisionTransformer, batches: Iterable[Tensor]) -> np.ndarray:
-    """The mean of the patch tokens of every image, nothing masked: ``[images, D]`` float32.
+def linear_probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Probabilities ``[m, classes]`` of test by a logistic regression on standardised features.
 
     Args:
-        model: in evaluation mode for the call, on any device.
-        batches: tensors ``[N, C, H, W]``, uint8 or normalised floating.
+        train: ``[n, D]``.
+        labels: ``[n]`` whole numbers from 0 on, each at least once.
+        test: ``[m, D]``.
     """
-    was_training = model.training
-    model.eval()
-    device = model.cls_token.device
-    features = [model.forward_features(images.to(device))[:, 1:].mean(1).float().cpu() for images in batches]
-    model.train(was_training)
-    return torch.cat(features).numpy()
-
-
-def linear_probe(train: np.ndarray, train_labels, test: np.ndarray, test_labels) -> float:
-    """Top-1 accuracy on test of a logistic regression on standardised features ``[images, D]``."""
     from sklearn.linear_model import LogisticRegression  # here, because a second of every command would go into it
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    return classifier.fit(train, train_labels).score(test, test_labels)
+    return classifier.fit(train, labels).predict_proba(test)
+
+
+@torch.no_grad()
+def nearest_neighbours(
+    train: Tensor, labels: Tensor, test: Tensor, ks: Sequence[int], temperature: float = 0.07
+) -> dict[int, Tensor]:
+    """Shares of the votes ``[m, classes]`` of each picture's k nearest neighbours, for each k.
+
+    A neighbour of cosine similarity s votes with ``exp(s / temperature)``. Where there are fewer than k, all vote.
+
+    Args:
+        train: ``[n, D]``, on the device that computes.
+        labels: ``[n]`` int64 from 0 on.
+        test: ``[m, D]``, there too.
+
+    Source: Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination".
+    """
+    train, test = (F.normalize(x.float(), dim=1) for x in (train, test))
+    labels, classes, most = labels.to(train.device), int(labels.max()) + 1, min(max(ks), len(train))
+    votes: dict[int, list[Tensor]] = {k: [] for k in ks}
+    for part in test.split(max(1, _CHUNK // len(train))):
+        similarity, nearest = (part @ train.T).topk(most, dim=1)  # [chunk, most], the nearest first
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # of which only ratios matter
+        for k in ks:
+            counts = part.new_zeros(len(part), classes)
+            counts.scatter_add_(1, labels[nearest[:, :k]], weights[:, :k])
+            votes[k].append(counts / counts.sum(1, keepdim=True))
+    return {k: torch.cat(parts) for k, parts in votes.items()}

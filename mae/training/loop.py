@@ -1,4 +1,4 @@
-"""Pre-training: one loop, for any source of images and any number of processes."""
+"""One loop: for any task, any source of images and any number of processes."""
 
 import time
 import warnings
@@ -12,19 +12,17 @@ from torch import Tensor
 
 from mae.checkpoints.checkpoint import save_weights
 from mae.checkpoints.saving import write_files
-from mae.data import Batches, DataError, DataWarning, TensorImages, TrainingImages, counted, on_device, printable
-from mae.data.randomness import derived_seed
-from mae.model import MaskedAutoencoder
+from mae.data import Batch, Batches, DataError, DataWarning, TensorImages, TrainingImages, counted, on_device, printable
+from mae.model import MaskedAutoencoder, VisionTransformer
 from mae.run_files import WEIGHTS
 from mae.training.metrics import TrainingStopped, Watch
-from mae.training.optimizers import OPTIMIZERS
 from mae.training.parallel import Processes, ProcessLost, distribute, plain, whole_state
-from mae.training.recipe import Recipe, Schedule, TrainConfig
+from mae.training.recipe import Recipe, RunConfig, Schedule
 from mae.training.run import Mode, RunError, open_run
 from mae.training.signals import StopRequest, stop_requests
-from mae.training.state import TrainingState, load_state, path_of, save_state, steps_on_disk
-from mae.training.step import Execution, TrainingStep
-from mae_kernels import Masking
+from mae.training.state import Average, TrainingState, load_state, path_of, save_state, steps_on_disk
+from mae.training.step import Execution, Step
+from mae.training.tasks import Pretraining, Task
 from mae_kernels.backend import is_recent_gpu
 
 _MEASURED = 3  # steps after which a run says how long it will take, the first of which compiles and warms up
@@ -41,7 +39,7 @@ class StoppedBySignal(TrainingStopped):
 class Looks:
     """What a run does between its steps, beside training: each takes the plain model of the steps done so far."""
 
-    validate: Callable[[torch.nn.Module], float] | None = None  # in all processes
+    validate: Callable[[torch.nn.Module], dict[str, float]] | None = None  # in all processes: scalars by their names
     draw: Callable[[MaskedAutoencoder, int], Path] | None = None  # in the leading one: the picture of that step
     foretell: Callable[[float, int], str] | None = None  # what is said of the seconds a step takes, and of steps left
 
@@ -74,29 +72,31 @@ def choose_execution(execution: Execution | Literal["auto"], device: torch.devic
 
 
 def train(
-    model: MaskedAutoencoder,
+    model: VisionTransformer,
     images: TrainingImages | TensorImages,
-    config: TrainConfig,
+    config: RunConfig,
     run: Path,
     mode: Mode = "new",
     *,
+    task: Task | None = None,
     processes: Processes = Processes(),
     looks: Looks = Looks(),
     recipe: Recipe | None = None,
 ) -> list[dict[str, Any]]:
-    """Pre-train model in place, and write metrics and checkpoints into the folder run.
+    """Train model in place, and write metrics and checkpoints into the folder run.
 
     Args:
         model: moved to the config's device.
         run: a folder without a run, unless mode says otherwise.
         mode: ``"overwrite"`` the run in the folder, or ``"resume"`` it: go on where the newest checkpoint stands, or
             at the first step where there is none.
+        task: what is trained, by default :class:`mae.training.tasks.Pretraining`, whose config is a TrainConfig.
         recipe: what ``recipe.json`` says of the run, by default the fields of config and the number of images.
 
     Returns:
         The entries of ``metrics.jsonl``: step, epoch, loss (mean since the entry before, None where none was finite),
-        lr, images_per_second, seconds, waiting (share of the time that data took), memory_mb, val_loss where it was
-        computed, skipped (updates, in all) where there are any; in processes that do not lead none.
+        lr, images_per_second, seconds, waiting (share of the time that data took), memory_mb, what validations gave,
+        skipped (updates, in all) where there are any; in processes that do not lead none.
 
     Raises:
         RunError: as of :func:`mae.training.run.open_run`.
@@ -114,23 +114,24 @@ def train(
             f"{config.micro_batches} micro_batches"
         )
     recipe = recipe or Recipe(asdict(config), {"images": len(images)}, config.schedule(len(images)))
-    schedule = recipe.schedule
+    schedule, task = recipe.schedule, task or Pretraining(config, model.config.patch_size, processes)
     model.to(device).train()
     fsdp_dtype = torch.bfloat16 if config.fsdp_dtype == "bfloat16" else None
     distributed = distribute(model, config.parallel, processes, fsdp_dtype)
-    optimizer = OPTIMIZERS[config.optimizer](distributed, schedule.peak_lr, config.weight_decay)
+    optimizer = task.optimizer(distributed, schedule.peak_lr)
     scaler = torch.amp.GradScaler(device.type) if config.precision == "float16" else None
-    step = TrainingStep(
+    step = Step(
         distributed,
         optimizer,
-        strategy=config.strategy,
+        task.loss,
         bfloat16=bfloat16,
         execution=choose_execution(config.execution, device),
         micro_batches=config.micro_batches,
         clip_grad=config.clip_grad,
         scaler=scaler,
     )
-    state = TrainingState(distributed, optimizer, scaler)
+    average = None if task.ema_decay is None else Average(distributed, task.ema_decay)
+    state = TrainingState(distributed, optimizer, scaler, average)
     with open_run(run, mode, processes) as started, stop_requests(processes.leads) as asked:
         if mode == "resume":
             with processes.together():
@@ -145,7 +146,7 @@ def train(
             if first:
                 going = "Going on after" if first < schedule.steps else "Nothing is left to do after"
                 watch.say(f"{going} step {first} of {schedule.steps}")
-            running = _Run(run, config, recipe, processes, step, state, batches, watch, looks, started)
+            running = _Run(run, config, recipe, task, processes, step, state, batches, watch, looks, started)
             try:
                 running.go(device, asked)
             except ProcessLost as error:
@@ -158,10 +159,11 @@ class _Run:
     """What the parts of the loop have in common."""
 
     folder: Path
-    config: TrainConfig
+    config: RunConfig
     recipe: Recipe
+    task: Task
     processes: Processes
-    step: TrainingStep
+    step: Step
     state: TrainingState
     batches: Batches
     watch: Watch
@@ -176,11 +178,11 @@ class _Run:
     def go(self, device: torch.device, asked: StopRequest) -> None:
         config, schedule, watch = self.config, self.schedule, self.watch
         first, end, problem, begin = watch.step, _GO_ON, None, time.perf_counter()
-        images = on_device(self.batches, device)
+        batches = on_device(self.batches, device)
         try:
             while watch.step < schedule.steps and end == _GO_ON:
                 with watch.waiting():
-                    batch, problem = _next(images)
+                    batch, problem = _next(batches)
                 # Without it the other processes would wait for the gradients of one that has no batch.
                 end = self.processes.most(_NO_DATA if problem is not None else _ASKED if asked else _GO_ON)
                 if end == _NO_DATA or (end == _ASKED and watch.step > first):
@@ -206,7 +208,7 @@ class _Run:
                 if saves:
                     self.save()
         finally:
-            images.close()  # the worker processes end
+            batches.close()  # the worker processes end
             self.batches.notes.warn()
         problem = next(filter(None, self.processes.gather(problem)), None)
         if problem is not None and watch.step == first:
@@ -235,21 +237,16 @@ class _Run:
         if self.looks.foretell is not None and left:
             self.watch.say(self.looks.foretell(seconds, left))
 
-    def _one(self, images: Tensor) -> None:
+    def _one(self, batch: Batch) -> None:
         done = self.watch.step
         lr = self.schedule.lr(done)
         for group in self.state.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         with self.processes.lost_said():
-            loss = self.step(images, self._masking(images, done))
+            loss = self.step(*self.task.inputs(batch, done))
+        if self.state.average is not None:
+            self.state.average.update(done)
         self.watch.add(loss, lr, self.config.batch_size)
-
-    def _masking(self, images: Tensor, step: int) -> Masking:
-        """Drawn for the whole batch in every process, which takes its rows."""
-        generator = torch.Generator(images.device).manual_seed(derived_seed("mask", self.config.seed, (step, 0)))
-        grid = plain(self.step.model).patch_grid(images).grid
-        whole = self.config.strategy(self.config.batch_size, grid, generator=generator, device=images.device)
-        return Masking(*(x[self.processes.rows(self.config.batch_size)] for x in whole))
 
     def log(self, **scalars: float) -> None:
         epoch = self.watch.step / self.schedule.steps_per_epoch
@@ -283,7 +280,8 @@ class _Run:
         start = time.perf_counter()
         if self.watch.step == self.saved:
             return
-        weights = whole_state(self.step.model)
+        with self.state.averaged():
+            weights = self.task.exported(whole_state(self.step.model))
         finite = all(x.isfinite().all() for x in weights.values() if x.is_floating_point())
         if self.processes.most(not finite):
             raise TrainingStopped(
@@ -303,7 +301,8 @@ class _Run:
         start, scalars = time.perf_counter(), {}
         if self.looks.validate is not None:
             try:
-                scalars["val_loss"] = self.looks.validate(self.step.model)
+                with self.state.averaged():
+                    scalars = self.looks.validate(self.step.model)
             except DataError as error:  # in all processes; training may still have its images
                 self._warn(f"no validation of step {self.watch.step}: {error}")
         if self.looks.draw is not None:
@@ -331,8 +330,8 @@ class _Run:
         return f" The checkpoint of step {steps[-1]} is {path_of(self.folder, steps[-1])}." if steps else ""
 
 
-def _next(images: Iterator[Tensor]) -> tuple[Tensor | None, DataError | None]:
+def _next(batches: Iterator[Batch]) -> tuple[Batch | None, DataError | None]:
     try:
-        return next(images), None
+        return next(batches), None
     except DataError as error:
         return None, error

@@ -17,6 +17,81 @@ def adamw(model: nn.Module, lr: float, weight_decay: float = 0.05) -> torch.opti
     return _adamw(_decayed((p for p in model.parameters() if p.requires_grad), weight_decay), lr)
 
 
+def layerwise_adamw(
+    model: nn.Module, lr: float, weight_decay: float = 0.05, layer_decay: float = 0.65
+) -> torch.optim.AdamW:
+    """AdamW for fine-tuning: of each block a learning rate smaller than that of the block behind it.
+
+    A group's ``lr_scale`` is ``layer_decay ** k`` for what lies k layers before the head: blocks, and before them
+    embeddings, class token and positions as one. Neither these two nor biases and norms decay.
+
+    Source: Clark et al. 2020, "ELECTRA"; He et al. 2021, appendix A.1, table 9.
+    """
+    trained = {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
+    layers = 1 + max((layer for name in trained if (layer := _block(name)) is not None), default=-1)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, p in trained.items():
+        is_first = name in _TOKENS or name.startswith("patch_embed.")
+        block = _block(name)
+        before_head = layers + 1 if is_first else 0 if block is None else layers - block
+        groups.setdefault((before_head, p.ndim > 1 and name not in _TOKENS), []).append(p)
+    described = [
+        {"params": params, "weight_decay": weight_decay if decays else 0.0, "lr_scale": layer_decay**before_head}
+        for (before_head, decays), params in groups.items()
+    ]
+    for group in described:
+        group["lr"] = lr * group["lr_scale"]
+    return torch.optim.AdamW(described, lr=lr, betas=(0.9, 0.999), fused=True)
+
+
+_TOKENS = ("cls_token", "pos_embed")
+
+
+def _block(name: str) -> int | None:
+    """Which block of the encoder a parameter belongs to."""
+    first, number, *_ = [*name.split("."), ""]
+    return int(number) if first == "blocks" else None
+
+
+def sgd(model: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.SGD:
+    """With momentum 0.9, of what is trained."""
+    return torch.optim.SGD(_trained(model), lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+
+
+def lars(model: nn.Module, lr: float, weight_decay: float = 0.0) -> "Lars":
+    """The published optimizer of linear probing, of what is trained."""
+    return Lars(_trained(model), lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+class Lars(torch.optim.SGD):
+    """PyTorch's fused SGD, whose gradients of matrices are scaled to a thousandth of their matrix's norm.
+
+    Biases and norms neither decay nor are scaled.
+
+    Source: You et al. 2017, "Large Batch Training of Convolutional Networks".
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None and p.ndim > 1):
+                p.grad.add_(p, alpha=group["weight_decay"])
+                of_weight, of_gradient = p.norm(), p.grad.norm()
+                scale = torch.where((of_weight > 0) & (of_gradient > 0), 0.001 * of_weight / of_gradient, 1.0)
+                p.grad.mul_(scale)
+            group["weight_decay"] = 0.0
+        try:
+            return super().step(closure)
+        finally:
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
+
+
 def muon(model: nn.Module, lr: float, weight_decay: float = 0.05) -> "MuonAdamW":
     """Muon for the matrices inside blocks, whose updates are orthogonalised, and :func:`adamw` for all else.
 

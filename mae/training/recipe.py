@@ -6,7 +6,7 @@ import platform
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,40 +23,32 @@ from mae.training.run import RunError
 from mae.training.step import Execution, MaskStrategy, StrategyName
 
 _WORK = {  # what may differ when a run is resumed: it computes the same, up to rounding at most
-    "data", "val", "held_out", "init", "workers", "micro_batches", "execution", "parallel", "device", "log_every",
+    "data", "val", "test", "held_out", "init", "checkpoint",
+    "workers", "micro_batches", "execution", "parallel", "device", "log_every",
     "save_every", "eval_every", "keep", "max_skipped",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """The published recipe, appendix A.1 of He et al. 2021, unless said otherwise."""
+class RunConfig:
+    """What every run of the trainer has, whatever it trains."""
 
     steps: int | None = None
-    """Optimizer steps; 10000 where epochs are not given either."""
+    """Optimizer steps, in place of epochs."""
     epochs: float | None = None
-    """The same in passes over all images."""
+    """Passes over all images."""
     batch_size: int = 64
     """Images per step, in all processes together."""
-    masking: StrategyName = "random"
-    """Which patches are hidden: random ones; blocks, rectangles as in BEiT; a grid, the same of every 2 x 2; tubes,
-    alike in all frames as in VideoMAE; axis, whole rows and columns first as in AudioMAE. grid takes a ratio of 0.25,
-    0.5 or 0.75."""
-    mask_ratio: float = 0.75
-    """Share of hidden patches."""
     base_lr: float = 1.5e-4
     """Peak learning rate per 256 images: the rate is base_lr * batch_size / 256."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises linearly; then it falls as a half cosine."""
     warmup_epochs: float | None = None
-    """The same in epochs; published: 40."""
+    """The same in epochs."""
     weight_decay: float = 0.05
-    """AdamW weight decay, as published of all parameters but biases and norms."""
-    optimizer: OptimizerName = "adamw"
-    """adamw, as published. muon is not the published recipe: updates of the blocks' matrices are made orthogonal, at
-    AdamW's learning rate and weight decay, and all else is left to AdamW."""
+    """Weight decay of all parameters but biases and norms."""
     seed: int = 0
-    """Of weights, order of images, crops and masks."""
+    """Of weights, order of images, crops and whatever else is random."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -82,9 +74,11 @@ class TrainConfig:
     keep: int = 2
     """Checkpoints that are kept to resume from."""
     eval_every: int | None = None
-    """Steps between validations and reconstructions; by default whole epochs, about a tenth of the run."""
+    """Steps between validations; by default whole epochs, about a tenth of the run."""
     max_skipped: int = 20
     """Losses in a row that are not finite, whose updates are skipped, until the run stops."""
+
+    usual: ClassVar[dict[str, float]] = {"steps": 10_000}  # where neither steps nor epochs are given
 
     def __post_init__(self):
         check(vars(self), _RULES)
@@ -93,19 +87,47 @@ class TrainConfig:
         if self.batch_size % self.micro_batches:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batches {self.micro_batches}")
 
-    @property
-    def strategy(self) -> MaskStrategy:
-        return MaskStrategy(self.masking, self.mask_ratio)
-
     def schedule(self, images: int) -> "Schedule":
         """Of a run on that many images."""
         per_epoch = images / self.batch_size
-        steps = self.steps or (10_000 if self.epochs is None else max(1, round(self.epochs * per_epoch)))
+        length = self.usual if self.steps is None and self.epochs is None else vars(self)
+        steps = length.get("steps") or max(1, round(length["epochs"] * per_epoch))
         warmup = self.warmup * steps if self.warmup_epochs is None else self.warmup_epochs * per_epoch
         if warmup > steps:
             raise ValueError(f"warmup_epochs {self.warmup_epochs:g} are longer than the run of {steps} steps")
         evaluate = self.eval_every or math.ceil(max(1, round(steps / 10 / per_epoch)) * per_epoch)
         return Schedule(steps, max(1, round(warmup)), self.base_lr * self.batch_size / 256, per_epoch, evaluate)
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Pre-training: the published recipe, appendix A.1 of He et al. 2021, unless said otherwise."""
+
+    steps: int | None = None
+    """Optimizer steps; 10000 where epochs are not given either."""
+    epochs: float | None = None
+    """The same in passes over all images."""
+    warmup_epochs: float | None = None
+    """The same in epochs; published: 40."""
+    weight_decay: float = 0.05
+    """AdamW weight decay, as published of all parameters but biases and norms."""
+    seed: int = 0
+    """Of weights, order of images, crops and masks."""
+    eval_every: int | None = None
+    """Steps between validations and reconstructions; by default whole epochs, about a tenth of the run."""
+    masking: StrategyName = "random"
+    """Which patches are hidden: random ones; blocks, rectangles as in BEiT; a grid, the same of every 2 x 2; tubes,
+    alike in all frames as in VideoMAE; axis, whole rows and columns first as in AudioMAE. grid takes a ratio of 0.25,
+    0.5 or 0.75."""
+    mask_ratio: float = 0.75
+    """Share of hidden patches."""
+    optimizer: OptimizerName = "adamw"
+    """adamw, as published. muon is not the published recipe: updates of the blocks' matrices are made orthogonal, at
+    AdamW's learning rate and weight decay, and all else is left to AdamW."""
+
+    @property
+    def strategy(self) -> MaskStrategy:
+        return MaskStrategy(self.masking, self.mask_ratio)
 
 
 _WHOLE = (lambda x: x is None or COUNT[0](x), COUNT[1])

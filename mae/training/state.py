@@ -36,6 +36,31 @@ _NAME = re.compile(r"step-(\d{6,})")
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
+class Average:
+    """An exponential moving average of the weights, of which each process holds what it holds of the model.
+
+    Early ones count less: the decay of a step, counted from 0, is at most (1 + step) / (10 + step).
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self._decay = decay
+        self._weights = {name: x for name, x in get_model_state_dict(model).items() if x.is_floating_point()}
+        self.values = {name: x.clone() for name, x in self._weights.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self._decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_([*self.values.values()], [*self._weights.values()], 1 - decay)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """The model gets the averages, and they its weights, until it is called again."""
+        for name, x in self._weights.items():
+            kept = x.clone()
+            x.copy_(self.values[name])
+            self.values[name].copy_(kept)
+
+
 @dataclass
 class TrainingState:
     """Model and optimizer of a run, and what is counted over all its parts."""
@@ -43,6 +68,7 @@ class TrainingState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None = None
+    average: Average | None = None
     seconds: float = 0.0  # of training
     skipped: int = 0  # updates
 
@@ -51,7 +77,20 @@ class TrainingState:
         model = get_model_state_dict(self.model)
         optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=_FLAT)
         moments = {f"optimizer.{name}": x for name, x in optimizer.items() if isinstance(x, Tensor)}
-        return {f"model.{name}": x for name, x in model.items()} | moments
+        averages = {} if self.average is None else {f"average.{name}": x for name, x in self.average.values.items()}
+        return {f"model.{name}": x for name, x in model.items()} | moments | averages
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block the model has the averaged weights, where they are wanted."""
+        if self.average is None:
+            yield
+            return
+        self.average.exchange()
+        try:
+            yield
+        finally:
+            self.average.exchange()
 
 
 def steps_on_disk(run: Path) -> list[int]:

@@ -50,16 +50,16 @@ class MaskStrategy:
         return _STRATEGIES[self.name](batch_size, grid, self.ratio, **options)
 
 
-class TrainingStep:
-    """Callable: a batch of images in, the loss out, and the model updated.
+class Step:
+    """Callable: tensors of a batch in, the loss out, and the model updated.
 
     Nothing is read back from the device. The result stays on it until someone prints it.
 
     Args:
-        model: a :class:`mae.MaskedAutoencoder`, or one wrapped in DistributedDataParallel or sharded by fully_shard.
+        model: of any kind, or one wrapped in DistributedDataParallel or sharded by fully_shard.
         optimizer: see :mod:`mae.training.optimizers`. One that takes ``found_inf``, as PyTorch's fused ones do, changes
             nothing where the loss, or the norm that is clipped, is not finite; ``skipped`` counts that on the device.
-        strategy: which patches are hidden.
+        loss: of the model and a batch's tensors ``[N, ...]``, a scalar that is a mean over the batch.
         bfloat16: autocast to it.
         execution: ``"eager"``; ``"compile"``, one graph by torch.compile; ``"graph"``, the same replayed as a CUDA
             graph, which pays where the host launches more slowly than the GPU computes: small models and batches.
@@ -75,19 +75,18 @@ class TrainingStep:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        loss: Callable[..., Tensor],
         *,
-        strategy: MaskStrategy = MaskStrategy(),
         bfloat16: bool = False,
         execution: Execution = "eager",
         micro_batches: int = 1,
         clip_grad: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ):
-        self.model, self.optimizer, self.strategy = model, optimizer, strategy
+        self.model, self.optimizer, self._loss = model, optimizer, loss
         self.micro_batches, self.clip_grad, self.scaler = micro_batches, clip_grad, scaler
         self.autocast = torch.float16 if scaler is not None else torch.bfloat16 if bfloat16 else None
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._patch_size = plain(model).config.patch_size
         device = self._parameters[0].device
         self.skipped = torch.zeros((), device=device)
         if execution == "graph" and device.type != "cuda":
@@ -95,31 +94,19 @@ class TrainingStep:
         self._replayed = execution == "graph"
         self.loss = self._forward if execution == "eager" else self._compiled()
 
-    def __call__(self, images: Tensor, masking: Masking | None = None) -> Tensor:
-        """Train on images ``[N, C, H, W]`` or clips ``[N, C, T, H, W]``.
-
-        Args:
-            images: on the model's device, N a multiple of micro_batches.
-            masking: the masks, drawn on the device by the strategy if None.
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Train on tensors ``[N, ...]`` on the model's device, N a multiple of micro_batches.
 
         Returns:
             The loss, a float32 scalar on the device.
         """
-        n = len(images)
+        n = len(inputs[0])
         if n % self.micro_batches:
             raise ValueError(f"TrainingStep: {n} images cannot be cut into {self.micro_batches} equal micro-batches")
-        if masking is None:
-            grid = PatchGrid.of("TrainingStep", images, self._patch_size).grid
-            masking = self.strategy(n, grid, device=images.device)
-        if self.micro_batches > 1 and masking.ids_keep.shape[1] + masking.ids_mask.shape[1] > masking.mask.shape[1]:
-            raise ValueError("TrainingStep: the mean over micro-batches needs masks with the same count in every row")
         if self._replayed:  # what the step before left in the graphs' memory may be overwritten; its micro-batches not
             torch.compiler.cudagraph_mark_step_begin()
-        parts = zip(*(x.chunk(self.micro_batches) for x in (images, *masking)), strict=True)
-        losses = [
-            self._backward(part, Masking(*masks), last=i == self.micro_batches)
-            for i, (part, *masks) in enumerate(parts, start=1)
-        ]
+        parts = zip(*(x.chunk(self.micro_batches) for x in inputs), strict=True)
+        losses = [self._backward(part, last=i == self.micro_batches) for i, part in enumerate(parts, start=1)]
         loss = torch.stack(losses).sum()
         self._update(loss)
         self.optimizer.zero_grad()
@@ -146,18 +133,18 @@ class TrainingStep:
     def _clip(self) -> Tensor:
         return local(torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_grad))
 
-    def _backward(self, images: Tensor, masking: Masking, last: bool) -> Tensor:
+    def _backward(self, inputs: tuple[Tensor, ...], last: bool) -> Tensor:
         with accumulating(self.model, last):
-            loss = self.loss(images, masking)
+            loss = self.loss(*inputs)
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss.detach().clone() if self._replayed else loss.detach()  # a replay overwrites its results
 
-    def _forward(self, images: Tensor, masking: Masking) -> Tensor:
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
-            loss = self.model(images, masking=masking).loss
+    def _forward(self, *inputs: Tensor) -> Tensor:
+        with torch.autocast(inputs[0].device.type, self.autocast, enabled=self.autocast is not None):
+            loss = self._loss(self.model, *inputs)
         return loss / self.micro_batches
 
-    def _compiled(self) -> Callable[[Tensor, Masking], Tensor]:
+    def _compiled(self) -> Callable[..., Tensor]:
         several_processes = torch.distributed.is_available() and torch.distributed.is_initialized()
         compiled = torch.compile(
             self._forward,
@@ -166,8 +153,46 @@ class TrainingStep:
             mode="reduce-overhead" if self._replayed else None,
         )
 
-        def run(images: Tensor, masking: Masking) -> Tensor:
+        def run(*inputs: Tensor) -> Tensor:
             with torch._functorch.config.patch(_RECOMPUTE):
-                return compiled(images, masking)
+                return compiled(*inputs)
 
         return run
+
+
+def pretraining_loss(model: nn.Module, images: Tensor, *masks: Tensor) -> Tensor:
+    """Of images and the tensors of a :class:`mae_kernels.Masking`."""
+    return model(images, masking=Masking(*masks)).loss
+
+
+class TrainingStep(Step):
+    """A :class:`Step` of pre-training: images in, and masks, which the step draws where they are not given.
+
+    Args:
+        model: a :class:`mae.MaskedAutoencoder`, or one that is distributed.
+        strategy: which patches are hidden.
+        optimizer, options: as of :class:`Step`.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, strategy: MaskStrategy = MaskStrategy(), **options
+    ):
+        super().__init__(model, optimizer, pretraining_loss, **options)
+        self.strategy, self._patch_size = strategy, plain(model).config.patch_size
+
+    def __call__(self, images: Tensor, masking: Masking | None = None) -> Tensor:
+        """Train on images ``[N, C, H, W]`` or clips ``[N, C, T, H, W]``.
+
+        Args:
+            images: on the model's device, N a multiple of micro_batches.
+            masking: the masks, drawn on the device by the strategy if None.
+
+        Returns:
+            The loss, a float32 scalar on the device.
+        """
+        if masking is None:
+            grid = PatchGrid.of("TrainingStep", images, self._patch_size).grid
+            masking = self.strategy(len(images), grid, device=images.device)
+        if self.micro_batches > 1 and masking.ids_keep.shape[1] + masking.ids_mask.shape[1] > masking.mask.shape[1]:
+            raise ValueError("TrainingStep: the mean over micro-batches needs masks with the same count in every row")
+        return super().__call__(images, *masking)

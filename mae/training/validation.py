@@ -18,6 +18,8 @@ _MOST = 4096  # images, which stay in memory
 class Validation:
     """Callable: a model in, its mean loss on the central parts of images out, alike in any number of processes.
 
+    The result is ``{"val_loss": ...}``.
+
     The images are at most 4096, spread over all; they are read in the first call, each process its share. A call raises
     :class:`mae.data.Unreachable` where a part of the source cannot be had.
 
@@ -43,7 +45,7 @@ class Validation:
         self._seed, self._batch_size, self._autocast = seed, batch_size, autocast
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module) -> float:
+    def __call__(self, model: nn.Module) -> dict[str, float]:
         with self._processes.together():
             images, numbers = self._share
         device, grid = next(model.parameters()).device, plain(model).config.grid.grid
@@ -64,7 +66,7 @@ class Validation:
         model.train(was_training)
         total = torch.stack(losses).double().sum().item()
         sums, counts = zip(*self._processes.gather((total, len(numbers))), strict=True)
-        return sum(sums) / sum(counts)
+        return {"val_loss": sum(sums) / sum(counts)}
 
     @cached_property
     def _share(self) -> tuple[Tensor, list[int]]:

@@ -1,0 +1,55 @@
+"""What the quick linear probe and kNN have in common: features of a pre-trained and of an untrained encoder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mae.commands.labelled_run import LabelledOptions
+from mae.commands.results import Results, Table
+from mae.data import Labelled, Reading, counted, open_train_and_test, usable_workers
+from mae.evaluation.features import LabelledFeatures, labelled_features
+from mae.evaluation.predictions import Predictions
+from mae.model import VisionTransformer
+from mae.model.classifier import Pool
+from mae.training.loop import choose_device
+
+
+@dataclass(frozen=True)
+class FrozenFeatures:
+    """Both encoders, the pictures, and where the results go: everything checked."""
+
+    config: LabelledOptions
+    encoders: dict[str, VisionTransformer]  # by what a table calls them, the pre-trained one last
+    data: Labelled
+    test: Labelled
+    reading: Reading
+    results: Results
+
+    @classmethod
+    def prepare(
+        cls, command: str, config: LabelledOptions, out: Path | None, device: str, seed: int
+    ) -> "FrozenFeatures":
+        """The results go to out, by default into the run folder of the checkpoint, where there is one."""
+        config.reading.reading()
+        results = Results(command, out or (config.checkpoint if config.checkpoint.is_dir() else None))
+        data, test = open_train_and_test(config.data, config.test)
+        trained, chosen = config.loading.load(config.checkpoint), choose_device(device)
+        torch.manual_seed(seed)
+        untrained = VisionTransformer(trained.config)
+        encoders = {"untrained encoder": untrained.to(chosen), "pre-trained encoder": trained.to(chosen)}
+        return cls(config, encoders, data, test, config.reading.reading(trained.config), results)
+
+    def words(self) -> str:
+        classes = len(self.data.classes)
+        return f"{counted(len(self.data), 'picture')} to learn from, {len(self.test)} to test, {classes} classes"
+
+    def features(self, pool: Pool, batch_size: int, workers: int) -> tuple[LabelledFeatures, LabelledFeatures]:
+        """Of the pictures to learn from, and of those to test."""
+        models, options = [*self.encoders.values()], {"batch_size": batch_size, "workers": usable_workers(workers)}
+        return tuple(labelled_features(models, x, self.reading, pool, **options) for x in (self.data, self.test))
+
+    def write(self, table: Table, predictions: Predictions, **conditions: Any) -> None:
+        where = {name: str(getattr(self.config, name)) for name in ("checkpoint", "data", "test")}
+        self.results.write(table, predictions, self.test, self.reading, **where, **conditions)
