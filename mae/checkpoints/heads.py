@@ -92,7 +92,9 @@ def _names(labels: Any, count: int) -> tuple[tuple[str, ...], list[str]]:
     names = [labels.get(number, number) for number in map(str, range(count))]
     repeated = [name for name, times in Counter(names).items() if times > 1]
     notes = []
-    if nameless:
+    if not labels:
+        notes.append(f"its classes have no names and are called 0 to {count - 1}")
+    elif nameless:
         notes.append(f"{len(nameless)} of its {count} classes have no name and get their number")
     if repeated:  # among those of ImageNet are two cranes
         names = [f"{name} {number}" if name in repeated else name for number, name in enumerate(names)]
