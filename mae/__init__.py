@@ -9,6 +9,8 @@ _MODULES = {
     "mae.checkpoints.convert": ("convert_checkpoint",),
     "mae.model": (
         "MODELS",
+        "Classifier",
+        "HeadConfig",
         "MAEConfig",
         "MAEOutput",
         "MaskedAutoencoder",

@@ -62,7 +62,11 @@ TWO_RATIOS = (
 @pytest.mark.parametrize(
     ("to", "values", "sentence"),
     [
-        ("huggingface-4", {"model_type": "vit"}, "model_type is 'vit', and only 'vit_mae' can be converted"),
+        (
+            "huggingface-4",
+            {"model_type": "deit"},
+            "model_type is 'deit', and only 'vit_mae', 'vit' and 'beit' can be converted",
+        ),
         ("huggingface-4", {"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new', and only 'gelu' can be converted"),
         ("huggingface-4", {"qkv_bias": False}, "qkv_bias is False, and only True can be converted"),
         ("huggingface-4", {"layer_norm_eps": 1e-3}, "layer_norm_eps is 0.001, too far from the 1e-06 of this model"),
@@ -156,8 +160,8 @@ def test_pure_functions_name_what_is_wrong(model):
     del state["vit.layers.1.attention.v_proj.bias"]
     with pytest.raises(CheckpointError, match=r"^vit.layers.1.attention.v_proj.bias is missing$"):
         from_layout(state)
-    with pytest.raises(ValueError, match=r"^head.weight is no key of the published layout$"):
-        to_layout({"head.weight": torch.zeros(1)}, "huggingface-4")
+    with pytest.raises(ValueError, match=r"^wings.weight is no key of the published layout$"):
+        to_layout({"wings.weight": torch.zeros(1)}, "huggingface-4")
     with pytest.raises(ValueError, match=r"^there is no layout called 'jax'; choose one of published, huggingface-4, "):
         to_layout({}, "jax")
 
@@ -167,7 +171,9 @@ UNKNOWN = (
     "vit.encoder.layer.0.attention.output.dense (huggingface-4), vit.layers.0.attention.o_proj (huggingface-5), "
     "encoder.layer.0.attention.output.dense (huggingface-4, encoder alone), "
     "layers.0.attention.o_proj (huggingface-5, encoder alone), "
-    "vit.encoder.layer.0.attention.output.dense (huggingface-4, saved by 5)"
+    "vit.encoder.layer.0.attention.output.dense (huggingface-4, saved by 5), "
+    "beit.encoder.layer.0.attention.output.dense (huggingface-4, BEiT), "
+    "beit.layers.0.attention.o_proj (huggingface-5, BEiT)"
 )
 TWO_LAYOUTS = (
     "the keys are of two layouts, blocks.0.norm1.weight of published and vit.layers.0.mlp.fc1.bias of huggingface-5"

@@ -1,11 +1,10 @@
 """Weights on disk: our run folders, and checkpoints of the published code, Hugging Face and timm."""
 
-import dataclasses
 import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +12,20 @@ from torch import Tensor
 from mae.checkpoints.configs import from_hugging_face_config, from_timm_config
 from mae.checkpoints.files import listed, shorten
 from mae.checkpoints.foreign import Weights, read_weights
+from mae.checkpoints.heads import find_head, says_classifier
 from mae.checkpoints.layouts import CheckpointError, from_layout, is_decoder, published_names, to_layout
 from mae.checkpoints.saving import write_folder
 from mae.checkpoints.shapes import blocks_in, from_settings, from_weights
 from mae.fields import check_fields, unknown_statistics
-from mae.model import MODELS, MAEConfig, MaskedAutoencoder, VisionTransformer, pos_embed_for
+from mae.model import (
+    MODELS,
+    Classifier,
+    HeadConfig,
+    MAEConfig,
+    MaskedAutoencoder,
+    VisionTransformer,
+    pos_embed_for,
+)
 from mae.run_files import CONFIG, WEIGHTS
 from mae_kernels.patch_grid import Sizes
 
@@ -34,8 +42,13 @@ class Checkpoint(NamedTuple):
 
     state: dict[str, Tensor]  # published keys in the model's order, dtypes as in the file
     config: MAEConfig
-    encoder_only: bool
+    encoder_only: bool  # no decoder
     mask_ratio: float  # of its training where the file says so, else 0.75
+    head: HeadConfig | None  # of a classifier
+
+    def network(self) -> VisionTransformer:
+        """The model of these weights, with initial ones."""
+        return _network(self.config, self.encoder_only, self.head)
 
 
 def save_checkpoint(model: VisionTransformer, folder: str | Path) -> None:
@@ -44,13 +57,13 @@ def save_checkpoint(model: VisionTransformer, folder: str | Path) -> None:
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written to.
     """
-    save_weights(model.state_dict(), model.config, folder)
+    save_weights(model.state_dict(), model.description(), folder)
 
 
-def save_weights(state: dict[str, Tensor], config: MAEConfig, folder: str | Path) -> None:
-    """The same for a state dict that is at hand already."""
+def save_weights(state: dict[str, Tensor], description: dict[str, Any], folder: str | Path) -> None:
+    """The same for a state dict that is at hand already, and the ``description()`` of its model."""
     state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
-    write_folder(Path(folder), state, {CONFIG: dataclasses.asdict(config)})
+    write_folder(Path(folder), state, {CONFIG: description})
 
 
 def load_checkpoint(
@@ -61,13 +74,14 @@ def load_checkpoint(
     Args: as of :func:`read_checkpoint`.
 
     Returns:
-        The model in evaluation mode, on the CPU, in float32: a :class:`MaskedAutoencoder`, or a
-        :class:`VisionTransformer` for a file that holds the encoder alone.
+        The model in evaluation mode, on the CPU, in float32: a :class:`MaskedAutoencoder`, a
+        :class:`VisionTransformer` for a file that holds the encoder alone, or a :class:`Classifier`, which is one too:
+        with ``fc_norm`` its ``forward_features`` have no norm behind them.
 
     Raises: as :func:`read_checkpoint`.
     """
     checkpoint = read_checkpoint(path, model, ema=ema, image_size=image_size, **overrides)
-    network = _network(checkpoint.config, checkpoint.encoder_only)
+    network = checkpoint.network()
     network.load_state_dict(checkpoint.state)
     if checkpoint.mask_ratio != 0.75:
         warnings.warn(
@@ -85,8 +99,10 @@ def read_checkpoint(
 
     Args:
         path: a folder with a ``config.json`` and ``model.safetensors`` (or ``pytorch_model.bin``), of ours, of Hugging
-            Face's ViTMAE or of timm's; the file in such a folder; or any file of ``torch.save`` or safetensors that
-            holds such weights, under whatever names and prefixes, in one of these layouts, which is found by its keys.
+            Face's ViTMAE, ViT or BEiT (where that computes the same), or of timm's; the file in such a folder; or any
+            file of ``torch.save`` or safetensors that holds such weights, under whatever names and prefixes, in one of
+            these layouts, which is found by its keys. It is a classifier where the ``config.json`` says so, and without
+            one where it has a head, ``fc_norm`` and no ``norm``; any other head is left out.
         model: the factory's name, such as ``"mae_vit_base_patch16"``, for files without a ``config.json`` beside them
             whose settings and shapes do not tell it.
         ema: take the averaged weights, where the file holds them beside the plain ones.
@@ -115,7 +131,7 @@ def read_checkpoint(
         described = None
     description = _read_json(described) if described else {}
     ours = described is not None and not description.keys() & {"model_type", "architecture"}
-    weights = read_weights(file, ema, exact=ours)
+    weights = read_weights(file, ema, exact=ours or says_classifier(description))
     names = published_names(weights.state, weights.layout)
     shaped = {names[key]: x for key, x in weights.state.items() if key in names}
     encoder_only = not any(map(is_decoder, shaped))
@@ -130,6 +146,7 @@ def read_checkpoint(
             if weights.layout.startswith("huggingface"):
                 more.append("no config.json was read: norms get the epsilon 1e-06, blocks gelu and no dropout")
         config, pixels = _config(fields)
+        head, named = find_head(description, shaped)
         if described:
             _check_depths(config, shaped, encoder_only)
     except CheckpointError as error:
@@ -139,21 +156,23 @@ def read_checkpoint(
         raise CheckpointError(f"{described or file} {what}: {error}") from error
     asked = _resized(config, image_size, file)
     with torch.device("meta"):
-        expected = _network(config, encoder_only).state_dict()
+        expected = _network(config, encoder_only, head).state_dict()
     _check(file, weights, to_layout(expected, weights.layout))
     published = from_layout(weights.state, weights.layout)
     broken = [name for name, x in published.items() if not x.float().sum().isfinite()]
     if broken:
         more.append(f"there is NaN or infinity in {listed(broken, 3)}")
-    if notes := [*weights.notes, *notes, *more, *pixels]:
+    if notes := [*weights.notes, *notes, *more, *pixels, *named]:
         warnings.warn(f"{path}: {'; '.join(notes)}", CheckpointWarning, stacklevel=3)
     state = {name: published[name] for name in expected}
     for name in [name for name in _TABLES if name in state]:
         state[name] = pos_embed_for(state[name], config.sides, asked.sides)
-    return Checkpoint(state, asked, encoder_only, mask_ratio)
+    return Checkpoint(state, asked, encoder_only, mask_ratio, head)
 
 
-def _network(config: MAEConfig, encoder_only: bool) -> VisionTransformer:
+def _network(config: MAEConfig, encoder_only: bool, head: HeadConfig | None) -> VisionTransformer:
+    if head is not None:
+        return Classifier(config, head)
     return VisionTransformer(config) if encoder_only else MaskedAutoencoder(config)
 
 
@@ -202,7 +221,9 @@ def _fields(description: dict, preprocessor: Path, encoder_only: bool) -> tuple[
         pixels = _read_json(preprocessor) if preprocessor.is_file() else {}
         fields |= {f"pixel_{x}": pixels[f"image_{x}"] for x in ("mean", "std") if f"image_{x}" in pixels}
         return fields, description.get("mask_ratio", 0.75), notes
-    return from_timm_config(description) if "architecture" in description else dict(description), 0.75, []
+    if "architecture" in description:
+        return from_timm_config(description), 0.75, []
+    return {name: x for name, x in description.items() if name != "head"}, 0.75, []
 
 
 def _config(fields: dict) -> tuple[MAEConfig, list[str]]:

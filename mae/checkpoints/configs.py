@@ -1,7 +1,7 @@
 """Configurations of other systems, as their ``config.json`` holds them, and ours: pure functions on dictionaries.
 
-Fields were read in transformers 4.57.6 and 5.23.0 (``ViTMAEConfig``) and in timm 1.0.31. What our model cannot be is
-refused; what changes a result is said.
+Fields were read in transformers 4.57.6 and 5.23.0 (``ViTMAEConfig``, ``ViTConfig``, ``BeitConfig``) and in timm 1.0.31.
+What our model cannot be is refused; what changes a result is said.
 """
 
 import math
@@ -9,23 +9,27 @@ import re
 
 from mae.checkpoints.layouts import CheckpointError
 from mae.fields import RULES, SHARE, WIDTH, check, is_number
-from mae.model import MAEConfig
+from mae.model import HeadConfig, MAEConfig
 
 _LAYER_NORM_EPS = 1e-6  # of every norm of our model
 
-# Fields of ViTMAEConfig: ours -> theirs, and the defaults that a config.json may leave out.
-_HUGGING_FACE_FIELDS = {
+# Fields of ViTMAEConfig: ours -> theirs, and the defaults that a config.json may leave out. Those of the encoder are
+# ViTConfig's and BeitConfig's too.
+_HUGGING_FACE_ENCODER = {
     "image_size": "image_size",
     "patch_size": "patch_size",
     "in_chans": "num_channels",
     "embed_dim": "hidden_size",
     "depth": "num_hidden_layers",
     "num_heads": "num_attention_heads",
+}
+_HUGGING_FACE_DECODER = {
     "decoder_embed_dim": "decoder_hidden_size",
     "decoder_depth": "decoder_num_hidden_layers",
     "decoder_num_heads": "decoder_num_attention_heads",
     "norm_pix_loss": "norm_pix_loss",
 }
+_HUGGING_FACE_FIELDS = _HUGGING_FACE_ENCODER | _HUGGING_FACE_DECODER
 _HUGGING_FACE_DEFAULTS = {
     "image_size": 224, "patch_size": 16, "num_channels": 3, "hidden_size": 768, "num_hidden_layers": 12,
     "num_attention_heads": 12, "intermediate_size": 3072, "decoder_hidden_size": 512, "decoder_num_hidden_layers": 8,
@@ -33,6 +37,12 @@ _HUGGING_FACE_DEFAULTS = {
     "layer_norm_eps": 1e-12, "hidden_act": "gelu", "qkv_bias": True, "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
+# What makes a BEiT this model, and its defaults.
+BEIT = {
+    "use_mean_pooling": True, "use_absolute_position_embeddings": True, "use_relative_position_bias": False,
+    "use_shared_relative_position_bias": False, "use_mask_token": False, "layer_scale_init_value": 0.0,
+}  # fmt: skip
+_BEIT_DEFAULTS = BEIT | {"use_absolute_position_embeddings": False, "layer_scale_init_value": 0.1}
 
 _HUGGING_FACE_RULES = {theirs: RULES[ours] for ours, theirs in _HUGGING_FACE_FIELDS.items()} | {
     "intermediate_size": WIDTH,
@@ -50,27 +60,38 @@ def to_hugging_face_config(config: MAEConfig, mask_ratio: float = 0.75) -> dict:
     Raises:
         ValueError: images or patches that are not square, or a target that theirs does not have.
     """
+    theirs = to_encoder_config(config, "ViTMAE")
+    if config.norm_pix_loss == "channel":
+        raise ValueError("Hugging Face's ViTMAE normalises whole patches, this norm_pix_loss is 'channel'")
+    return theirs | {
+        **{theirs: getattr(config, ours) for ours, theirs in _HUGGING_FACE_DECODER.items()},
+        "decoder_intermediate_size": int(config.decoder_embed_dim * config.mlp_ratio),
+        "mask_ratio": mask_ratio,
+    }
+
+
+def to_encoder_config(config: MAEConfig, kind: str) -> dict:
+    """What all configurations of Hugging Face's Vision Transformers say of the encoder.
+
+    Raises:
+        ValueError: images or patches that are not square, which those of that kind are.
+    """
     for name in ("image_size", "patch_size"):
         sides = getattr(config, name)
         if sides != sides[:1] * 2:
             raise ValueError(
-                f"Hugging Face's ViTMAE takes square images and patches alone, this {name} is "
+                f"Hugging Face's {kind} takes square images and patches alone, this {name} is "
                 f"{'x'.join(map(str, sides))}"
             )
-    if config.norm_pix_loss == "channel":
-        raise ValueError("Hugging Face's ViTMAE normalises whole patches, this norm_pix_loss is 'channel'")
-    values = {theirs: getattr(config, ours) for ours, theirs in _HUGGING_FACE_FIELDS.items()}
-    return values | {
+    return {theirs: getattr(config, ours) for ours, theirs in _HUGGING_FACE_ENCODER.items()} | {
         "image_size": config.image_size[0],
         "patch_size": config.patch_size[0],
         "intermediate_size": int(config.embed_dim * config.mlp_ratio),
-        "decoder_intermediate_size": int(config.decoder_embed_dim * config.mlp_ratio),
         "layer_norm_eps": _LAYER_NORM_EPS,
         "hidden_act": "gelu",
         "qkv_bias": True,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "mask_ratio": mask_ratio,
     }
 
 
@@ -94,15 +115,18 @@ def from_hugging_face_config(values: dict, encoder_only: bool = False) -> tuple[
     """Fields of :class:`MAEConfig` for the contents of a ``config.json``, and a sentence for each changed result.
 
     ``mask_ratio`` is not among them: our model takes it in each call. With encoder_only the decoder is not held to the
-    encoder's mlp_ratio.
+    encoder's mlp_ratio. A ViT or BEiT tells nothing of a decoder.
 
     Raises:
         CheckpointError: another model, or one that ours cannot be.
         ValueError: a value that no model can have.
     """
-    values = {**_HUGGING_FACE_DEFAULTS, **values}
-    for name, expected in {"model_type": "vit_mae", "hidden_act": "gelu", "qkv_bias": True}.items():
-        if values.get(name, expected) != expected:
+    kind = values.get("model_type", "vit_mae")
+    if kind not in ("vit_mae", "vit", "beit"):
+        raise CheckpointError(f"model_type is {kind!r}, and only 'vit_mae', 'vit' and 'beit' can be converted")
+    values = {**_HUGGING_FACE_DEFAULTS, **(_BEIT_DEFAULTS if kind == "beit" else {}), **values}
+    for name, expected in {"hidden_act": "gelu", "qkv_bias": True, **(BEIT if kind == "beit" else {})}.items():
+        if values[name] != expected:
             raise CheckpointError(f"{name} is {values[name]!r}, and only {expected!r} can be converted")
     check(values, _HUGGING_FACE_RULES)
     notes = []
@@ -114,7 +138,8 @@ def from_hugging_face_config(values: dict, encoder_only: bool = False) -> tuple[
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         if values[name]:
             notes.append(f"{name} {values[name]:g} becomes 0: training differs, results in evaluation do not")
-    fields = {ours: values[theirs] for ours, theirs in _HUGGING_FACE_FIELDS.items()}
+    told = _HUGGING_FACE_FIELDS if kind == "vit_mae" else _HUGGING_FACE_ENCODER
+    fields = {ours: values[theirs] for ours, theirs in told.items()}
     return fields | {"mlp_ratio": mlp_ratio(values, encoder_only)}, notes
 
 
@@ -144,26 +169,30 @@ _TIMM_ARGUMENTS = {
 }
 
 
-def to_timm_config(config: MAEConfig) -> dict:
-    """A ``config.json`` with which ``timm.create_model("local-dir:FOLDER")`` builds the encoder, without a head.
+TIMM_POOLS = {"avg": "mean", "token": "token"}  # theirs -> ours
 
-    ``num_classes=10`` there puts one on the class token.
+
+def to_timm_config(config: MAEConfig, head: HeadConfig | None = None) -> dict:
+    """A ``config.json`` with which ``timm.create_model("local-dir:FOLDER")`` builds the encoder, or the classifier.
+
+    Without a head, ``num_classes=10`` there puts one on the class token.
 
     Raises:
         ValueError: video or volumes, which theirs does not take.
     """
     if len(config.patch_size) != 2:
         raise ValueError(f"timm's ViT takes images, this image_size is {'x'.join(map(str, config.image_size))}")
+    output = {"num_classes": 0, "global_pool": "token"}
+    if head is not None:
+        pool = next(theirs for theirs, ours in TIMM_POOLS.items() if ours == head.pool)
+        output = {"num_classes": len(head.classes), "global_pool": pool}
+    arguments = {theirs: getattr(config, ours) for theirs, ours in _TIMM_ARGUMENTS.items()} | output
     return {
         "architecture": "vit_base_patch16_224",
-        "num_classes": 0,
-        "global_pool": "token",
+        **output,
         "num_features": config.embed_dim,
-        "model_args": {
-            **{theirs: getattr(config, ours) for theirs, ours in _TIMM_ARGUMENTS.items()},
-            "num_classes": 0,
-            "global_pool": "token",
-        },
+        **({} if head is None else {"label_names": head.classes}),
+        "model_args": arguments if head is None else arguments | {"fc_norm": head.fc_norm},
         "pretrained_cfg": {
             "input_size": [config.in_chans, *config.image_size],
             "fixed_input_size": True,
@@ -173,6 +202,9 @@ def to_timm_config(config: MAEConfig) -> dict:
             "classifier": "head",
         },
     }
+
+
+_TIMM_HEAD = ("num_classes", "global_pool", "fc_norm")
 
 
 def from_timm_config(values: dict) -> dict:
@@ -186,7 +218,7 @@ def from_timm_config(values: dict) -> dict:
         if not isinstance(values.get(name, kind()), kind):
             expected = {str: "a name", dict: "an object"}[kind]
             raise ValueError(f"{name} must be {expected}, got {repr(values[name])[:60]}")
-    arguments = {k: x for k, x in values.get("model_args", {}).items() if k not in ("num_classes", "global_pool")}
+    arguments = {k: x for k, x in values.get("model_args", {}).items() if k not in _TIMM_HEAD}
     if not re.fullmatch(r"vit_[a-z]+_patch\d+_\d+", values["architecture"]):
         raise CheckpointError(f"architecture {values['architecture']} is not a plain ViT")
     for name, value in arguments.items():

@@ -1,14 +1,15 @@
 """From one system's checkpoint to another's, on disk."""
 
-import dataclasses
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mae.checkpoints.checkpoint import Checkpoint, CheckpointWarning, read_checkpoint
 from mae.checkpoints.configs import to_hugging_face_config, to_preprocessor_config, to_timm_config
+from mae.checkpoints.heads import classifier_kind, to_classifier_config
 from mae.checkpoints.layouts import LAYOUTS, CheckpointError, is_decoder, to_layout
 from mae.checkpoints.saving import write_files, write_folder, write_pickle, write_safetensors
 
@@ -20,6 +21,8 @@ class Conversion(NamedTuple):
     files: list[Path]  # written
     left_out: list[str]  # published keys that the checkpoint holds and the files do not
     encoder_only: bool  # whether the files hold the encoder alone
+    classes: int  # of a classifier, else 0
+    is_beit: bool  # whether it became Hugging Face's BEiT, and its keys lost their bias
 
 
 def convert_checkpoint(
@@ -30,7 +33,10 @@ def convert_checkpoint(
     Args:
         source, model, ema, options: as of :func:`mae.checkpoints.checkpoint.read_checkpoint`.
         to: ``"mae"`` (a run folder), ``"published"``, ``"huggingface-4"`` (loads with transformers 4.x and 5.x),
-            ``"huggingface-5"`` (its own names, which 4.x does not know), or ``"timm"`` (the encoder alone).
+            ``"huggingface-5"`` (its own names, which 4.x does not know), or ``"timm"`` (the encoder alone, or with the
+            head of a classifier). Of classifiers Hugging Face gets a ViT where the class token is pooled, and a BEiT
+            that computes the same where the mean is, behind ``fc_norm``; the bias of the keys, which changes no result,
+            is left out there.
         out: a folder for ``model.safetensors`` and what describes the model (``from_pretrained(out)``,
             ``timm.create_model("local-dir:out")``); or one file, ``.pth`` or ``.safetensors``, with the weights alone.
             The published code knows only files; its ``.pth`` holds them under ``"model"``, and a ``norm_pix_loss``
@@ -53,7 +59,10 @@ def convert_checkpoint(
     if out.is_dir() if is_file else out.is_file():
         raise CheckpointError(f"{out} is a {'folder, not a file' if is_file else 'file, not a folder'}")
     checkpoint = read_checkpoint(source, model, ema=ema, **options)
+    head, layout = checkpoint.head, "published" if to == "mae" else to
     try:
+        if head is not None and to.startswith("huggingface") and classifier_kind(head) == "BEiT":
+            layout = f"{to}, BEiT"
         descriptions = {} if is_file else _descriptions(checkpoint, to)
     except ValueError as error:
         raise CheckpointError(f"{source} has no counterpart in {to}: {error}") from error
@@ -66,27 +75,33 @@ def convert_checkpoint(
             CheckpointWarning,
             stacklevel=2,
         )
-    state = to_layout(checkpoint.state, "published" if to == "mae" else to)
+    state = to_layout(checkpoint.state, layout)
     # No shape tells it, and True is what is taken for a file that does not say it.
     norm_pix_loss = checkpoint.config.norm_pix_loss
     untold = to == "published" and norm_pix_loss is not True and not checkpoint.encoder_only
     settings = {"args": {"norm_pix_loss": norm_pix_loss}} if untold else {}
     files = _write(out, state, descriptions, settings, under_model=to == "published")
     left_out = [name for name in checkpoint.state if to == "timm" and is_decoder(name)]
-    return Conversion(files, left_out, checkpoint.encoder_only or bool(left_out))
+    classes = 0 if head is None else len(head.classes)
+    encoder_only = not classes and (checkpoint.encoder_only or bool(left_out))
+    return Conversion(files, left_out, encoder_only, classes, layout.endswith("BEiT"))
 
 
 def _descriptions(checkpoint: Checkpoint, to: str) -> dict[str, dict]:
-    config = checkpoint.config
+    config, head = checkpoint.config, checkpoint.head
     if to == "mae":
-        return {"config.json": dataclasses.asdict(config)}
+        with torch.device("meta"):
+            return {"config.json": checkpoint.network().description()}
     if to == "timm":
-        return {"config.json": to_timm_config(config)}
-    theirs = {
-        "architectures": ["ViTMAEModel" if checkpoint.encoder_only else "ViTMAEForPreTraining"],
-        "model_type": "vit_mae",
-        **to_hugging_face_config(config, checkpoint.mask_ratio),
-    }
+        return {"config.json": to_timm_config(config, head)}
+    if head is not None:
+        theirs = to_classifier_config(config, head)
+    else:
+        theirs = {
+            "architectures": ["ViTMAEModel" if checkpoint.encoder_only else "ViTMAEForPreTraining"],
+            "model_type": "vit_mae",
+            **to_hugging_face_config(config, checkpoint.mask_ratio),
+        }
     return {"config.json": theirs, "preprocessor_config.json": to_preprocessor_config(config)}
 
 

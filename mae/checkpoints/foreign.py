@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mae.checkpoints.files import listed, read_file
-from mae.checkpoints.layouts import CheckpointError, find_layout, find_models, published_names
+from mae.checkpoints.layouts import CheckpointError, find_layout, find_models, is_head, published_names
 
 # Containers of weights, the likeliest first; any other name comes behind them.
 _CONTAINERS = ("model", "state_dict", "model_state_dict", "model_state", "module", "net", "network", "student")
@@ -32,6 +32,7 @@ _TAKEN_APART = (
     (r"(weight|bias)_(orig|mask)$", "pruned or normalised", "torch.nn.utils.prune.remove or remove_spectral_norm"),
 )
 _HEADS = ("head", "heads", "head_dist", "fc_norm", "classifier", "fc", "pooler")
+_FINE_TUNED = {f"{part}.{leaf}" for part in ("fc_norm", "head") for leaf in ("weight", "bias")}
 
 
 class Weights(NamedTuple):
@@ -62,7 +63,8 @@ def read_weights(file: Path, ema: bool = False, exact: bool = False) -> Weights:
     Args:
         file: of ``torch.save`` or safetensors; which of them, its bytes say and not its name.
         ema: take the averaged weights, not the plain ones beside them.
-        exact: leave no classifier out, so that it counts as a key that does not fit.
+        exact: leave no classifier out. Without it one stays that the weights cannot do without: its norm is behind
+            pooling, in the place of the encoder's.
 
     Raises:
         CheckpointError: a file of another kind, a pickle that needs a class, or no weights of a known layout.
@@ -215,7 +217,12 @@ def _cut_out(chosen: _Model, others: list[_Model]) -> tuple[dict[str, Tensor], l
 
 def _without_head(state: dict[str, Tensor], layout: str) -> tuple[dict[str, Tensor], list[str]]:
     known = published_names(state, layout)
-    head = [name for name in state if name not in known and name.partition(".")[0] in _HEADS]
+    is_fine_tuned = {*known.values()} >= _FINE_TUNED and "norm.weight" not in known.values()
+    head = [
+        name
+        for name in state
+        if (not is_fine_tuned and is_head(known[name]) if name in known else name.partition(".")[0] in _HEADS)
+    ]
     notes = []
     if "fc_norm.weight" in head and "norm.weight" not in state:
         state = state | {f"norm.{x}": state[f"fc_norm.{x}"] for x in ("weight", "bias") if f"fc_norm.{x}" in state}

@@ -1,7 +1,7 @@
 """What other systems call our parameters: state dicts of one layout to another, nothing is read or written.
 
-Names were read in transformers 4.57.6 and 5.23.0 (``ViTMAEForPreTraining``, ``ViTMAEModel``) and in timm 1.0.31
-(``VisionTransformer``). Ours are those of the published code.
+Names were read in transformers 4.57.6 and 5.23.0 (``ViTMAEForPreTraining``, ``ViTMAEModel``, and ViT's and BEiT's
+``ForImageClassification``) and in timm 1.0.31 (``VisionTransformer``). Ours are those of the published code.
 """
 
 import re
@@ -25,6 +25,7 @@ _ENCODER = {
     "norm": "layernorm",
 }
 _DECODER = ("decoder_embed", "mask_token", "decoder_pos_embed", "decoder_norm", "decoder_pred")
+_HEAD = ("fc_norm", "head")  # of a classifier
 _PUBLISHED_BLOCK = {x: (x,) for x in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")}
 _BLOCK_4 = {
     "norm1": ("layernorm_before",),
@@ -43,6 +44,12 @@ _BLOCK_5 = {
     "mlp.fc2": ("mlp.fc2",),
 }
 
+
+def is_decoder(name: str) -> bool:
+    """Whether a published key belongs to the decoder."""
+    return name.startswith("decoder_") or name == "mask_token"
+
+
 Table = dict[str, tuple[str, ...]]
 
 
@@ -60,7 +67,14 @@ def _table(encoder: dict[str, str], decoder: dict[str, str], blocks: str, decode
 def _hugging_face(block: Table, blocks: str, decoder_blocks: str = "decoder_layers", vit: str = "vit.") -> Table:
     encoder = {ours: vit + theirs for ours, theirs in _ENCODER.items()}
     decoder = {name: f"decoder.{name}" for name in _DECODER}
-    return _table(encoder, decoder, vit + blocks, f"decoder.{decoder_blocks}", block)
+    head = {"head": "classifier"} if vit else {}
+    return _table(encoder | head, decoder, vit + blocks, f"decoder.{decoder_blocks}", block)
+
+
+def _beit(block: Table, blocks: str) -> Table:
+    """Its norm is behind the mean of the patches."""
+    table = _hugging_face(block, blocks, vit="beit.") | {"fc_norm": ("beit.pooler.layernorm",)}
+    return {name: theirs for name, theirs in table.items() if name != "norm" and not is_decoder(name)}
 
 
 # Of a cross decoder, in the place of attn.qkv: no other system has them.
@@ -69,7 +83,7 @@ _CROSS = {x: (x,) for x in ("decoder_blocks.#.attn.q", "decoder_blocks.#.attn.kv
 # All that are recognised; those whose names are no layout of LAYOUTS are read and never written.
 _TABLES: dict[str, Table] = {
     "published": _table(
-        {x: x for x in _ENCODER}, {x: x for x in _DECODER}, "blocks", "decoder_blocks", _PUBLISHED_BLOCK
+        {x: x for x in (*_ENCODER, *_HEAD)}, {x: x for x in _DECODER}, "blocks", "decoder_blocks", _PUBLISHED_BLOCK
     )
     | _CROSS,
     "huggingface-4": _hugging_face(_BLOCK_4, "encoder.layer"),
@@ -78,12 +92,19 @@ _TABLES: dict[str, Table] = {
     "huggingface-5, encoder alone": _hugging_face(_BLOCK_5, "layers", vit=""),
     # save_pretrained of transformers 5 turns its names back into those of 4, and decoder_layers into this.
     "huggingface-4, saved by 5": _hugging_face(_BLOCK_4, "encoder.layer", "decoder_encoder.layer"),
+    "huggingface-4, BEiT": _beit(_BLOCK_4, "encoder.layer"),
+    "huggingface-5, BEiT": _beit(_BLOCK_5, "layers"),
 }
 
 
-def is_decoder(name: str) -> bool:
-    """Whether a published key belongs to the decoder."""
-    return name.startswith("decoder_") or name == "mask_token"
+def is_head(name: str) -> bool:
+    """Whether a published key belongs to a classifier's head."""
+    return name.partition(".")[0] in _HEAD
+
+
+def _is_keys_bias(theirs: str, layout: str) -> bool:
+    """Whether it is what BEiT does without, since it changes no result."""
+    return layout.endswith("BEiT") and theirs.endswith((".key.bias", ".k_proj.bias"))
 
 
 # One of these is in every model, and in no block.
@@ -128,7 +149,7 @@ def find_layout(state: dict[str, Tensor]) -> str:
 
     Returns:
         ``"published"``, ``"huggingface-4"``, ``"huggingface-5"``, or one of their variants, which :func:`to_layout` and
-        :func:`from_layout` take too: the encoder alone (``ViTMAEModel``), or as saved by transformers 5.
+        :func:`from_layout` take too: the encoder alone (``ViTMAEModel``), as saved by transformers 5, or BEiT's.
 
     Raises:
         CheckpointError: keys of no layout known here, or of two of them.
@@ -157,7 +178,7 @@ def to_layout(state: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
     """Published keys to those of ``layout``; tensors are copied, none shares memory with another.
 
     ``attn.qkv`` ``[3 D, D]`` becomes three of ``[D, D]`` for Hugging Face. timm gets the encoder alone: its loader
-    takes every state dict with a ``mask_token`` for DINOv2's.
+    takes every state dict with a ``mask_token`` for DINOv2's. BEiT gets no bias of the keys, which changes no result.
 
     Raises:
         ValueError: an unknown layout, or a key that is not published.
@@ -173,16 +194,19 @@ def to_layout(state: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
             raise ValueError(f"{name} is no key of the published layout")
         theirs = [theirs.replace("#", number) + leaf for theirs in table[stem]]
         result.update(zip(theirs, (part.clone() for part in x.chunk(len(theirs))), strict=True))
-    return result
+    return {name: x for name, x in result.items() if not _is_keys_bias(name, layout)}
 
 
 def from_layout(state: dict[str, Tensor], layout: str | None = None) -> dict[str, Tensor]:
     """Keys of any layout, found by :func:`find_layout` where it is not given, to the published ones.
 
+    The bias of the keys that BEiT has not becomes zeros.
+
     Raises:
         CheckpointError: an unknown layout, a key that is not part of it, or q, k and v that are not all there.
     """
-    table = _TABLES["published" if layout == "timm" else layout or find_layout(state)]
+    layout = "published" if layout == "timm" else layout or find_layout(state)
+    table = _TABLES[layout]
     ours = {theirs: (name, part) for name, names in table.items() for part, theirs in enumerate(names)}
     parts: dict[str, dict[int, Tensor]] = {}
     for key, x in state.items():
@@ -193,9 +217,11 @@ def from_layout(state: dict[str, Tensor], layout: str | None = None) -> dict[str
         parts.setdefault(name.replace("#", number) + leaf, {})[part] = x
     for name, found in parts.items():
         stem, number, leaf = _split(name)
-        for part, theirs in enumerate(table[stem]):
-            if part not in found:
-                raise CheckpointError(f"{theirs.replace('#', number)}{leaf} is missing")
+        for part, theirs in enumerate(x.replace("#", number) + leaf for x in table[stem]):
+            if part not in found and _is_keys_bias(theirs, layout):
+                found[part] = torch.zeros_like(next(iter(found.values())))
+            elif part not in found:
+                raise CheckpointError(f"{theirs} is missing")
     return {name: torch.cat([found[i] for i in sorted(found)]) for name, found in parts.items()}
 
 

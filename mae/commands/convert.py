@@ -8,6 +8,7 @@ import tyro
 
 from mae.checkpoints.convert import TARGETS, convert_checkpoint
 from mae.commands.options import LoadOptions
+from mae.data import counted
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class ConvertConfig:
     checkpoint: Path
     """Folder or file in any of these layouts, found by its keys."""
     to: Literal[TARGETS]
-    """huggingface-4 loads with transformers 4 and 5, huggingface-5 with 5 alone; timm gets the encoder."""
+    """huggingface-4 loads with transformers 4 and 5, huggingface-5 with 5 alone; timm gets encoders and classifiers."""
     out: Path
     """Folder to write, or a file that ends in .safetensors or .pth, which holds the weights alone."""
     loading: Annotated[LoadOptions, tyro.conf.arg(name="")] = field(default_factory=LoadOptions)
@@ -30,5 +31,11 @@ def convert(config: ConvertConfig) -> None:
         print(f"Left out, the {len(result.left_out)} tensors of the decoder: {', '.join(result.left_out)}")
     elif result.encoder_only:
         print("The checkpoint holds the encoder alone, and so does this")
+    elif result.classes:
+        print(f"The checkpoint holds a classifier of {counted(result.classes, 'class', 'classes')}, and so does this")
+    if result.is_beit:
+        print("It is a BEiT there, since ViT looks at the class token alone, with the same logits")
+        print("Left out: the bias of the keys, which BEiT has not and which changes no result")
     if len(result.files) == 1:
-        print("Left out: the configuration. Whoever loads this file has to know the architecture")
+        names = " and the names of the classes" if result.classes else ""
+        print(f"Left out: the configuration{names}. Whoever loads this file has to know the architecture")

@@ -38,7 +38,8 @@ class Classifier(VisionTransformer):
     """Logits of images: :class:`VisionTransformer`, its tokens pooled to one, and a linear layer.
 
     State-dict keys are those of the published fine-tuning code and of timm: ``head``, and ``fc_norm`` in the place of
-    ``norm`` where the head has one. Position embeddings are trained, as published.
+    ``norm`` where the head has one: :meth:`forward_features` then gives tokens without a norm. Position embeddings are
+    trained, as published.
 
     Args:
         head: classes and pooling.
@@ -99,8 +100,7 @@ class Classifier(VisionTransformer):
         return (torch.rand(batch_size, len(self.blocks), 2, device=device, generator=generator) < kept) / kept
 
     def description(self) -> dict[str, Any]:
-        """What ``config.json`` says of the model."""
-        return asdict(self.config) | {"head": asdict(self.head_config)}
+        return super().description() | {"head": asdict(self.head_config)}
 
 
 def pool_tokens(tokens: Tensor, pool: Pool) -> Tensor:

@@ -3,6 +3,9 @@
 State-dict keys are those of the published code.
 """
 
+from dataclasses import asdict
+from typing import Any
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -86,6 +89,10 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_features(images)
+
+    def description(self) -> dict[str, Any]:
+        """What ``config.json`` says of the model."""
+        return asdict(self.config)
 
 
 def initialize(*modules: nn.Module) -> None:

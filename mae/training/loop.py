@@ -293,7 +293,7 @@ class _Run:
             save_state(self.folder, self.watch.step, self.state, self.processes, self.config.keep)
         self.saved = self.watch.step
         if self.processes.leads:
-            save_weights(weights, plain(self.step.model).config, self.folder)
+            save_weights(weights, plain(self.step.model).description(), self.folder)
         self.watch.pause(time.perf_counter() - start)
 
     def look(self) -> dict[str, float]:
