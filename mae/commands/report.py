@@ -12,7 +12,7 @@ class ReportConfig:
     """Write a page about a run: curves, reconstructions, evaluations and options in one file."""
 
     run: Path
-    """Run folder, of a run that may still be going; report.html is written into it."""
+    """Run folder, of a run that may still be going, or the --out of an evaluation; report.html is written into it."""
 
 
 def report(config: ReportConfig) -> None:

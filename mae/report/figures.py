@@ -1,6 +1,8 @@
 """Pictures for a run folder."""
 
 import math
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +15,13 @@ from torch import Tensor
 
 from mae.data.sound import HOP, RATE, row_of
 from mae.model import Reconstruction
+from mae.report.tables import abbreviated
 
 View = Literal["frames", "slices"]
 
 _WAYS = ("masked", "reconstruction", "original")
 _MOST_FRAMES = 8  # of a clip in a picture
+_MOST_MISTAKES = 24
 _WIDE = 2  # times as wide as high, from which on the pictures of a triplet lie below each other
 
 
@@ -85,6 +89,42 @@ def save_reconstructions(
     if notes:
         figure.supxlabel("; ".join(notes), fontsize=8)
     figure.savefig(file, dpi=150)
+
+
+def save_mistakes(pictures: Tensor, captions: Sequence[tuple[str, str, float]], file: str | Path) -> None:
+    """Pictures that a classifier was wrong about, up to 24, those first that it was most sure of.
+
+    Args:
+        pictures: ``[n, C, H, W]``, or clips ``[n, C, T, H, W]``, uint8.
+        captions: label, predicted and its confidence from 0 to 1, of each.
+    """
+    order = sorted(range(len(captions)), key=lambda i: -captions[i][2])[:_MOST_MISTAKES]
+    flat = _flat(pictures[order].cpu() / 255, "frames")  # [N, C, H, W]
+    channels, height, width = flat.shape[1:]
+    fitting = max(1, min(6, round(6 * math.sqrt(height / width))))  # in a row
+    wide, letters = 10.5 / fitting, 180 // fitting  # of a cell: in inches, and in letters of this size
+    per_row = max(1, min(fitting, len(order)))
+    rows = max(1, -(-len(order) // per_row))
+    high = min(wide * height / width, 5) + 0.35
+    figure = Figure(figsize=(per_row * wide, rows * high + 0.2), layout="constrained")
+    axes = figure.subplots(rows, per_row, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for i, axis in zip(range(len(order)), axes.flat, strict=False):
+        label, predicted, confidence = captions[order[i]]
+        picture = flat[i].permute(1, 2, 0).numpy()  # [H, W, C]
+        axis.imshow(picture if channels == 3 else picture.mean(2), cmap="gray", vmin=0, vmax=1)
+        words = (
+            f"{abbreviated(label, letters)}\ntaken for {abbreviated(predicted, letters - 16)}, {100 * confidence:.0f} %"
+        )
+        axis.set_title(words, fontsize=6.5, parse_math=False)  # a name may hold $
+    if not order:
+        figure.text(0.5, 0.5, "no mistakes", ha="center", va="center")
+    elif channels not in (1, 3):
+        figure.supxlabel(f"mean of {channels} channels", fontsize=8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a letter that the font lacks is a box; the page holds it
+        figure.savefig(file, dpi=150)
 
 
 def _flat(pictures: Tensor, view: str) -> Tensor:

@@ -12,8 +12,8 @@ import numpy as np
 from mae.data.errors import counted
 
 COLUMNS = (
-    "step", "epoch", "loss", "val_loss", "lr", "images_per_second", "seconds", "waiting", "grad_norm", "skipped",
-    "memory_mb",
+    "step", "epoch", "loss", "val_loss", "val_top1", "lr", "images_per_second", "seconds", "waiting", "grad_norm",
+    "skipped", "memory_mb",
 )  # fmt: skip
 _LARGEST = 1e99  # beyond which means and differences could overflow
 

@@ -1,6 +1,5 @@
 """One page about a run: its state, curves, pictures, evaluations and options, in a file that needs no other."""
 
-import base64
 import math
 import os
 import re
@@ -13,27 +12,30 @@ import numpy as np
 from mae.checkpoints.saving import write_files
 from mae.data.errors import counted
 from mae.fields import is_number
+from mae.report.classes import predictions
 from mae.report.curves import Line, draw, thin
+from mae.report.embedding import embedded, is_whole
 from mae.report.history import History, read_history
 from mae.report.style import STYLE
 from mae.report.tables import evaluations, figure, note, read_json, section, text_of
-from mae.run_files import CHECKPOINTS, CONFIG, METRICS, RECIPE, RECONSTRUCTIONS, REPORT, RESULTS
+from mae.run_files import CHECKPOINTS, CONFIG, METRICS, RECIPE, RECONSTRUCTIONS, REPORT, RESULTS, predictions_name
 
 _MOST_PICTURES = 6
-_PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+_WRITTEN = (RECIPE, METRICS, RESULTS, predictions_name("*"))
+_OF_CLASSES = ("finetune", "linprobe")  # commands whose loss is not one of pixels
 # Nothing may be loaded, even if something that should have been escaped was not.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(run: Path) -> Path:
-    """Write ``report.html`` into the folder of a run, which may still be going or lack some of its files.
+    """Write ``report.html`` into the folder of an evaluation or of a run, which may still be going or lack some files.
 
     Raises:
-        ValueError: the folder holds neither recipe.json nor metrics.jsonl.
+        ValueError: the folder holds nothing that a run or an evaluation writes.
         CheckpointError: the page could not be written; an older one is whole.
     """
-    if not any((run / name).is_file() for name in (RECIPE, METRICS)):
-        raise ValueError(f"{run} is no folder of a run: it holds neither {RECIPE} nor {METRICS}")
+    if not any(path.is_file() for pattern in _WRITTEN for path in run.glob(pattern)):
+        raise ValueError(f"{run} is no folder of a run: it holds neither {', '.join(_WRITTEN[:-1])} nor {_WRITTEN[-1]}")
     page = _page(run)
     write_files(run, {REPORT: lambda path: path.write_text(page, encoding="utf-8")})
     return run / REPORT
@@ -44,23 +46,30 @@ def _page(run: Path) -> str:
     options, versions, data = (_part(recipe, name, dict) for name in ("options", "versions", "data"))
     asked = options | _part(recipe, "schedule", dict)  # the steps that epochs come to
     history = read_history(run / METRICS) if (run / METRICS).is_file() else None
-    name, model = text_of(Path(os.path.abspath(run)).name), text_of(options.get("model") or "model not known")
+    is_evaluation = history is None and not (run / RECIPE).is_file()  # with --out, away from any run
+    is_of_classes = options.get("command") in _OF_CLASSES
+    model = text_of(options.get("model") or ("an evaluation" if is_evaluation else "model not known"))
+    name = text_of(Path(os.path.abspath(run)).name)
     labels = "".join(f"<li>{text_of(label)}</li>" for label in _part(recipe, "labels", list))
     missing = f"{problem} The options, the versions and how many steps were asked for are not known."
+    of_run = [
+        *section("The run", _facts(run, history, data)),
+        *section("Options", options, "" if problem else "The recipe names no options."),
+        *section("Versions", versions, "" if problem else "The recipe names no versions."),
+    ]
     sections = [
         f"<h1>{name}</h1>",
         f'<p class="model">{model}</p>',
         f'<ul class="labels">{labels}</ul>' if labels else "",
         f'<p class="state">{text_of(_state(run, history, asked))}</p>',
         note(missing) if problem else "",
-        *_curves(history),
-        *_pictures(run),
+        *_curves(history, "cross entropy" if is_of_classes else "squared error"),
+        *(_pictures(run) if (run / RECONSTRUCTIONS).is_dir() or not (is_of_classes or is_evaluation) else ()),
         *evaluations(run / RESULTS),
+        *predictions(run),
         '<div class="side-by-side">',
-        *section("The run", _facts(run, history, data)),
-        *section("Options", options, "" if problem else "The recipe names no options."),
+        *(() if is_evaluation else of_run),
         *section("Model", *read_json(run / CONFIG, dict)),
-        *section("Versions", versions, "" if problem else "The recipe names no versions."),
         "</div>",
         f"<footer>Written on {_moment(datetime.now(timezone.utc))}.</footer>",
     ]
@@ -109,7 +118,7 @@ def _is_amount(value: object) -> bool:
     return is_number(value, 0) and value < 1e15
 
 
-def _curves(history: History | None) -> list[str]:
+def _curves(history: History | None, loss: str) -> list[str]:
     heading = "<h2>Curves</h2>"
     if history is None:
         return [heading, note("There is no metrics.jsonl, so there are no curves.")]
@@ -117,7 +126,8 @@ def _curves(history: History | None) -> list[str]:
     if not len(history):
         return [heading, *notes, note("There are no curves before the first step.")]
     figures = [
-        _curve(history, "Loss", "squared error", {"loss": "training", "val_loss": "held-out images"}, from_zero=False),
+        _curve(history, "Loss", loss, {"loss": "training", "val_loss": "held-out images"}, from_zero=False),
+        _curve(history, "Accuracy on held-out pictures", "%", {"val_top1": "top-1"}, factor=100, from_zero=False),
         _curve(history, "Learning rate", "", {"lr": "rate"}),
         _curve(history, "Speed", "images per second", {"images_per_second": "training"}),
         _curve(history, "Waiting for data", "% of the time", {"waiting": "waiting"}, factor=100),
@@ -161,7 +171,7 @@ def _pictures(run: Path) -> list[str]:
     """The last reconstruction, large, and up to five before it, from the first one on."""
     heading = "<h2>Reconstructions</h2>"
     files = _numbered(run / RECONSTRUCTIONS, r"step-(\d+)\.png")
-    whole = [(file, step) for file, step in files if _is_whole(file)]
+    whole = [(file, step) for file, step in files if is_whole(file)]
     damaged = len(files) - len(whole)
     notes = [note(f"{counted(damaged, 'picture')} left out: not a whole PNG file.")] if damaged else []
     if not whole:
@@ -173,19 +183,8 @@ def _pictures(run: Path) -> list[str]:
 
 
 def _picture(file: Path, step: int) -> str:
-    content = base64.b64encode(file.read_bytes()).decode("ascii")
     alternative = f"Images as the model sees them, as it completes them, and as they are, at step {step:,}"
-    return f'<img alt="{alternative}" src="data:image/png;base64,{content}"/><figcaption>Step {step:,}</figcaption>'
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether a PNG file is complete, which one that is being written is not."""
-    if not file.is_file() or file.stat().st_size < len(_PNG) + len(_PNG_END):
-        return False
-    with file.open("rb") as content:
-        start = content.read(len(_PNG))
-        content.seek(-len(_PNG_END), os.SEEK_END)
-        return (start, content.read()) == (_PNG, _PNG_END)
+    return f"{embedded(file, alternative)}<figcaption>Step {step:,}</figcaption>"
 
 
 def _numbered(folder: Path, pattern: str) -> list[tuple[Path, int]]:

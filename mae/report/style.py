@@ -54,11 +54,36 @@ table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
 th, td { padding: 0.2rem 0.8rem 0.2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
 th { font-weight: 600; }
 tbody th { font-weight: 400; color: var(--soft); }
+caption { padding-bottom: 0.3rem; text-align: left; color: var(--soft); }
+.classes { max-width: 60rem; }
+.classes thead th { overflow-wrap: normal; }
+.classes td { font-variant-numeric: tabular-nums; }
+.bar, .matrix td::before { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+.classes td:nth-child(3) { white-space: nowrap; }
+.bar {
+  display: inline-block; width: clamp(1.5rem, 8vw, 6rem); height: 0.7rem; margin-right: 0.6rem;
+  border: 1px solid var(--rule);
+}
+.bar span { display: block; height: 100%; background: var(--one); }
+.matrix { width: auto; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+.matrix caption span { display: inline-block; max-width: calc(100vw - 3rem); }
+.matrix th, .matrix td { padding: 0.2rem 0.4rem; white-space: nowrap; }
+.matrix thead th, .corner { vertical-align: bottom; }
+.matrix thead th span { display: inline-block; writing-mode: vertical-rl; transform: rotate(180deg); }
+.matrix td { position: relative; isolation: isolate; min-width: 2.6rem; text-align: right; }
+.matrix .zero, .matrix .corner { color: var(--soft); }
+.matrix td::before { content: ""; position: absolute; inset: 0; z-index: -1; opacity: calc(0.45 * var(--heat, 0)); }
+.matrix .right::before { background: var(--one); }
+.matrix .wrong::before { background: var(--two); }
+summary { margin: 0.6rem 0; cursor: pointer; }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 footer { margin-top: 3rem; font-size: 0.85rem; }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
   .side-by-side { grid-template-columns: 1fr 1fr; }
+  .wide { overflow: visible; }
+  .matrix { font-size: 7pt; break-inside: avoid; }
+  .matrix td { min-width: 0; }
   h2, h3 { break-after: avoid; }
   tr { break-inside: avoid; }
 }

@@ -30,6 +30,12 @@ def text_of(value: object) -> str:
     return html.escape(text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]}…")
 
 
+def abbreviated(name: str, most: int) -> str:
+    """A name in visible characters and not many of them, not escaped: many names differ in their end alone."""
+    name = printable(name)
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most - most // 2) + 1 :]}"
+
+
 def note(sentence: str) -> str:
     return f'<p class="note">{text_of(sentence)}</p>'
 
