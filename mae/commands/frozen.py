@@ -52,4 +52,4 @@ class FrozenFeatures:
 
     def write(self, table: Table, predictions: Predictions, **conditions: Any) -> None:
         where = {name: str(getattr(self.config, name)) for name in ("checkpoint", "data", "test")}
-        self.results.write(table, predictions, self.test, self.reading, **where, **conditions)
+        self.results.write(table, predictions, self.test, self.reading, where | conditions)

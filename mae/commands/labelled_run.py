@@ -145,7 +145,7 @@ class _Job:
         table.add(self.asked.row, predictions)
         config = self.asked.config
         where = {name: str(getattr(config, name)) for name in ("checkpoint", "data", "test")}
-        self.results.write(table, predictions, self.test, self.images.reading, images=len(self.images), **where)
+        self.results.write(table, predictions, self.test, self.images.reading, where | {"images": len(self.images)})
         print(f"The classifier is in {printable(self.asked.out)}. Try it:")
         print(f"  python -m mae predict --checkpoint {printable(self.asked.out)} --images FOLDER --out predictions.csv")
 

@@ -14,7 +14,7 @@ from mae.checkpoints.saving import write_files, write_json
 from mae.data import Labelled, Reading, printable, read_pictures
 from mae.data.sources import Part
 from mae.evaluation.predictions import Predictions, measures
-from mae.report.mistakes import MOST_MISTAKES, save_mistakes
+from mae.report.figures import MOST_MISTAKES, save_mistakes
 from mae.report.page import write_report
 from mae.run_files import REPORT, RESULTS, mistakes_name, predictions_name
 from mae.training.run import refuse_file
@@ -69,18 +69,18 @@ class Results:
         return found
 
     def write(
-        self, table: Table, predictions: Predictions, test: Labelled, reading: Reading, **conditions: Any
+        self, table: Table, predictions: Predictions, test: Labelled, reading: Reading, conditions: dict[str, Any]
     ) -> None:
         """Add the accuracies to what is there, and put what was predicted beside them."""
         if self.folder is None:
             return
         counts = {"test_images": len(predictions.numbers), "classes": len(test.classes)}
         entry = {"command": self.command, **conditions, **counts, **table.accuracies}
-        names = {"predictions": predictions_name(self.command)}
-        write_files(self.folder, {names["predictions"]: lambda path: _write_table(path, predictions, test)})
-        if len(predictions.mistakes()):
-            names["mistakes"] = mistakes_name(self.command)
-            write_files(self.folder, {names["mistakes"]: lambda path: _draw_mistakes(path, predictions, test, reading)})
+        writers = {
+            predictions_name(self.command): lambda path: _write_table(path, predictions, test),
+            mistakes_name(self.command): lambda path: _draw_mistakes(path, predictions, test, reading),
+        }
+        write_files(self.folder, writers)
         write_json(self.folder, {RESULTS: [*self._earlier(), entry]})
         write_report(self.folder)
         results, report = (printable(self.folder / name) for name in (RESULTS, REPORT))
@@ -98,12 +98,12 @@ def _write_table(path: Path, predictions: Predictions, test: Labelled) -> None:
 
 def _draw_mistakes(path: Path, predictions: Predictions, test: Labelled, reading: Reading) -> None:
     worst = predictions.mistakes()[:MOST_MISTAKES]
-    worst = worst[np.argsort(predictions.numbers[worst])]  # a part of a source has its numbers in order
-    read = read_pictures(Part(test.source, predictions.numbers[worst].tolist()), reading)
-    shown = [(picture, worst[i]) for picture, i in read]
-    shown.sort(key=lambda pair: -predictions.confidence[pair[1]])
+    worst = worst[np.argsort(predictions.numbers[worst])]  # the numbers of a part of a source rise
+    read = [*read_pictures(Part(test.source, predictions.numbers[worst].tolist()), reading)] if len(worst) else []
+    pictures = torch.zeros(0, reading.channels, *reading.image_size, dtype=torch.uint8)
+    pictures = torch.stack([picture for picture, _ in read]) if read else pictures
     captions = [
         (test.classes[predictions.labels[i]], test.classes[predictions.predicted[i]], float(predictions.confidence[i]))
-        for _, i in shown
+        for i in (worst[place] for _, place in read)
     ]
-    save_mistakes(torch.stack([picture for picture, _ in shown]), captions, path)
+    save_mistakes(pictures, captions, path)

@@ -21,7 +21,7 @@ View = Literal["frames", "slices"]
 
 _WAYS = ("masked", "reconstruction", "original")
 _MOST_FRAMES = 8  # of a clip in a picture
-_MOST_MISTAKES = 24
+MOST_MISTAKES = 24
 _WIDE = 2  # times as wide as high, from which on the pictures of a triplet lie below each other
 
 
@@ -98,7 +98,7 @@ def save_mistakes(pictures: Tensor, captions: Sequence[tuple[str, str, float]], 
         pictures: ``[n, C, H, W]``, or clips ``[n, C, T, H, W]``, uint8.
         captions: label, predicted and its confidence from 0 to 1, of each.
     """
-    order = sorted(range(len(captions)), key=lambda i: -captions[i][2])[:_MOST_MISTAKES]
+    order = sorted(range(len(captions)), key=lambda i: -captions[i][2])[:MOST_MISTAKES]
     flat = _flat(pictures[order].cpu() / 255, "frames")  # [N, C, H, W]
     channels, height, width = flat.shape[1:]
     fitting = max(1, min(6, round(6 * math.sqrt(height / width))))  # in a row

@@ -161,8 +161,8 @@ def probing(
     model: Classifier,
     config: ProbeTraining,
     labels: Tensor,
-    solver: Literal["sgd", "lars"] = "lars",
     processes: Processes = Processes(),
+    solver: Literal["sgd", "lars"] = "lars",
 ) -> Classification:
     """Freezes the encoder, and puts a normalisation of its features before the linear layer, as published."""
     model.requires_grad_(False)
