@@ -1,4 +1,4 @@
-"""``python -m mae``: pre-train, reconstruct, probe, report, convert, profile, pack, demo."""
+"""``python -m mae``: pre-train, reconstruct, show attention, probe, report, convert, profile, pack, demo."""
 
 # ruff: noqa: E402 (Ctrl-C is answered, and missing packages are named, while the modules below are imported)
 import os
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from tyro.conf import subcommand
 
 from mae.checkpoints.checkpoint import CheckpointError, CheckpointWarning
+from mae.commands.attention import AttentionConfig, attention
 from mae.commands.convert import ConvertConfig, convert
 from mae.commands.demo import DemoConfig, run_demo
 from mae.commands.linprobe import LinprobeConfig, linprobe
@@ -52,8 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
                 _chosen(arguments),
                 args=arguments,
                 prog="python -m mae",
-                description="Pre-train masked autoencoders, look at reconstructions, probe features, write a "
-                "page about a run, convert checkpoints, profile a training step, pack images.",
+                description="Pre-train masked autoencoders, look at reconstructions and attention, probe "
+                "features, write a page about a run, convert checkpoints, profile a training step, pack images.",
                 config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
             )
             next(run for kind, run in _COMMANDS.values() if type(config) is kind)(config)
@@ -74,6 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
 _COMMANDS = {
     "pretrain": (PretrainConfig, pretrain),
     "reconstruct": (ReconstructConfig, reconstruct),
+    "attention": (AttentionConfig, attention),
     "linprobe": (LinprobeConfig, linprobe),
     "report": (ReportConfig, report),
     "convert": (ConvertConfig, convert),

@@ -1,4 +1,4 @@
-"""Reconstructions of images, and the pictures and the report of a run."""
+"""Pictures that commands are given, their reconstructions, and the pictures and the report of a run."""
 
 import os
 import warnings
@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mae.data import DataWarning, Reading, Source, is_sound, read_pictures
+from mae.data import DataWarning, ImageFiles, Joined, Reading, Source, is_sound, open_source, read_pictures
 from mae.data.randomness import derived_seed
 from mae.model import MaskedAutoencoder, Reconstruction
 from mae.report.figures import View, default_count, save_reconstructions
@@ -17,6 +17,19 @@ from mae.report.page import write_report
 from mae.run_files import METRICS, RECONSTRUCTIONS, picture_name
 from mae.training.step import MaskStrategy
 from mae_kernels import Masking
+
+
+def some_pictures(images: Iterable[str], reading: Reading, most: int) -> tuple[Source, Tensor, tuple[int, ...]]:
+    """At most that many of files, folders and datasets: all of them, pictures ``[N, C, (T,) H, W]`` uint8, numbers."""
+    source = Joined([_opened(x) for x in images])
+    pictures, numbers = zip(*read_pictures(source, reading, most), strict=True)
+    return source, torch.stack(pictures), numbers
+
+
+def _opened(images: str) -> Source:
+    """A single file is taken whatever its suffix is."""
+    is_many = images.startswith("hf:") or Path(images).is_dir()
+    return open_source(images) if is_many else ImageFiles([Path(images)])
 
 
 def reconstructed(model: MaskedAutoencoder, images: Tensor, strategy: MaskStrategy, seed: int) -> Reconstruction:
