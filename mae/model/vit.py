@@ -116,11 +116,11 @@ class VisionTransformer(nn.Module):
         wanted = self._wanted(indices)
         grid = self.patch_grid(images).grid[-len(self.config.sides) :]
         x, taken = self.embed(images), []
-        for i, block in enumerate(self.blocks):
+        for number, block in enumerate(self.blocks):
             if intermediates_only and len(taken) == len(wanted):
                 break
             x = block(x)  # [N, 1 + L, D]
-            if i in wanted:
+            if number in wanted:
                 taken.append(self.norm(x) if norm else x)
         maps = [torch.unflatten(tokens[:, 1:].transpose(1, 2), 2, grid).contiguous() for tokens in taken]
         if return_prefix_tokens:
