@@ -129,7 +129,9 @@ def shares_by_hand(model: VisionTransformer, images: torch.Tensor, block: int) -
 
 
 @pytest.mark.parametrize(
-    ("config", "size"), [(SMALL, (32, 32)), (SMALL, (16, 40)), (CLIPS, (4, 16, 24)), (CLIPS, (6, 24, 16))], ids=str
+    ("config", "size"),
+    [(SMALL, (32, 32)), (SMALL, (16, 40)), (CLIPS, (4, 16, 24)), (CLIPS, (6, 24, 16))],
+    ids=lambda x: {SMALL: "images", CLIPS: "clips"}.get(x),
 )
 @pytest.mark.parametrize("block", [0, 2, -1])
 def test_attention_is_a_softmax(config, size, block):
