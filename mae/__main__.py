@@ -1,4 +1,4 @@
-"""``python -m mae``: pre-train, reconstruct, fine-tune, probe, predict, report, convert, profile, pack, demo."""
+"""``python -m mae``: pre-train, fine-tune, probe, look at what is learned, convert, and more."""
 
 # ruff: noqa: E402 (Ctrl-C is answered, and missing packages are named, while the modules below are imported)
 import os
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from tyro.conf import subcommand
 
 from mae.checkpoints.checkpoint import CheckpointError, CheckpointWarning
+from mae.commands.attention import AttentionConfig, attention
 from mae.commands.convert import ConvertConfig, convert
 from mae.commands.demo import DemoConfig, run_demo
 from mae.commands.features import FeaturesConfig, features
@@ -56,8 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
                 _chosen(arguments),
                 args=arguments,
                 prog="python -m mae",
-                description="Pre-train masked autoencoders, look at reconstructions, fine-tune and probe what they "
-                "have learned, write a page about a run, convert checkpoints, profile a training step, pack images.",
+                description="Pre-train masked autoencoders, look at reconstructions and attention, fine-tune and probe "
+                "what they have learned, write a page about a run, convert checkpoints, profile a step, pack images.",
                 config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
             )
             next(run for kind, run in _COMMANDS.values() if type(config) is kind)(config)
@@ -78,6 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
 _COMMANDS = {
     "pretrain": (PretrainConfig, pretrain),
     "reconstruct": (ReconstructConfig, reconstruct),
+    "attention": (AttentionConfig, attention),
     "finetune": (FinetuneConfig, finetune),
     "linprobe": (LinprobeConfig, linprobe),
     "knn": (KnnConfig, knn),

@@ -301,7 +301,7 @@ def test_fashion_mnist_is_what_it_says():
     ("command", "sentence"),
     [
         ("pretrain --data {d}/none", "there is no folder {d}/none"),
-        ("trian --data {d}/good", "there is no command trian, but pretrain, reconstruct, linprobe, report, convert,"),
+        ("trian --data {d}/good", "there is no command trian, but pretrain, reconstruct,"),
         ("pretrain --data {d}/good/photo_00.jpg", "{d}/good/photo_00.jpg is a file, not a folder"),
         ("pretrain --data {d}/empty", "found no image below {d}/empty; looked for .jpg, .png, .webp"),
         ("pretrain --data {d}/bad", "none of the 4 files can be read; first: cannot read {d}/bad/"),
@@ -405,7 +405,7 @@ def test_it_stops_with_one_clear_sentence(run, tmp_path, command, sentence):
 
 
 def test_help_explains_every_option(capsys):
-    for command in ("pretrain", "reconstruct", "linprobe", "convert", "demo"):
+    for command in ("pretrain", "reconstruct", "attention", "linprobe", "convert", "demo"):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0

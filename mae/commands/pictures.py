@@ -1,4 +1,4 @@
-"""Reconstructions of images, and the pictures and the report of a run."""
+"""Pictures that commands are given, their reconstructions, and the pictures and the report of a run."""
 
 import os
 import warnings
@@ -19,13 +19,6 @@ from mae.training.step import MaskStrategy
 from mae_kernels import Masking
 
 
-def reconstructed(model: MaskedAutoencoder, images: Tensor, strategy: MaskStrategy, seed: int) -> Reconstruction:
-    """Images ``[N, C, H, W]`` or ``[N, C, T, H, W]`` under masks that are the same on every device."""
-    device = model.cls_token.device
-    masking = strategy(len(images), model.config.grid.grid, generator=torch.Generator().manual_seed(seed))
-    return model.reconstruct(images.to(device), masking=Masking(*(x.to(device) for x in masking)))
-
-
 def open_images(images: Iterable[str]) -> Source:
     """Image files, which are taken whatever their suffix is, folders of them, and datasets behind hf:, as one."""
 
@@ -34,6 +27,20 @@ def open_images(images: Iterable[str]) -> Source:
         return open_source(name) if is_many else ImageFiles([Path(name)])
 
     return Joined([opened(name) for name in images])
+
+
+def some_pictures(images: Iterable[str], reading: Reading, most: int) -> tuple[Source, Tensor, tuple[int, ...]]:
+    """At most that many of files, folders and datasets: all of them, pictures ``[N, C, (T,) H, W]`` uint8, numbers."""
+    source = open_images(images)
+    pictures, numbers = zip(*read_pictures(source, reading, most), strict=True)
+    return source, torch.stack(pictures), numbers
+
+
+def reconstructed(model: MaskedAutoencoder, images: Tensor, strategy: MaskStrategy, seed: int) -> Reconstruction:
+    """Images ``[N, C, H, W]`` or ``[N, C, T, H, W]`` under masks that are the same on every device."""
+    device = model.cls_token.device
+    masking = strategy(len(images), model.config.grid.grid, generator=torch.Generator().manual_seed(seed))
+    return model.reconstruct(images.to(device), masking=Masking(*(x.to(device) for x in masking)))
 
 
 def view_of(source: Source, numbers: Iterable[int], otherwise: View = "frames") -> View | Literal["sound"]:

@@ -4,13 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.commands.options import LoadOptions, ReadingOptions
-from mae.commands.pictures import open_images, reconstructed, view_of
-from mae.data import counted, printable, read_pictures
+from mae.commands.pictures import reconstructed, some_pictures, view_of
+from mae.data import counted, printable
 from mae.fields import COUNT, RATIO, SEED, check
 from mae.model import MaskedAutoencoder
 from mae.report.figures import View, default_count, picture_file, save_reconstructions
@@ -56,12 +55,9 @@ def reconstruct(config: ReconstructConfig) -> None:
         )
     model = model.to(choose_device(config.device))
     reading = config.reading.reading(model.config)
-    source = open_images(config.images)
-    pictures, indices = zip(
-        *read_pictures(source, reading, config.most or default_count(reading.image_size)), strict=True
-    )
+    source, pictures, indices = some_pictures(config.images, reading, config.most or default_count(reading.image_size))
     strategy = MaskStrategy(config.masking, config.mask_ratio)
-    result = reconstructed(model, torch.stack(pictures), strategy, config.seed)
+    result = reconstructed(model, pictures, strategy, config.seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_reconstructions(result, out, view=view_of(source, indices, config.view))
     print(f"Wrote {counted(len(pictures), 'reconstruction')} to {printable(out)}")

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from mae.fields import are_all, is_whole
 from mae.model.block import Block, of_some
 from mae.model.positions import pos_embed_for, sincos_pos_embed
 from mae.model.sizes import MAEConfig
@@ -86,6 +87,62 @@ class VisionTransformer(nn.Module):
     def forward_features(self, images: Tensor) -> Tensor:
         """Features of whole images for downstream use, nothing masked: ``[N, 1 + L, D]``, class token first."""
         return self.encode(self.embed(images))
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | list[int] | tuple[int, ...] | None = None,
+        *,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        intermediates_only: bool = False,
+    ) -> tuple[Tensor, list] | list:
+        """Feature maps of several depths, nothing masked, for segmentation and detection; gradients pass.
+
+        Args:
+            images: as of the class, of any size that the patch divides.
+            indices: blocks behind which maps are taken: all for None, the last n for an int, chosen ones for a list,
+                where -1 is the last one.
+            return_prefix_tokens: pairs of a map and the class token ``[N, 1, D]`` in the place of the maps.
+            norm: the encoder's final norm is applied to each of them too.
+            intermediates_only: the maps alone are returned, and blocks behind the last wanted one do not run.
+
+        Returns:
+            Tokens ``[N, 1 + L, D]`` as of :meth:`forward_features`, and the maps ``[N, D, H', W']`` or
+            ``[N, D, T', H', W']``, a value for each patch, in the order of the blocks.
+
+        Raises:
+            ValueError: there is no such block.
+
+        Source: arguments and results are those of timm's ``VisionTransformer.forward_intermediates``.
+        """
+        wanted = self._wanted(indices)
+        grid = self.patch_grid(images).grid[-len(self.config.sides) :]
+        x, taken = self.embed(images), []
+        for number, block in enumerate(self.blocks):
+            if intermediates_only and len(taken) == len(wanted):
+                break
+            x = block(x)  # [N, 1 + L, D]
+            if number in wanted:
+                taken.append(self.norm(x) if norm else x)
+        maps = [torch.unflatten(tokens[:, 1:].transpose(1, 2), 2, grid).contiguous() for tokens in taken]
+        if return_prefix_tokens:
+            maps = [(own, tokens[:, :1]) for own, tokens in zip(maps, taken, strict=True)]
+        return maps if intermediates_only else (self.norm(x), maps)
+
+    def _wanted(self, indices: int | list[int] | tuple[int, ...] | None) -> set[int]:
+        """Numbers of blocks."""
+        depth = len(self.blocks)
+        if indices is None:
+            return {*range(depth)}
+        if is_whole(indices, 1, depth):
+            return {*range(depth - indices, depth)}
+        if not are_all(indices, is_whole, -depth, depth - 1) or not indices:
+            raise ValueError(
+                f"{type(self).__name__}: indices must be None, a whole number of 1 to {depth}, or a list of whole "
+                f"numbers of {-depth} to {depth - 1}, got {repr(indices)[:60]}"
+            )
+        return {i % depth for i in indices}
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_features(images)
