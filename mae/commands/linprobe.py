@@ -26,9 +26,10 @@ class LinprobeConfig(LabelledOptions):
     """Train a linear classifier on the frozen features of an encoder."""
 
     solver: Literal["auto", "lbfgs", "sgd", "lars"] = "auto"
-    """lbfgs computes the features once, and those of an untrained encoder beside them, for a logistic regression. lars
-    is the published way, a run of the trainer with random crops; sgd the same by another optimizer. auto: lbfgs up to
-    20000 pictures to learn from, lars above."""
+    """lbfgs computes the features once, and those of an untrained encoder beside them, for a logistic regression. sgd
+    is a run of the trainer with random crops, as published, and lars that with the published optimizer, for batches of
+    thousands: in small ones its steps are too small. auto: lbfgs up to
+    20000 pictures to learn from, sgd above."""
     pool: Pool | None = None
     """What the classifier sees: the mean of the patch tokens, by default of lbfgs, or the class token, by default of
     lars and sgd, as published."""
@@ -44,7 +45,7 @@ def linprobe(config: LinprobeConfig) -> None:
     solver = config.solver
     if solver == "auto":
         data, _ = open_train_and_test(config.data, config.test)
-        solver = "lbfgs" if len(data) <= _SMALL else "lars"
+        solver = "lbfgs" if len(data) <= _SMALL else "sgd"
     if solver == "lbfgs":
         _refuse_run_options(config)
         _solve(config)
@@ -74,7 +75,7 @@ def _refuse_run_options(config: LinprobeConfig) -> None:
     said += [name for name, x in vars(config.start).items() if x]
     if said:
         option = said[0].replace("_", "-")
-        raise ValueError(f"--{option} is of the solvers lars and sgd; add --solver lars, or leave it out")
+        raise ValueError(f"--{option} is of the solvers lars and sgd; add --solver sgd, or leave it out")
 
 
 def _solve(config: LinprobeConfig) -> None:

@@ -162,7 +162,7 @@ def probing(
     config: ProbeTraining,
     labels: Tensor,
     processes: Processes = Processes(),
-    solver: Literal["sgd", "lars"] = "lars",
+    solver: Literal["sgd", "lars"] = "sgd",
 ) -> Classification:
     """Freezes the encoder, and puts a normalisation of its features before the linear layer, as published."""
     model.requires_grad_(False)
