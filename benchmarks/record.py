@@ -5,7 +5,7 @@ with one key, which says what it holds:
 
 =============  =====================================================================================================
 conditions     machine, versions, commit, command: the first line. Its ``kind`` tells what made the numbers: ``"gpu"``,
-               ``"cpu"``, ``"interpreter"`` (shapes and correctness, never a speed) or ``"demo"``
+               ``"cpu"``, ``"interpreter"`` (shapes and correctness, never a speed), ``"demo"`` or ``"quality"``
 ceilings       see :mod:`benchmarks.ceilings`
 row            an op (``backend``), a training step (``contender``) or the cost of a call (``host_us``)
 kernel         a kernel that the rows before it ran: name, signature and SHA-256 of its machine code
@@ -101,13 +101,13 @@ def append(path: Path, **line) -> None:
         os.fsync(file.fileno())
 
 
-def begin(path: Path, command: str) -> None:
+def begin(path: Path, command: str, **more: str) -> None:
     """Write the conditions, unless the file has them: several processes may write into one file, in turn.
 
     Raises:
         ValueError: the file holds what another machine or other code made.
     """
-    facts = conditions()
+    facts = conditions() | more
     before = read(path) if path.is_file() and path.stat().st_size else {}
     for name in ("kind", "device", "commit", "sources", "torch", "triton"):
         if before.get(name, facts[name]) != facts[name]:
