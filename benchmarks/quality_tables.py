@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterable
 from statistics import mean
 
-from benchmarks.quality import PRETRAINING_STEPS
-
 _WAYS = {  # as a row calls them: as a table does
     "raw pixels, linear": "raw pixels, linear",
     "raw pixels, kNN": "raw pixels, kNN",
@@ -29,8 +27,8 @@ def tables(rows: list[dict], conditions: str, raw_file: str) -> list:
     ]
     if of_labels := parts.get("labels"):
         result += [
-            f"""Fashion-MNIST, 2000 pictures to test. The MAE has 0.5 M parameters and was pre-trained on 5000 pictures
-            without a label, {PRETRAINING_STEPS} steps of 128; labels of a class:""",
+            """Fashion-MNIST, 2000 pictures to test. The MAE has 0.5 M parameters and was pre-trained on 5000 pictures
+            without a label, for some three minutes of one core; labels of a class:""",
             _by_labels(of_labels),
             _who_wins(of_labels),
         ]
