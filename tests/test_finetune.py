@@ -186,6 +186,9 @@ def test_the_share_of_cutmix_is_the_area_that_is_not_pasted():
 def test_mixup_and_cutmix_have_half_of_the_steps_each():
     cuts = [draw_mix(0, step, 0.8, 1.0, (28, 28)).box is not None for step in range(2000)]
     assert np.mean(cuts) == pytest.approx(0.5, abs=0.04)
+    for step, is_cut in enumerate(cuts[:50]):  # each by its own parameter
+        alone = (0.0, 1.0) if is_cut else (0.8, 0.0)
+        assert draw_mix(0, step, 0.8, 1.0, (28, 28)) == draw_mix(0, step, *alone, (28, 28))
     assert draw_mix(0, 0, 0.0, 0.0, (28, 28)) == Mix()
 
 
@@ -210,6 +213,8 @@ def test_boxes_have_2_to_33_percent_of_the_area_in_the_asked_share_of_images():
     top, left, rows, columns = found.T
     assert 0 <= top.min() <= (top + rows).max() <= 100
     assert 0 <= left.min() <= (left + columns).max() <= 200
+    for places in (top / (100 - rows), left / (200 - columns)):  # from edge to edge alike
+        np.testing.assert_allclose(np.quantile(places, (0.25, 0.5, 0.75)), (0.25, 0.5, 0.75), atol=0.06)
     areas, ratios = rows * columns / 20_000, rows / columns
     assert 0.018 < areas.min() < 0.03  # sides are rounded to pixels
     assert 0.31 < areas.max() < 0.337
