@@ -203,6 +203,24 @@ def test_lars_is_the_published_rule():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1]
 
 
+@pytest.mark.parametrize("optimizer", [sgd, lars])
+def test_a_scaled_loss_makes_the_same_steps(optimizer):
+    layers = [layer_and_gradients()[0] for _ in range(2)]
+    ours, other = (optimizer(layer, 1.0, weight_decay=0.1) for layer in layers)
+    scaler, x = torch.amp.GradScaler("cpu", init_scale=4096.0), torch.randn(4, 6)
+    for step in range(3):
+        for layer in layers:
+            loss = (layer(x) if step else layer(x) * math.inf).square().sum()  # the first is left out
+            (scaler.scale(loss) if layer is layers[0] else loss).backward()
+        scaler.step(ours)
+        scaler.update()
+        if step:
+            other.step()
+        for layer in layers:
+            layer.zero_grad()
+    torch.testing.assert_close(layers[0].state_dict(), layers[1].state_dict(), rtol=1e-5, atol=1e-6)
+
+
 def test_lars_of_a_matrix_of_zeros_is_sgd():
     layer, gradients = layer_and_gradients()
     layer.weight.data.zero_()

@@ -72,10 +72,13 @@ class Sgd(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+        for p in self._with_gradient():
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return super().step(closure)
+
+    def _with_gradient(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
 
 
 class Lars(Sgd):
@@ -89,6 +92,10 @@ class Lars(Sgd):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         decays = [group["weight_decay"] for group in self.param_groups]
+        loss_scale = getattr(self, "grad_scale", None)
+        if loss_scale is not None:  # GradScaler leaves the gradients of fused optimizers to them
+            torch._foreach_div_([p.grad for p in self._with_gradient()], loss_scale)
+            self.grad_scale = None
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None and p.ndim > 1):
                 p.grad.add_(p, alpha=group["weight_decay"])
