@@ -177,7 +177,8 @@ EAGER_OPS = [
 
 MODEL = [
     *room("mae/model/vit.py", "test_model.py -k 'published_pass or reconstruction'",
-        ("the first block of the encoder skipped", "for block in self.blocks:", "for block in self.blocks[1:]:"),
+        ("the first block of the encoder skipped", "enumerate(self.blocks):\n            x = of_some",
+         "enumerate(self.blocks[1:]):\n            x = of_some"),
         ("no norm behind the encoder", "return self.norm(x)", "return x")),
     *room("mae/model/autoencoder.py", "test_model.py -k 'published_pass or reconstruction'",
         ("the decoder backwards", "enumerate(self.decoder_blocks)", "enumerate(self.decoder_blocks[::-1])"),
@@ -246,8 +247,8 @@ TRAINING = [
     *room("mae/training/loop.py", "test_resume.py -k 'bit_for_bit and test_a_resumed'",
         ("a learning rate from the start", "self.schedule.lr(done)", "self.schedule.lr(done - self.watch.first)"),
         ("batches from the start", "range(first, schedule.steps), rows", "range(schedule.steps - first), rows")),
-    *room("mae/training/loop.py", "test_loop.py -k masks",
-        ("masks of another step", '"mask", self.config.seed, (step, 0)', '"mask", self.config.seed, (0, 0)')),
+    *room("mae/training/tasks.py", "test_loop.py -k masks",
+        ("masks of another step", '"mask", config.seed, (step, 0)', '"mask", config.seed, (0, 0)')),
     *room("mae/training/state.py", "test_resume.py -k 'bit_for_bit and test_a_resumed or moments'",
         ("moments that are not kept", "if isinstance(x, Tensor)}", "if False}")),
     *room("mae/training/state.py", "test_resume.py -k 'damaged or kept or pickle'",
@@ -263,6 +264,31 @@ TRAINING = [
     *room("mae/commands/linprobe.py", "test_cli.py -k 'test_linprobe or clear_sentence'",
         ("the last images of a probe left out", "        if waiting:\n", "        if False:\n"),
         ("classes that differ share their numbers", "if classes != test_classes:", "if False:")),
+]  # fmt: skip
+
+LABELS = [
+    *room("mae/training/augmentation.py", "test_finetune.py -k 'cutmix and not two'",
+        ("a share of cutmix from before its box is cut off", "return Mix(1 - cut / math.prod(size),",
+         "return Mix(share,"),
+        ("mixup's distribution for cutmix too", "alpha = cutmix if is_cut else mixup", "alpha = mixup or cutmix")),
+    *room("mae/training/classification.py", "test_finetune.py -k 'rows or timms'",
+        ("labels of other images", "self._labels[batch.numbers]", "self._labels[: len(batch.numbers)]"),
+        ("bytes that are mixed as they are", "if mix.share < 1 and mix.box is None:", "if False:"),
+        ("boxes of another process's images", "(x[rows] for x in whole)", "(x[: len(images)] for x in whole)"),
+        ("each process passes over the same blocks", "draw_keep(config.batch_size, generator)[rows]",
+         "draw_keep(len(images), generator)")),
+    *room("mae/training/classification.py", "test_probing.py -k 'whole_batch or folding or statistics'",
+        ("a batch normalised in each process alone", "    if dist.is_initialized():\n", "    if False:\n"),
+        ("a mean that is not folded into the layer", "bias - weight @ mean", "bias"),
+        ("statistics of NaN for ever", "torch.where(new.isfinite(), new, running)", "new")),
+    *room("mae/training/optimizers.py", "test_finetune.py -k 'groups or finite'",
+        ("positions that decay", "p.ndim > 1 and name not in _TOKENS", "p.ndim > 1"),
+        ("a momentum that nobody wrote", "torch.zeros_like(p)", "torch.empty_like(p)")),
+    *room("mae/training/loop.py", "test_finetune.py -k 'averages or timms'",
+        ("averages that nobody saves", "weights = {name: x.clone() for name, x in weights.items()}", "pass"),
+        ("one learning rate for all layers", 'lr * group.get("lr_scale", 1.0)', "lr")),
+    *room("mae/model/block.py", "test_finetune.py -k half",
+        ("drop path of the other half", "[..., None, None].unbind(1)  #", "[..., None, None].unbind(1)[::-1]  #")),
 ]  # fmt: skip
 
 DATA = [
@@ -419,7 +445,7 @@ RUNS = [
         ("options that nobody checks", "check(vars(self), _RULES)", "pass")),
 ]  # fmt: skip
 
-FAULTS = [*KERNELS, *ANY_INPUT, *EAGER_OPS, *MODEL, *TRAINING, *DATA, *CHECKPOINTS, *APPLY, *RUNS]
+FAULTS = [*KERNELS, *ANY_INPUT, *EAGER_OPS, *MODEL, *TRAINING, *LABELS, *DATA, *CHECKPOINTS, *APPLY, *RUNS]
 
 
 def planted(fault: Fault) -> str:

@@ -231,6 +231,23 @@ def test_pictures_are_cut_to_their_boxes(tmp_path):
     assert 10 < flipped < 30
 
 
+@pytest.mark.parametrize("least", [0.08, 0.5, 1.0])
+def test_boxes_have_the_area_that_is_asked_for(tmp_path, least):
+    photographs(1)[0].save(tmp_path / "photo.png")
+    options = {"least_area": least, "flips": False}
+    images = TrainingImages(ImageFiles([tmp_path / "photo.png"]), Reading(image_size=(100, 100)), **options)
+    areas = []
+    for seed in range(500):
+        *_, height, width = random_box(120, 160, uniform("sample", 0, (seed, 0), 24)[1:23], least)
+        areas.append(height * width / 120 / 160)
+        if seed < 40:
+            sample = images[seed, 0]
+            assert sample.pixels.shape[1:] == (height, width)
+            assert not sample.flip
+    assert least - 0.01 < min(areas) < least + 0.03
+    assert max(areas) > 0.95
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_large_pictures_are_shrunk_before_they_travel(tmp_path, suffix):
     """As boxes of a picture that is shrunk to begin with, by a factor at which its file is decoded as a whole."""

@@ -15,8 +15,8 @@ from mae.training.loop import Looks, train
 from mae.training.metrics import TrainingStopped, _Bar
 from mae.training.recipe import TrainConfig
 from mae.training.state import path_of
-from mae.training.step import TrainingStep
-from mae_kernels import random_masking
+from mae.training.step import Step
+from mae_kernels import Masking, random_masking
 
 
 def test_losses_that_are_not_finite_are_skipped_and_counted(tmp_path):
@@ -76,13 +76,14 @@ def test_float16_scales_the_loss_and_resumes(tmp_path):
 def test_masks_are_a_function_of_seed_and_step(tmp_path, monkeypatch):
     seen = []
 
-    class Step(TrainingStep):
-        def __call__(self, images, masking=None):
-            seen.append(masking)
-            return super().__call__(images, masking)
+    class Recorded(Step):
+        def __call__(self, images, *masks):
+            seen.append(Masking(*masks))
+            return super().__call__(images, *masks)
 
-    monkeypatch.setattr("mae.training.loop.TrainingStep", Step)
+    monkeypatch.setattr("mae.training.loop.Step", Recorded)
     run_demo_model(tmp_path, steps=3, seed=1)
+    assert len(seen) == 3
     for step, masking in enumerate(seen):
         generator = torch.Generator().manual_seed(derived_seed("mask", 3, (step, 0)))
         expected = random_masking(8, 16, 0.75, generator=generator)

@@ -137,7 +137,9 @@ class _Job:
 
     def evaluate(self) -> None:
         """What is on disk is tested, which is what others load."""
-        model = load_checkpoint(self.asked.out).to(self.device)
+        self.processes.most(0)  # the leading process has written it
+        with self.processes.together():
+            model = load_checkpoint(self.asked.out).to(self.device)
         predictions = self.evaluation(model)
         if not self.processes.leads:
             return

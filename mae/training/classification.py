@@ -164,7 +164,13 @@ def probing(
     processes: Processes = Processes(),
     solver: Literal["sgd", "lars"] = "sgd",
 ) -> Classification:
-    """Freezes the encoder, and puts a normalisation of its features before the linear layer, as published."""
+    """Freezes the encoder, and puts a normalisation of its features before the linear layer, as published.
+
+    Raises:
+        ValueError: batches of one image, whose normalised features are all 0.
+    """
+    if config.batch_size < 2:
+        raise ValueError("a probe normalises features over the batch, so batch_size must be 2 at least, got 1")
     model.requires_grad_(False)
     model.head = nn.Sequential(BatchNorm(model.head.in_features, affine=False, eps=1e-6), model.head)
     model.head.requires_grad_(True)
@@ -177,23 +183,27 @@ def probing(
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Of features that need no gradient, in float32, over the batch of all processes."""
+    """Of features that need no gradient, in float32, over the batch of all processes.
+
+    Batches that are not finite leave the running statistics as they are, as they leave the weights.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()
-        if not self.training or not dist.is_initialized():
+        if not self.training:
             return super().forward(x)
-        count = len(x) * dist.get_world_size()
+        count = len(x) * (dist.get_world_size() if dist.is_initialized() else 1)
         mean = _summed(x.sum(0)) / count
         variance = _summed((x - mean).square().sum(0)) / count
         with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            for running, new in ((self.running_mean, mean), (self.running_var, variance * (count / (count - 1)))):
+                running.lerp_(torch.where(new.isfinite(), new, running), self.momentum)
         return (x - mean) * (variance + self.eps).rsqrt()
 
 
 def _summed(x: Tensor) -> Tensor:
-    dist.all_reduce(x)
+    if dist.is_initialized():
+        dist.all_reduce(x)
     return x
 
 

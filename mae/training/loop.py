@@ -282,6 +282,8 @@ class _Run:
             return
         with self.state.averaged():
             weights = self.task.exported(whole_state(self.step.model))
+            if self.state.average is not None:  # on a CPU these are the model's own, which gets its weights back
+                weights = {name: x.clone() for name, x in weights.items()}
         finite = all(x.isfinite().all() for x in weights.values() if x.is_floating_point())
         if self.processes.most(not finite):
             raise TrainingStopped(

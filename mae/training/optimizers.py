@@ -53,9 +53,9 @@ def _block(name: str) -> int | None:
     return int(number) if first == "blocks" else None
 
 
-def sgd(model: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.SGD:
+def sgd(model: nn.Module, lr: float, weight_decay: float = 0.0) -> "Sgd":
     """With momentum 0.9, of what is trained."""
-    return torch.optim.SGD(_trained(model), lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+    return Sgd(_trained(model), lr, momentum=0.9, weight_decay=weight_decay, fused=True)
 
 
 def lars(model: nn.Module, lr: float, weight_decay: float = 0.0) -> "Lars":
@@ -67,8 +67,22 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-class Lars(torch.optim.SGD):
-    """PyTorch's fused SGD, whose gradients of matrices are scaled to a thousandth of their matrix's norm.
+class Sgd(torch.optim.SGD):
+    """PyTorch's fused SGD, which where its first step is left out would go on with a momentum that nobody wrote."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        for p in self._with_gradient():
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return super().step(closure)
+
+    def _with_gradient(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+
+class Lars(Sgd):
+    """:class:`Sgd`, whose gradients of matrices are scaled to a thousandth of their matrix's norm.
 
     Biases and norms neither decay nor are scaled.
 
@@ -78,6 +92,10 @@ class Lars(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         decays = [group["weight_decay"] for group in self.param_groups]
+        loss_scale = getattr(self, "grad_scale", None)
+        if loss_scale is not None:  # GradScaler leaves the gradients of fused optimizers to them
+            torch._foreach_div_([p.grad for p in self._with_gradient()], loss_scale)
+            self.grad_scale = None
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None and p.ndim > 1):
                 p.grad.add_(p, alpha=group["weight_decay"])
