@@ -212,7 +212,7 @@ class Meeting:
     """Where processes, here threads, hand each other what they have."""
 
     def __init__(self, count: int):
-        self.values, self.barrier = [None] * count, Barrier(count, timeout=60)
+        self.values, self.barrier = [None] * count, Barrier(count, timeout=20)
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         self.values[rank] = value
