@@ -280,7 +280,7 @@ CLASSES = [
         ("a missing label that becomes the last class", "x is None or x == -1", "x is None")),
     *room("mae/commands/results.py", "test_classify_commands.py -k 'several or finished'",
         ("evaluations that replace each other", "[*(x for x in self._earlier() if x != entry), entry]", "[entry]")),
-    *room("mae/commands/labelled_run.py", "test_classify_commands.py -k 'to_test or begins_with'",
+    *room("mae/commands/labelled_run.py", "test_classify_commands.py -k 'sentence and finetune or begins_with'",
         ("a test set that nobody opens before hours of training", "for labelled in (data, test):",
          "for labelled in (data,):"),
         ("a fine-tuned encoder of random weights", "model.load_state_dict(own | state)", "model.load_state_dict(own)")),

@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -222,9 +224,24 @@ def test_ctrl_c_and_resume_end_as_a_run_that_nobody_stopped(place, tuned, tmp_pa
     assert output.splitlines()[:4] == tuned[1].splitlines()[:4]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_end_as_one(place, tuned, tmp_path, parallel):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mae"]
+    arguments = [*options_of(place, "finetune", out=tmp_path), "--parallel", parallel]
+    process = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[:4] == tuned[1].splitlines()[:4]  # one of them speaks
+    assert results(tmp_path) == results(tuned[0])
+    found = [rows(folder / "predictions-finetune.csv") for folder in (tmp_path, tuned[0])]
+    assert [row[:3] for row in found[0]] == [row[:3] for row in found[1]]
+
+
 def test_linprobe_in_the_run_folder_of_its_checkpoint(place, run):
     output = said(*options_of(place, "linprobe", checkpoint=run))
-    assert output.splitlines()[0] == "Linear probe: 30 pictures to learn from, 20 to test, 10 classes"
+    assert output.splitlines()[0] == (
+        f"Linear probe on the mean features of {run}: 30 pictures to learn from, 20 to test, 10 classes"
+    )
     (entry,) = results(run)
     assert (entry["solver"], entry["pool"], entry["images"], entry["test_images"]) == ("lbfgs", "mean", 30, 20)
     assert [*entry["top5"]] == ["untrained encoder", "pre-trained encoder"]
@@ -235,7 +252,7 @@ def test_linprobe_in_the_run_folder_of_its_checkpoint(place, run):
 def test_linprobe_by_steps_is_a_run(place, tmp_path, monkeypatch, solver):
     monkeypatch.chdir(tmp_path)
     output = said(*options_of(place, "linprobe"), "--solver", solver, "--steps", "3", "--batch-size", "8")
-    assert output.startswith(f"Linear probe of the class token of {place}/run (28 x 28 pixels in patches of 7 x 7,")
+    assert output.startswith(f"Linear probe on the class-token features of {place}/run (28 x 28 pixels in patches of ")
     folder = tmp_path / "runs" / "linprobe"
     (entry,) = results(folder)
     assert (entry["solver"], entry["pool"]) == (solver, "token")
@@ -263,7 +280,9 @@ def test_options_of_a_run_are_not_passed_over_by_a_regression(place, run):
 
 def test_knn(place, run):
     output = said(*options_of(place, "knn", checkpoint=run), "--k", "1", "20", "500")
-    assert output.splitlines()[0] == "Nearest neighbours: 30 pictures to learn from, 20 to test, 10 classes"
+    assert output.splitlines()[0] == (
+        f"Nearest neighbours by the mean features of {run}: 30 pictures to learn from, 20 to test, 10 classes"
+    )
     kinds = [f"{kind} encoder, k = {k}" for kind in ("untrained", "pre-trained") for k in (1, 20, 500)]
     assert [line[2:34].strip() for line in output.splitlines()[3:9]] == kinds
     (entry,) = results(run)
@@ -432,7 +451,8 @@ def test_features(place, some, tmp_path, kind):
     shared = ["features", "--checkpoint", place / "run", "--images", some, "--kind", kind, "--batch-size", "3", *HERE]
     for name in ("x.npy", "x.parquet"):
         output = said(*shared, "--out", tmp_path / "new" / name)
-        assert output.startswith(f"Wrote the features of 4 images to {tmp_path}/new/{name}")
+        also = f", and the names of their files to {tmp_path}/new/x.txt" if name == "x.npy" else ""
+        assert output == f"Wrote the features of 4 images to {tmp_path}/new/{name}{also}\n"
     expected = features_by_hand(place, some, kind)
     array = np.load(tmp_path / "new" / "x.npy", mmap_mode="r")
     assert (array.shape, array.dtype) == (expected.shape, np.float32)

@@ -119,7 +119,7 @@ def test_linprobe(run, tmp_path, capsys):
     arguments = ["--checkpoint", str(folder), "--data", str(tmp_path / "fit"), "--test", str(tmp_path / "test")]
     main(["linprobe", *arguments, "--device", "cpu", "--batch-size", "5"])  # which divides neither 12 nor 13
     output = capsys.readouterr()
-    assert "Linear probe: 13 pictures to learn from, 12 to test, 2 classes" in output.out
+    assert f"Linear probe on the mean features of {folder}: 13 pictures to learn from, 12 to test, 2 cl" in output.out
     assert "chance (largest class)              50.0%" in output.out
     assert "pre-trained encoder                100.0%" in output.out
     (result,) = json.loads((folder / "results.json").read_text())

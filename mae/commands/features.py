@@ -75,8 +75,8 @@ def features(config: FeaturesConfig) -> None:
     else:
         writers = {config.out.name: lambda path: _write_parquet(path, rows(), names)}
     write_files(config.out.parent, writers)
-    words = f"Wrote the features of {counted(len(names), 'image')} to {printable(config.out)}"
-    print(f"{words}; whose row is whose, {printable(beside)} says" if config.out.suffix == ".npy" else words)
+    also = f", and the names of their files to {printable(beside)}" if config.out.suffix == ".npy" else ""
+    print(f"Wrote the features of {counted(len(names), 'image')} to {printable(config.out)}{also}")
 
 
 def _name(source: Source, number: int) -> str:

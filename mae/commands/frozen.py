@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from mae.commands.labelled_run import LabelledOptions
+from mae.commands.labelled_run import FEATURES_OF, LabelledOptions
 from mae.commands.results import Results, Table
-from mae.data import Labelled, Reading, counted, open_train_and_test, usable_workers
+from mae.data import Labelled, Reading, counted, open_train_and_test, printable, usable_workers
 from mae.data.whole import refuse_unreadable
 from mae.evaluation.features import LabelledFeatures, labelled_features
 from mae.evaluation.predictions import Predictions
@@ -48,9 +48,10 @@ class FrozenFeatures:
             refuse_unreadable(labelled.source, reading)
         return cls(config, encoders, data, test, reading, results)
 
-    def words(self) -> str:
-        classes = len(self.data.classes)
-        return f"{counted(len(self.data), 'picture')} to learn from, {len(self.test)} to test, {classes} classes"
+    def words(self, pool: Pool) -> str:
+        counts = f"{counted(len(self.data), 'picture')} to learn from, {len(self.test)} to test"
+        where = printable(self.config.checkpoint)
+        return f"the {FEATURES_OF[pool]} of {where}: {counts}, {len(self.data.classes)} classes"
 
     def features(self, pool: Pool, batch_size: int, workers: int) -> tuple[LabelledFeatures, LabelledFeatures]:
         """Of the pictures to learn from, and of those to test."""

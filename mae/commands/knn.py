@@ -47,7 +47,7 @@ class KnnConfig(LabelledOptions):
 def knn(config: KnnConfig) -> None:
     check(vars(config), _RULES)
     asked = FrozenFeatures.prepare("knn", config, config.out, config.device, config.seed)
-    print(f"Nearest neighbours: {asked.words()}")
+    print(f"Nearest neighbours by {asked.words(config.pool)}")
     train, test = asked.features(config.pool, config.batch_size, config.workers)
     device = next(iter(asked.encoders.values())).cls_token.device
     table, kept = Table(len(asked.test.classes), test.labels), 20 if 20 in config.k else config.k[0]

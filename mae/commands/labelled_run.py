@@ -17,6 +17,7 @@ from mae.data import Labelled, TrainingImages, counted, open_train_and_test, pri
 from mae.data.whole import refuse_unreadable
 from mae.evaluation.predictions import Evaluation
 from mae.model import Classifier, VisionTransformer
+from mae.model.classifier import Pool
 from mae.report.page import write_report
 from mae.run_files import METRICS
 from mae.training.classification import Classification, LabelledConfig
@@ -24,6 +25,8 @@ from mae.training.loop import Looks, choose_device, train, uses_bfloat16
 from mae.training.parallel import Processes, joined, own_device
 from mae.training.recipe import Recipe
 from mae.training.run import Mode, RunError, refuse_run
+
+FEATURES_OF: dict[Pool, str] = {"mean": "mean features", "token": "class-token features"}
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,8 @@ class _Job:
 
     def evaluate(self) -> None:
         """What is on disk is tested, which is what others load."""
-        with self.processes.together():  # when the leading one has written it
+        self.processes.gather(None)  # until the leading one has written it
+        with self.processes.together():
             model = load_checkpoint(self.asked.out).to(self.device)
         predictions = self.evaluation(model)
         if not self.processes.leads:

@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from mae.commands.frozen import FrozenFeatures
-from mae.commands.labelled_run import LabelledOptions, LabelledRun, RunOptions, run_labelled, with_encoder
+from mae.commands.labelled_run import FEATURES_OF, LabelledOptions, LabelledRun, RunOptions, run_labelled, with_encoder
 from mae.commands.results import Table
 from mae.data import open_train_and_test, printable
 from mae.evaluation.predictions import Predictions
@@ -60,7 +60,7 @@ def linprobe(config: LinprobeConfig) -> None:
     run_labelled(
         LabelledRun(
             "linprobe",
-            f"Linear probe of the {'class token' if pool == 'token' else 'mean'} of {printable(config.checkpoint)}",
+            f"Linear probe on the {FEATURES_OF[pool]} of {printable(config.checkpoint)}",
             "pre-trained encoder",
             config,
             config.train,
@@ -83,11 +83,12 @@ def _refuse_run_options(config: LinprobeConfig) -> None:
 
 def _solve(config: LinprobeConfig) -> None:
     asked = FrozenFeatures.prepare("linprobe", config, config.out, config.train.device, config.train.seed)
-    print(f"Linear probe: {asked.words()}")
-    train, test = asked.features(config.pool or "mean", config.train.batch_size, config.train.workers)
+    pool = config.pool or "mean"
+    print(f"Linear probe on {asked.words(pool)}")
+    train, test = asked.features(pool, config.train.batch_size, config.train.workers)
     table = Table(len(asked.test.classes), test.labels)
     for i, name in enumerate(asked.encoders):
         probabilities = torch.from_numpy(linear_probe(train.features[i], train.labels, test.features[i]))
         predictions = Predictions.of(probabilities, *map(torch.from_numpy, (test.labels, test.numbers)))
         table.add(name, predictions)
-    asked.write(table, predictions, images=len(train.labels), solver="lbfgs", pool=config.pool or "mean")
+    asked.write(table, predictions, images=len(train.labels), solver="lbfgs", pool=pool)
