@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks import record
+from benchmarks.quality_tables import tables
 
 # The cases of README's tables and of the pictures, in dtypes that people train in there. The pages have every case.
 SHOWN = {
@@ -83,7 +84,9 @@ def is_video(row: dict) -> bool:
 def results(root: Path) -> list[Result]:
     """The oldest first. What Triton's interpreter made holds no speed: it is left out here, and so everywhere."""
     found = map(Result, (root / "benchmarks" / "results").glob("*.jsonl"))
-    return sorted((x for x in found if x.kind in ("cpu", "gpu", "demo")), key=lambda x: (x.facts["date"], x.stem))
+    return sorted(
+        (x for x in found if x.kind in ("cpu", "gpu", "demo", "quality")), key=lambda x: (x.facts["date"], x.stem)
+    )
 
 
 def newest(found: list[Result], kind: str, rows: str = "facts") -> Result | None:
@@ -212,11 +215,18 @@ def of_demo(found: list[Result]) -> list:
     ]
 
 
+def of_quality(found: list[Result]) -> list:
+    if not (result := newest(found, "quality")):
+        return ["What the features are worth: not measured yet."]
+    return tables(result.facts["rows"], result.conditions(), f"benchmarks/results/{result.path.name}")
+
+
 def update(root: Path, check: bool) -> list[str]:
     """What is out of step with the result files, which is written unless ``check``."""
     readme, folder, found = root / "README.md", root / "docs" / "results", results(root)
     text, stale, made = readme.read_text(encoding="utf-8"), [], {}
-    for name, block in (("ops", of_ops), ("step", of_steps), ("video", of_video), ("gpu", of_gpu), ("demo", of_demo)):
+    blocks = {"ops": of_ops, "step": of_steps, "video": of_video, "gpu": of_gpu, "demo": of_demo, "quality": of_quality}
+    for name, block in blocks.items():
         begin, end = (f"<!-- numbers of {name}: {edge} -->\n" for edge in ("begin", "end"))
         parts, new = re.split(f"({begin}|{end})", text), f"\n{markdown(block(found))}\n"
         if parts[1::2] != [begin, end]:
@@ -225,7 +235,7 @@ def update(root: Path, check: bool) -> list[str]:
         if check:  # the commit that changes kernels cannot know its own name
             new, parts[2] = (re.sub(rf"^{re.escape(STALE)}.*\n\n", "", x, flags=re.M) for x in (new, parts[2]))
         stale += [f"README.md, numbers of {name}"] if new != parts[2] else []
-    for result in (result for result in found if result.kind != "demo"):
+    for result in (result for result in found if result.kind in ("cpu", "gpu")):
         made[folder / f"{result.stem}.md"] = markdown(page(result))
         for name, draw in result.pictures.items():  # another matplotlib draws other bytes
             made[folder / f"{result.stem}-{name}.svg"] = None if check else svg(result, draw)

@@ -141,8 +141,9 @@ class Drawn(TensorImages):
     def __len__(self) -> int:
         return self.count
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Tensor:
-        return self.batch(len(keys), torch.Generator().manual_seed(keys[0][1]))
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, list[int]]:
+        numbers = [index for _, index in keys]
+        return self.batch(len(keys), torch.Generator().manual_seed(numbers[0])), numbers
 
 
 def draw(

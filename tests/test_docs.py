@@ -20,9 +20,9 @@ def test_snippets_run_and_their_shapes_are_right(snippet, tmp_path, monkeypatch)
 
 
 def of_training() -> list[list[str]]:
-    """What follows ``mae`` in the commands of that page, whatever starts them."""
-    lines = test_readme.commands((FOLDER / "training.md").read_text(encoding="utf-8"))
-    return [line[line.index("mae") + 1 :] for line in lines]
+    """What follows ``mae`` in the commands of these pages, whatever starts them."""
+    pages = ((FOLDER / f"{name}.md").read_text(encoding="utf-8") for name in ("training", "finetuning"))
+    return [line[line.index("mae") + 1 :] for page in pages for line in test_readme.commands(page)]
 
 
 @pytest.mark.parametrize("command", [*(c[3:] for c in COMMANDS), *of_training()], ids=" ".join)

@@ -59,7 +59,7 @@ def test_the_claims_in_words_hold_in_the_newest_result_files():
 def root(tmp_path):
     """A project whose numbers have not been written."""
     edges = "<!-- numbers of {0}: begin -->\n<!-- numbers of {0}: end -->\n\n"
-    blocks = "".join(map(edges.format, ("ops", "step", "video", "gpu", "demo")))
+    blocks = "".join(map(edges.format, ("ops", "step", "video", "gpu", "demo", "quality")))
     (tmp_path / "README.md").write_text(f"# Title\n\n{blocks}The end.\n", encoding="utf-8")
     return tmp_path
 

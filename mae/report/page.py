@@ -48,7 +48,8 @@ def _page(run: Path) -> str:
     history = read_history(run / METRICS) if (run / METRICS).is_file() else None
     is_evaluation = history is None and not (run / RECIPE).is_file()  # with --out, away from any run
     is_of_classes = options.get("command") in _OF_CLASSES
-    model = text_of(options.get("model") or ("an evaluation" if is_evaluation else "model not known"))
+    begun = f"{options['command']} of {options['checkpoint']}" if {"command", "checkpoint"} <= options.keys() else ""
+    model = text_of(options.get("model") or begun or ("an evaluation" if is_evaluation else "model not known"))
     name = text_of(Path(os.path.abspath(run)).name)
     labels = "".join(f"<li>{text_of(label)}</li>" for label in _part(recipe, "labels", list))
     missing = f"{problem} The options, the versions and how many steps were asked for are not known."

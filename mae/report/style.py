@@ -53,6 +53,7 @@ img { display: block; max-width: 100%; height: auto; background: #fff; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
 th, td { padding: 0.2rem 0.8rem 0.2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
 th { font-weight: 600; }
+thead th { overflow-wrap: normal; }
 tbody th { font-weight: 400; color: var(--soft); }
 caption { padding-bottom: 0.3rem; text-align: left; color: var(--soft); }
 .classes { max-width: 60rem; }

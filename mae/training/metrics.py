@@ -205,6 +205,8 @@ class _Bar:
     def show(self, entry: dict[str, Any]) -> None:
         if "val_loss" in entry:
             self._held_out = f"held out {entry['val_loss']:.4f}"
+        if "val_top1" in entry:
+            self._held_out += f" and {entry['val_top1']:.1%} right"
         parts = [
             "no loss" if entry["loss"] is None else f"loss {entry['loss']:.4f}",
             self._held_out,
