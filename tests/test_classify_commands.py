@@ -303,6 +303,19 @@ def test_every_picture_is_its_own_nearest_neighbour(place, run):
     assert results(run)[0]["top1"]["pre-trained encoder, k = 1"] == 1
 
 
+def test_a_packed_dataset_in_place_of_a_folder(place, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    said(
+        "pack", "--data", place / "test", "--out", tmp_path / "packed", "--labels", "--in-chans", "1", "--workers", "0"
+    )
+    data = f"hf:{tmp_path / 'packed'}"
+    for places in ({"data": data}, {"test": data}):
+        said(*options_of(place, "knn", checkpoint=run, **places), "--k", "1")
+    assert [(entry["images"], entry["test_images"]) for entry in results(run)] == [(20, 20), (30, 20)]
+    names = [row[0] for row in rows(run / "predictions-knn.csv")[1:]]
+    assert names[:2] == [f"row {i} of {data}, bag, small/{i}.png" for i in range(2)]
+
+
 @pytest.mark.parametrize("command", ["linprobe", "knn"])
 def test_without_a_folder_nothing_is_kept(place, tuned, tmp_path, monkeypatch, command):
     """Of a classifier too, whose encoder is taken."""
