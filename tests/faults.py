@@ -261,9 +261,30 @@ TRAINING = [
         ("a second signal that nobody obeys", "os._exit(1)", "pass")),
     *room("mae/training/validation.py", "test_recipe.py -k validation_is",
         ("a validation under masks of the batch", "(x[places].to(device)", "(x[: len(places)].to(device)")),
-    *room("mae/commands/linprobe.py", "test_cli.py -k 'test_linprobe or clear_sentence'",
-        ("the last images of a probe left out", "        if waiting:\n", "        if False:\n"),
-        ("classes that differ share their numbers", "if classes != test_classes:", "if False:")),
+]  # fmt: skip
+
+CLASSES = [
+    *room("mae/evaluation/predictions.py", "test_evaluation.py -k 'ranks or nan'",
+        ("an equal probability of an earlier class is right too",
+         "(probabilities > true) | ((probabilities == true) & (places < labels[:, None]))", "probabilities > true"),
+        ("probabilities of NaN are right", ".float().nan_to_num(0.0)", ".float()")),
+    *room("mae/evaluation/predictions.py", "test_evaluation.py -k shares",
+        ("a process without a batch that stops before the others", "processes.most(batch is not None)",
+         "batch is not None")),
+    *room("mae/evaluation/probe.py", "test_evaluation.py -k neighbours",
+        ("the longest neighbour in place of the nearest", "F.normalize(x.float(), dim=1)", "x.float()")),
+    *room("mae/evaluation/features.py", "test_evaluation.py -k 'reading or class_that'",
+        ("labels of pictures that could not be read", "labelled.labels[places]", "labelled.labels[: len(places)]")),
+    *room("mae/data/labels.py", "test_labels.py -k 'differ or order'",
+        ("classes that are numbered by two orders", "labels=places[tested.labels], ", "")),
+    *room("mae/data/hugging_face.py", "test_labels.py -k 'labels'",
+        ("a missing label that becomes the last class", "x is None or x == -1", "x is None")),
+    *room("mae/commands/results.py", "test_classify_commands.py -k 'several or finished'",
+        ("evaluations that replace each other", "[*(x for x in self._earlier() if x != entry), entry]", "[entry]")),
+    *room("mae/commands/labelled_run.py", "test_classify_commands.py -k 'sentence and finetune or begins_with'",
+        ("a test set that nobody opens before hours of training", "for labelled in (data, test):",
+         "for labelled in (data,):"),
+        ("a fine-tuned encoder of random weights", "model.load_state_dict(own | state)", "model.load_state_dict(own)")),
 ]  # fmt: skip
 
 LABELS = [
@@ -445,7 +466,9 @@ RUNS = [
         ("options that nobody checks", "check(vars(self), _RULES)", "pass")),
 ]  # fmt: skip
 
-FAULTS = [*KERNELS, *ANY_INPUT, *EAGER_OPS, *MODEL, *TRAINING, *LABELS, *DATA, *CHECKPOINTS, *APPLY, *RUNS]
+FAULTS = [
+    *KERNELS, *ANY_INPUT, *EAGER_OPS, *MODEL, *TRAINING, *LABELS, *CLASSES, *DATA, *CHECKPOINTS, *APPLY, *RUNS
+]  # fmt: skip
 
 
 def planted(fault: Fault) -> str:

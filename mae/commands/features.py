@@ -1,7 +1,9 @@
 """``python -m mae features``."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +16,7 @@ from mae.checkpoints.saving import write_files
 from mae.commands.options import LoadOptions, ReadingOptions
 from mae.commands.pictures import open_images
 from mae.data import Source, counted, printable, usable_workers, whole_batches
+from mae.data.whole import refuse_unreadable
 from mae.evaluation.features import FeatureKind, features_of
 from mae.fields import COUNT, check
 from mae.training.loop import choose_device
@@ -30,10 +33,10 @@ class FeaturesConfig:
     images: tuple[str, ...]
     """Image files, folders of them, or hf: and a dataset."""
     out: Path = Path("features.npy")
-    """An .npy, float32, with a .txt of the same name beside it whose lines are the files of its rows; or a .parquet of
-    the columns file and features."""
+    """An .npy of float32, beside it a .txt of that name whose lines are the files of its rows; or a .parquet of the
+    columns file and features."""
     kind: FeatureKind = "mean"
-    """mean of the patch tokens, class token, or all patches: an array [images, D], or [images, patches, D]."""
+    """mean of the patch tokens or class token, [images, D]; patches: all patch tokens, [images, patches, D]."""
     batch_size: int = 64
     """Images per forward pass."""
     workers: int = 2
@@ -51,8 +54,11 @@ def features(config: FeaturesConfig) -> None:
         raise ValueError(f"{config.out} must end in {' or '.join(_SUFFIXES)}")
     if config.out.is_dir():
         raise ValueError(f"{config.out} is a folder, not a file to write")
+    if config.out.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise ValueError("a .parquet needs the package pyarrow: pip install 'mae_kernels[datasets]'")
     model = config.loading.load(config.checkpoint).to(choose_device(config.device))
     source, reading, names = open_images(config.images), config.reading.reading(model.config), []
+    refuse_unreadable(source, reading)
 
     def rows() -> Iterator[Tensor]:
         workers = usable_workers(config.workers)
@@ -63,14 +69,14 @@ def features(config: FeaturesConfig) -> None:
     if config.out.suffix == ".npy":
         beside = config.out.with_suffix(".txt")
         writers = {
-            config.out.name: lambda path: _write_npy(path, rows(), len(source)),
+            config.out.name: lambda path: _write_npy(path, rows()),
             beside.name: lambda path: path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8"),
         }
     else:
         writers = {config.out.name: lambda path: _write_parquet(path, rows(), names)}
     write_files(config.out.parent, writers)
-    words = f"Wrote the features of {counted(len(names), 'image')} to {printable(config.out)}"
-    print(f"{words}; whose row is whose, {printable(beside)} says" if config.out.suffix == ".npy" else words)
+    also = f", and the names of their files to {printable(beside)}" if config.out.suffix == ".npy" else ""
+    print(f"Wrote the features of {counted(len(names), 'image')} to {printable(config.out)}{also}")
 
 
 def _name(source: Source, number: int) -> str:
@@ -78,24 +84,17 @@ def _name(source: Source, number: int) -> str:
     return printable(source.name(number))
 
 
-def _write_npy(path: Path, batches: Iterator[Tensor], most: int) -> None:
-    """Row by row, so that no array of all has to fit into memory; most is the number of rows if all can be read."""
-    count, array = 0, None
-    for batch in batches:
-        if array is None:
-            array = npy.open_memmap(path, mode="w+", dtype=np.float32, shape=(most, *batch.shape[1:]))
-        array[count : count + len(batch)] = batch.numpy()
-        count += len(batch)
-    shape, offset = (count, *array.shape[1:]), array.offset
-    array.flush()
-    del array
-    if count == most:
-        return
-    with path.open("r+b") as file:  # rows of files that could not be read are cut off
-        header = {"descr": npy.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
-        npy.write_array_header_1_0(file, header)
-        assert file.tell() == offset
-        file.truncate(offset + 4 * int(np.prod(shape)))
+def _write_npy(path: Path, batches: Iterator[Tensor]) -> None:
+    """Batch by batch, so that no array of all has to fit into memory."""
+    kind, count = npy.dtype_to_descr(np.dtype(np.float32)), 0
+    with path.open("wb") as file:
+        for batch in batches:
+            header = {"descr": kind, "fortran_order": False, "shape": (count + len(batch), *batch.shape[1:])}
+            file.seek(0)
+            npy.write_array_header_1_0(file, header)  # as long for any number of rows
+            file.seek(0, os.SEEK_END)
+            file.write(batch.numpy().tobytes())
+            count += len(batch)
 
 
 def _write_parquet(path: Path, batches: Iterator[Tensor], names: list[str]) -> None:

@@ -44,6 +44,7 @@ def finetune(config: FinetuneConfig) -> None:
             config.train,
             config.start,
             config.out,
+            {"pool": config.pool},
             make_model,
             finetuning,
         )

@@ -1,14 +1,16 @@
 """What the quick linear probe and kNN have in common: features of a pre-trained and of an untrained encoder."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mae.commands.labelled_run import LabelledOptions
+from mae.commands.labelled_run import FEATURES_OF, LabelledOptions
 from mae.commands.results import Results, Table
-from mae.data import Labelled, Reading, counted, open_train_and_test, usable_workers
+from mae.data import Labelled, Reading, counted, open_train_and_test, printable, usable_workers
+from mae.data.whole import refuse_unreadable
 from mae.evaluation.features import LabelledFeatures, labelled_features
 from mae.evaluation.predictions import Predictions
 from mae.model import VisionTransformer
@@ -33,17 +35,23 @@ class FrozenFeatures:
     ) -> "FrozenFeatures":
         """The results go to out, by default into the run folder of the checkpoint, where there is one."""
         config.reading.reading()
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            raise ValueError("this is computed in one process; start it without torchrun")
         results = Results(command, out or (config.checkpoint if config.checkpoint.is_dir() else None))
         data, test = open_train_and_test(config.data, config.test)
         trained, chosen = config.loading.load(config.checkpoint), choose_device(device)
         torch.manual_seed(seed)
         untrained = VisionTransformer(trained.config)
         encoders = {"untrained encoder": untrained.to(chosen), "pre-trained encoder": trained.to(chosen)}
-        return cls(config, encoders, data, test, config.reading.reading(trained.config), results)
+        reading = config.reading.reading(trained.config)
+        for labelled in (data, test):
+            refuse_unreadable(labelled.source, reading)
+        return cls(config, encoders, data, test, reading, results)
 
-    def words(self) -> str:
-        classes = len(self.data.classes)
-        return f"{counted(len(self.data), 'picture')} to learn from, {len(self.test)} to test, {classes} classes"
+    def words(self, pool: Pool) -> str:
+        counts = f"{counted(len(self.data), 'picture')} to learn from, {len(self.test)} to test"
+        where = printable(self.config.checkpoint)
+        return f"the {FEATURES_OF[pool]} of {where}: {counts}, {len(self.data.classes)} classes"
 
     def features(self, pool: Pool, batch_size: int, workers: int) -> tuple[LabelledFeatures, LabelledFeatures]:
         """Of the pictures to learn from, and of those to test."""

@@ -27,11 +27,11 @@ class KnnConfig(LabelledOptions):
     """Classify pictures by their nearest neighbours among the features of labelled ones; nothing is trained."""
 
     k: tuple[int, ...] = (5, 10, 20, 200)
-    """Neighbours that vote. The predictions that are kept are those of 20, or of the first number."""
+    """Numbers of neighbours that vote. The predictions of 20 are kept, or those of the first number."""
     temperature: float = 0.07
     """A neighbour of cosine similarity s votes with exp(s / temperature)."""
     pool: Pool = "mean"
-    """The mean of the patch tokens, or the class token."""
+    """What of a picture is compared: the mean of the patch tokens, or the class token."""
     batch_size: int = 64
     """Images per forward pass."""
     workers: int = 2
@@ -47,10 +47,10 @@ class KnnConfig(LabelledOptions):
 def knn(config: KnnConfig) -> None:
     check(vars(config), _RULES)
     asked = FrozenFeatures.prepare("knn", config, config.out, config.device, config.seed)
-    print(f"Nearest neighbours: {asked.words()}")
+    print(f"Nearest neighbours by {asked.words(config.pool)}")
     train, test = asked.features(config.pool, config.batch_size, config.workers)
     device = next(iter(asked.encoders.values())).cls_token.device
-    table, kept = Table(asked.test), 20 if 20 in config.k else config.k[0]
+    table, kept = Table(len(asked.test.classes), test.labels), 20 if 20 in config.k else config.k[0]
     labels, true, numbers = map(torch.from_numpy, (train.labels, test.labels, test.numbers))
     for i, name in enumerate(asked.encoders):
         features = [torch.from_numpy(x.features[i]).to(device) for x in (train, test)]
@@ -58,4 +58,5 @@ def knn(config: KnnConfig) -> None:
         predicted = {k: Predictions.of(share.cpu(), true, numbers) for k, share in votes.items()}
         for k, predictions in predicted.items():
             table.add(f"{name}, k = {k}", predictions)
-    asked.write(table, predicted[kept], images=len(train.labels), pool=config.pool, temperature=config.temperature)
+    conditions = {"pool": config.pool, "temperature": config.temperature, "predictions_k": kept}
+    asked.write(table, predicted[kept], images=len(train.labels), **conditions)

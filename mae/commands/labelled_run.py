@@ -14,15 +14,19 @@ from mae.commands.options import LoadOptions, ReadingOptions, flat
 from mae.commands.results import Results, Table
 from mae.commands.words import duration, rounded, started_workers
 from mae.data import Labelled, TrainingImages, counted, open_train_and_test, printable, usable_workers
+from mae.data.whole import refuse_unreadable
 from mae.evaluation.predictions import Evaluation
 from mae.model import Classifier, VisionTransformer
+from mae.model.classifier import Pool
 from mae.report.page import write_report
 from mae.run_files import METRICS
 from mae.training.classification import Classification, LabelledConfig
 from mae.training.loop import Looks, choose_device, train, uses_bfloat16
 from mae.training.parallel import Processes, joined, own_device
 from mae.training.recipe import Recipe
-from mae.training.run import Mode, refuse_run
+from mae.training.run import Mode, RunError, refuse_run
+
+FEATURES_OF: dict[Pool, str] = {"mean": "mean features", "token": "class-token features"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class LabelledOptions:
     """Labelled pictures to learn from: a folder with one sub-folder per class, or hf: and a dataset with a column of
     labels, as in hf:NAME:train or hf:FILE.parquet:label=COLUMN."""
     test: str
-    """Pictures to test on, of the same classes."""
+    """Labelled pictures to test on, of the same classes."""
     loading: Annotated[LoadOptions, tyro.conf.arg(name="")] = field(default_factory=LoadOptions)
     reading: Annotated[ReadingOptions, tyro.conf.arg(name="")] = field(default_factory=ReadingOptions)
 
@@ -71,6 +75,7 @@ class LabelledRun:
     training: LabelledConfig
     start: RunOptions
     out: Path
+    conditions: dict[str, Any]  # which stand beside its accuracies
     make_model: Callable[[VisionTransformer, tuple[str, ...]], Classifier]  # of the encoder and the classes
     make_task: Callable[[Classifier, LabelledConfig, torch.Tensor, Processes], Classification]  # of the labels
 
@@ -137,23 +142,26 @@ class _Job:
 
     def evaluate(self) -> None:
         """What is on disk is tested, which is what others load."""
-        self.processes.most(0)  # the leading process has written it
+        self.processes.gather(None)  # until the leading one has written it
         with self.processes.together():
             model = load_checkpoint(self.asked.out).to(self.device)
         predictions = self.evaluation(model)
         if not self.processes.leads:
             return
-        table = Table(self.test, f"{len(predictions.numbers)} test pictures")
+        table = Table(len(self.test.classes), predictions.labels, f"{len(predictions.numbers)} test pictures")
         table.add(self.asked.row, predictions)
         config = self.asked.config
         where = {name: str(getattr(config, name)) for name in ("checkpoint", "data", "test")}
-        self.results.write(table, predictions, self.test, self.images.reading, where | {"images": len(self.images)})
+        conditions = where | {"images": len(self.images)} | self.asked.conditions
+        self.results.write(table, predictions, self.test, self.images.reading, conditions)
         print(f"The classifier is in {printable(self.asked.out)}. Try it:")
         print(f"  python -m mae predict --checkpoint {printable(self.asked.out)} --images FOLDER --out predictions.csv")
 
 
 def _prepare(asked: LabelledRun, device: torch.device, processes: Processes) -> _Job:
     config, training = asked.config, asked.training
+    if asked.start.overwrite and config.checkpoint.resolve().is_relative_to(asked.out.resolve()):
+        raise RunError(f"--overwrite would remove {config.checkpoint}, which the run begins with; choose another --out")
     if processes.leads:
         refuse_run(asked.out, asked.start.mode != "new")
     results = Results(asked.command, asked.out)
@@ -164,6 +172,8 @@ def _prepare(asked: LabelledRun, device: torch.device, processes: Processes) -> 
     model = asked.make_model(encoder, data.classes)
     task = asked.make_task(model, training, torch.from_numpy(data.labels), processes)
     reading = config.reading.reading(model.config)
+    for labelled in (data, test):
+        refuse_unreadable(labelled.source, reading)
     options = {"least_area": training.least_area, "flips": training.flips}
     images = TrainingImages(data.source, reading, training.seed, **options)
     held = {"images": len(data), "fingerprint": data.source.fingerprint(), "classes": len(data.classes)}
@@ -193,7 +203,7 @@ def _foretell(seconds: float, steps: int) -> str:
 
 def with_encoder(model: Classifier, encoder: VisionTransformer) -> Classifier:
     """The classifier with the weights of an encoder; its head stays as it is, and so does a norm that it has alone."""
-    state = {name: x for name, x in encoder.state_dict().items() if name in model.state_dict()}
-    kept = {name: x for name, x in model.state_dict().items() if name not in state or name.startswith("head.")}
-    model.load_state_dict(state | kept)
+    own = model.state_dict()
+    state = {name: x for name, x in encoder.state_dict().items() if name in own and not name.startswith("head.")}
+    model.load_state_dict(own | state)
     return model

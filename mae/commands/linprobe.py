@@ -1,6 +1,6 @@
 """``python -m mae linprobe``."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from mae.commands.frozen import FrozenFeatures
-from mae.commands.labelled_run import LabelledOptions, LabelledRun, RunOptions, run_labelled, with_encoder
+from mae.commands.labelled_run import FEATURES_OF, LabelledOptions, LabelledRun, RunOptions, run_labelled, with_encoder
 from mae.commands.results import Table
 from mae.data import open_train_and_test, printable
 from mae.evaluation.predictions import Predictions
@@ -18,6 +18,7 @@ from mae.model import Classifier, HeadConfig, VisionTransformer
 from mae.model.classifier import Pool
 from mae.training.classification import ProbeTraining, probing
 
+_OF_BOTH = {"batch_size", "workers", "seed", "device"}  # options, which say the same to every solver
 _SMALL = 20_000  # pictures to learn from, up to which a logistic regression is solved in minutes
 
 
@@ -26,16 +27,15 @@ class LinprobeConfig(LabelledOptions):
     """Train a linear classifier on the frozen features of an encoder."""
 
     solver: Literal["auto", "lbfgs", "sgd", "lars"] = "auto"
-    """lbfgs computes the features once, and those of an untrained encoder beside them, for a logistic regression. sgd
-    is a run of the trainer with random crops, as published, and lars that with the published optimizer, for batches of
-    thousands: in small ones its steps are too small. auto: lbfgs up to
-    20000 pictures to learn from, sgd above."""
+    """lbfgs solves a logistic regression on features that are computed once, beside those of an untrained encoder. sgd
+    is a run of the trainer with random crops, as published. lars is that with the published optimizer, for batches of
+    thousands. auto: lbfgs up to 20000 pictures to learn from, sgd above."""
     pool: Pool | None = None
-    """What the classifier sees: the mean of the patch tokens, by default of lbfgs, or the class token, by default of
-    lars and sgd, as published."""
+    """What the classifier sees: the mean of the patch tokens, or the class token. By default the mean with lbfgs, the
+    class token with sgd and lars, as published."""
     out: Path | None = None
-    """Folder for results.json, predictions and report.html: by default of lbfgs the run folder of the checkpoint, of
-    lars and sgd runs/linprobe, which is a run folder of its own."""
+    """Folder for results.json, predictions and report.html. By default the run folder of the checkpoint with lbfgs,
+    and with sgd and lars runs/linprobe, a run folder of its own."""
     start: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
     train: Annotated[ProbeTraining, tyro.conf.arg(name="")] = field(default_factory=ProbeTraining)
 
@@ -50,6 +50,8 @@ def linprobe(config: LinprobeConfig) -> None:
         _refuse_run_options(config)
         _solve(config)
         return
+    if config.train.batch_size // config.train.micro_batches < 2:
+        raise ValueError(f"the solver {solver} normalises features over a batch, which takes 2 images at least")
     pool = config.pool or "token"
 
     def make_model(encoder: VisionTransformer, classes: tuple[str, ...]) -> Classifier:
@@ -58,12 +60,13 @@ def linprobe(config: LinprobeConfig) -> None:
     run_labelled(
         LabelledRun(
             "linprobe",
-            f"Linear probe of the {'class token' if pool == 'token' else 'mean'} of {printable(config.checkpoint)}",
+            f"Linear probe on the {FEATURES_OF[pool]} of {printable(config.checkpoint)}",
             "pre-trained encoder",
             config,
             config.train,
             config.start,
             config.out or Path("runs/linprobe"),
+            {"solver": solver, "pool": pool},
             make_model,
             partial(probing, solver=solver),
         )
@@ -71,20 +74,21 @@ def linprobe(config: LinprobeConfig) -> None:
 
 
 def _refuse_run_options(config: LinprobeConfig) -> None:
-    said = [name for name in ("steps", "epochs") if getattr(config.train, name) is not None]
-    said += [name for name, x in vars(config.start).items() if x]
-    if said:
-        option = said[0].replace("_", "-")
-        raise ValueError(f"--{option} is of the solvers lars and sgd; add --solver sgd, or leave it out")
+    """Rather than pass them over."""
+    for part in (config.start, config.train):
+        for name in (x.name for x in fields(part) if x.name not in _OF_BOTH and getattr(part, x.name) != x.default):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} says nothing to the solver lbfgs; leave it out, or add --solver sgd")
 
 
 def _solve(config: LinprobeConfig) -> None:
     asked = FrozenFeatures.prepare("linprobe", config, config.out, config.train.device, config.train.seed)
-    print(f"Linear probe: {asked.words()}")
-    train, test = asked.features(config.pool or "mean", config.train.batch_size, config.train.workers)
-    table = Table(asked.test)
+    pool = config.pool or "mean"
+    print(f"Linear probe on {asked.words(pool)}")
+    train, test = asked.features(pool, config.train.batch_size, config.train.workers)
+    table = Table(len(asked.test.classes), test.labels)
     for i, name in enumerate(asked.encoders):
         probabilities = torch.from_numpy(linear_probe(train.features[i], train.labels, test.features[i]))
         predictions = Predictions.of(probabilities, *map(torch.from_numpy, (test.labels, test.numbers)))
         table.add(name, predictions)
-    asked.write(table, predictions, images=len(train.labels), solver="lbfgs", pool=config.pool or "mean")
+    asked.write(table, predictions, images=len(train.labels), solver="lbfgs", pool=pool)

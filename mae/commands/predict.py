@@ -1,6 +1,7 @@
 """``python -m mae predict``."""
 
 import csv
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,12 @@ from mae.checkpoints.saving import write_files
 from mae.commands.options import LoadOptions, ReadingOptions
 from mae.commands.pictures import open_images
 from mae.data import counted, printable, usable_workers, whole_batches
+from mae.data.whole import refuse_unreadable
 from mae.fields import COUNT, check
 from mae.model import Classifier
 from mae.training.loop import choose_device
+
+_MOST_NAMED = 8  # classes, in a line
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class PredictConfig:
     images: tuple[str, ...]
     """Image files, folders of them, or hf: and a dataset."""
     out: Path = Path("predictions.csv")
-    """Table to write, a line for each image: file, label, its probability, and the probability of every class."""
+    """Table to write, a row for each image: file, label, its probability, and the probability of every class."""
     batch_size: int = 64
     """Images per forward pass."""
     workers: int = 2
@@ -50,16 +54,13 @@ def predict(config: PredictConfig) -> None:
     if not isinstance(model, Classifier):
         raise CheckpointError(
             f"{config.checkpoint} is no classifier: it was pre-trained and has learned no labels; train one with "
-            "python -m mae finetune"
+            f"python -m mae finetune --checkpoint {config.checkpoint} --data FOLDER --test FOLDER"
         )
     device = choose_device(config.device)
     model.to(device)
-    source, reading, classes = (
-        open_images(config.images),
-        config.reading.reading(model.config),
-        model.head_config.classes,
-    )
-    counts = dict.fromkeys(classes, 0)
+    source, reading = open_images(config.images), config.reading.reading(model.config)
+    classes, counts = model.head_config.classes, Counter()
+    refuse_unreadable(source, reading)
 
     def lines() -> Iterator[list]:
         yield ["file", "label", "probability", *classes]
@@ -76,5 +77,6 @@ def predict(config: PredictConfig) -> None:
             csv.writer(file).writerows(lines())
 
     write_files(config.out.parent, {config.out.name: write})
-    found = ", ".join(f"{count} {printable(name)}" for name, count in counts.items() if count)
-    print(f"Wrote the labels of {counted(sum(counts.values()), 'image')} to {printable(config.out)}: {found}")
+    found = ", ".join(f"{count} {printable(name)}" for name, count in counts.most_common(_MOST_NAMED))
+    more = f" and {len(counts) - _MOST_NAMED} more" if len(counts) > _MOST_NAMED else ""
+    print(f"Wrote the labels of {counted(counts.total(), 'image')} to {printable(config.out)}: {found}{more}")

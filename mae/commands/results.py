@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections import Counter
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mae.checkpoints.saving import write_files, write_json
-from mae.data import Labelled, Reading, printable, read_pictures
+from mae.data import DataWarning, Labelled, Reading, printable, read_pictures
 from mae.data.sources import Part
 from mae.evaluation.predictions import Predictions, measures
 from mae.report.figures import MOST_MISTAKES, save_mistakes
@@ -25,11 +25,10 @@ _WIDTH = 32  # characters of a name in a table
 class Table:
     """Accuracies, printed line by line in percent: top-1, and top-5 from ten classes on."""
 
-    def __init__(self, test: Labelled, first: str = "features"):
-        self.measures, self.accuracies = measures(len(test.classes)), {}
+    def __init__(self, classes: int, labels: np.ndarray, first: str = "features"):
+        self.measures, self.accuracies = measures(classes), {}
         print(f"  {first:<{_WIDTH}}" + "".join(f"{f'top-{k}':>9}" for k in self.measures))
-        chance = max(Counter(test.labels.tolist()).values()) / len(test)
-        self._line("chance (largest class)", {"top1": chance})
+        self._line("chance (largest class)", {"top1": float(np.bincount(labels).max() / len(labels))})
 
     def add(self, name: str, predictions: Predictions) -> None:
         self._line(name, {f"top{k}": predictions.top(k) for k in self.measures})
@@ -71,8 +70,9 @@ class Results:
     def write(
         self, table: Table, predictions: Predictions, test: Labelled, reading: Reading, conditions: dict[str, Any]
     ) -> None:
-        """Add the accuracies to what is there, and put what was predicted beside them."""
+        """Add the accuracies to what is there, equal ones once, and put what was predicted beside them."""
         if self.folder is None:
+            print("Nothing is kept; with --out FOLDER there are results, predictions and a report")
             return
         counts = {"test_images": len(predictions.numbers), "classes": len(test.classes)}
         entry = {"command": self.command, **conditions, **counts, **table.accuracies}
@@ -81,10 +81,10 @@ class Results:
             mistakes_name(self.command): lambda path: _draw_mistakes(path, predictions, test, reading),
         }
         write_files(self.folder, writers)
-        write_json(self.folder, {RESULTS: [*self._earlier(), entry]})
+        write_json(self.folder, {RESULTS: [*(x for x in self._earlier() if x != entry), entry]})
         write_report(self.folder)
         results, report = (printable(self.folder / name) for name in (RESULTS, REPORT))
-        print(f"Added to {results}; {report} shows what is taken for what")
+        print(f"The results are in {results}; {report} shows what is taken for what")
 
 
 def _write_table(path: Path, predictions: Predictions, test: Labelled) -> None:
@@ -99,7 +99,10 @@ def _write_table(path: Path, predictions: Predictions, test: Labelled) -> None:
 def _draw_mistakes(path: Path, predictions: Predictions, test: Labelled, reading: Reading) -> None:
     worst = predictions.mistakes()[:MOST_MISTAKES]
     worst = worst[np.argsort(predictions.numbers[worst])]  # the numbers of a part of a source rise
-    read = [*read_pictures(Part(test.source, predictions.numbers[worst].tolist()), reading)] if len(worst) else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # said when they were tested
+        shown = Part(test.source, predictions.numbers[worst].tolist())
+        read = [*read_pictures(shown, reading)] if len(worst) else []
     pictures = torch.zeros(0, reading.channels, *reading.image_size, dtype=torch.uint8)
     pictures = torch.stack([picture for picture, _ in read]) if read else pictures
     captions = [

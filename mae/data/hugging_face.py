@@ -66,10 +66,11 @@ def open_labelled_dataset(name: str) -> tuple[Table, np.ndarray, tuple[str, ...]
     typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
     column = options.get("label") or (typed[0] if len(typed) == 1 else "label")
     if column not in table.features:
-        raise DataError(
-            f"{printable(where)} has no column {printable(column)} but {', '.join(map(printable, table.features))}; "
-            f"say which are the labels with {printable(where)}:label=COLUMN"
-        )
+        hint = "" if "label" in options else f"; choose the one of labels with {printable(where)}:label=COLUMN"
+        names = ", ".join(map(printable, table.features))
+        raise DataError(f"{printable(where)} has no column {printable(column)}, but {names}{hint}")
+    if not len(table):
+        raise DataError(f"{printable(where)} holds no rows")
     values, feature = table.with_format(None)[column][:], table.features[column]
     without = sum(x is None or x == -1 for x in values)
     if without:

@@ -1,6 +1,6 @@
 """Pictures of known classes: a folder with a sub-folder for each, or a dataset with a column of labels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,20 +48,20 @@ def open_labelled(data: str | Path) -> Labelled:
 
 
 def open_train_and_test(data: str | Path, test: str | Path) -> tuple[Labelled, Labelled]:
-    """Both, of the same classes.
+    """Both, of the same classes, which those of data number.
 
     Raises:
         DataError: as of :func:`open_labelled`, or the classes differ.
     """
     train, tested = open_labelled(data), open_labelled(test)
-    if train.classes == tested.classes:
-        return train, tested
+    if sorted(train.classes) == sorted(tested.classes):  # folders are in the order of their names, datasets in theirs
+        places = np.array([train.classes.index(name) for name in tested.classes])
+        return train, replace(tested, labels=places[tested.labels], classes=train.classes)
     words = [
         f"only {printable(one.where)} holds {_listed(more)}"
         for one, other in ((train, tested), (tested, train))
         if (more := sorted({*one.classes} - {*other.classes}))
     ]
-    words = words or ["they are numbered otherwise"]
     raise DataError(f"{printable(data)} and {printable(test)} do not hold the same classes: {'; '.join(words)}")
 
 

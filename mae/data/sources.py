@@ -28,6 +28,7 @@ _WORDS = {  # of what has no suffix to be called by: one, and more than one
     _BROKEN_LINK: ("broken link", "broken links"),
     _SPECIAL: ("special file (a FIFO, socket or device)", "special files (FIFOs, sockets or devices)"),
     _LOCKED: ("folder that cannot be opened", "folders that cannot be opened"),
+    _IMAGE: ("image beside the sub-folders", "images beside the sub-folders"),
 }
 
 
@@ -205,6 +206,8 @@ def find_labelled_images(folder: str | Path) -> tuple[list[Path], list[int], lis
     if not classes:
         what = "holds no sub-folder" if folder.is_dir() else "is no folder"
         raise DataError(f"{printable(folder)} must hold one sub-folder of images per class, and {what}")
+    with os.scandir(folder) as beside:
+        left_out.update(_kind(x, suffixes()) for x in beside if x.name[0] != "." and x.name not in classes)
     found = [list(_walk(folder / name, left_out)) for name in classes]
     empty = [name for name, files in zip(classes, found, strict=True) if not files]
     if empty:

@@ -59,7 +59,7 @@ def labelled_features(
     """Features of several models, for which each picture is read once.
 
     Raises:
-        DataError: no picture of a class can be read.
+        DataError: no picture of a class can be read, or features are not finite.
     """
     parts, numbers = [], []
     for model in models:
@@ -72,4 +72,7 @@ def labelled_features(
     if missing := {*range(len(labelled.classes))} - {*labels.tolist()}:
         name = printable(labelled.classes[min(missing)])
         raise DataError(f"no picture of {name} in {printable(labelled.where)} can be read")
-    return LabelledFeatures([torch.cat(x).numpy() for x in zip(*parts, strict=True)], labels, places)
+    features = [torch.cat(x).numpy() for x in zip(*parts, strict=True)]
+    if not all(np.isfinite(x).all() for x in features):  # NaN would be everybody's nearest neighbour
+        raise DataError(f"the encoder's features of {printable(labelled.where)} are not all finite")
+    return LabelledFeatures(features, labels, places)

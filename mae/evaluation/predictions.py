@@ -26,8 +26,8 @@ class Predictions(NamedTuple):
 
     @staticmethod
     def of(probabilities: Tensor, labels: Tensor, numbers: Tensor) -> "Predictions":
-        """Of probabilities ``[n, classes]``; of equal ones the first class comes first."""
-        probabilities = probabilities.float()
+        """Of probabilities ``[n, classes]``; of equal ones the first class comes first, and NaN counts as 0."""
+        probabilities = probabilities.float().nan_to_num(0.0)
         true, places = probabilities.gather(1, labels[:, None]), torch.arange(probabilities.shape[1])
         before = (probabilities > true) | ((probabilities == true) & (places < labels[:, None]))
         losses = -true[:, 0].clamp(min=torch.finfo(torch.float32).tiny).log()

@@ -145,7 +145,7 @@ class Classification:
         return F.cross_entropy(model(images, keep).float(), targets)
 
     def exported(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return folded(state) if isinstance(plain(self._model).head, nn.Sequential) else state
+        return folded(state) if state and isinstance(plain(self._model).head, nn.Sequential) else state
 
 
 def finetuning(

@@ -187,10 +187,9 @@ class Recipe:
         before = read_recipe(run / RECIPE)
         options = json.loads(json.dumps(self.options))  # tuples become lists, as in the file
         if changed := _changed(before["options"], options):
-            raise RunError(
-                f"{run} was started with another recipe: {'; '.join(changed)}. Give it its own options again, which "
-                f"--recipe {run} does"
-            )
+            hint = "" if "command" in options else f", which --recipe {run} does"
+            words = f"{run} was started with another recipe: {'; '.join(changed)}"
+            raise RunError(f"{words}. Give it its own options again{hint}")
         if changed := _changed(before["data"], self.data):
             raise RunError(
                 f"{run} was started on other images: {'; '.join(changed)}. Put them back, or begin another run"

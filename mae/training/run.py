@@ -8,7 +8,19 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from mae.run_files import CHECKPOINTS, CONFIG, EVENTS, METRICS, RECIPE, RECONSTRUCTIONS, REPORT, RESULTS, WEIGHTS
+from mae.run_files import (
+    CHECKPOINTS,
+    CONFIG,
+    EVENTS,
+    METRICS,
+    RECIPE,
+    RECONSTRUCTIONS,
+    REPORT,
+    RESULTS,
+    WEIGHTS,
+    mistakes_name,
+    predictions_name,
+)
 from mae.training.parallel import Processes
 
 _OF_A_RUN = (WEIGHTS, METRICS, CONFIG, CHECKPOINTS)
@@ -93,7 +105,8 @@ def _let_old_go(folder: Path) -> None:
 
 
 def _parts(folder: Path) -> list[Path]:
-    return [folder / name for name in (*_OF_A_RUN, *_BESIDE) if (folder / name).exists()]
+    named = [folder / name for name in (*_OF_A_RUN, *_BESIDE) if (folder / name).exists()]
+    return named + [path for name in (predictions_name("*"), mistakes_name("*")) for path in folder.glob(name)]
 
 
 def _let_go(folder: Path, lock: FileLock, new: list[Path]) -> None:
