@@ -31,7 +31,6 @@ from torch import Tensor
 from benchmarks import record
 from benchmarks.mask_tokens import compare
 from mae.commands.demo import fashion_mnist
-from mae.commands.labelled_run import with_encoder
 from mae.data import TensorImages
 from mae.evaluation.features import extract_features
 from mae.evaluation.probe import linear_probe, nearest_neighbours
@@ -121,7 +120,7 @@ def finetuned(encoder: VisionTransformer | MAEConfig, pictures: Pictures, steps:
     head = HeadConfig(tuple(map(str, range(pictures.classes))), fc_norm=True)
     model = Classifier(encoder if is_new else encoder.config, head, drop_path=training.drop_path)
     if not is_new:
-        with_encoder(model, encoder)
+        model.load_encoder(encoder)
     task = finetuning(model, training, torch.from_numpy(pictures.labels))
     with tempfile.TemporaryDirectory() as folder:
         train(model, TensorImages(pictures.train, seed), training, Path(folder), task=task)

@@ -283,8 +283,9 @@ CLASSES = [
         ("evaluations that replace each other", "[*(x for x in self._earlier() if x != entry), entry]", "[entry]")),
     *room("mae/commands/labelled_run.py", "test_classify_commands.py -k 'sentence and finetune or begins_with'",
         ("a test set that nobody opens before hours of training", "for labelled in (data, test):",
-         "for labelled in (data,):"),
-        ("a fine-tuned encoder of random weights", "model.load_state_dict(own | state)", "model.load_state_dict(own)")),
+         "for labelled in (data,):")),
+    *room("mae/model/classifier.py", "test_classify_commands.py -k begins_with",
+        ("a fine-tuned encoder of random weights", "self.load_state_dict(own | state)", "self.load_state_dict(own)")),
 ]  # fmt: skip
 
 LABELS = [

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from mae.commands.labelled_run import LabelledOptions, LabelledRun, RunOptions, run_labelled, with_encoder
+from mae.commands.labelled_run import LabelledOptions, LabelledRun, RunOptions, run_labelled
 from mae.data import printable
 from mae.model import Classifier, HeadConfig, VisionTransformer
 from mae.model.classifier import Pool
@@ -32,20 +32,20 @@ def finetune(config: FinetuneConfig) -> None:
     def make_model(encoder: VisionTransformer, classes: tuple[str, ...]) -> Classifier:
         head = HeadConfig(classes, config.pool, fc_norm=config.pool == "mean")
         model = Classifier(encoder.config, head, drop_path=config.train.drop_path)
-        return model if config.scratch else with_encoder(model, encoder)
+        return model if config.scratch else model.load_encoder(encoder)
 
     of = "random weights, as large as" if config.scratch else "the encoder of"
     run_labelled(
         LabelledRun(
-            "finetune",
-            f"Fine-tuning {of} {printable(config.checkpoint)}",
-            "from scratch" if config.scratch else "fine-tuned",
-            config,
-            config.train,
-            config.start,
-            config.out,
-            {"pool": config.pool},
-            make_model,
-            finetuning,
+            command="finetune",
+            words=f"Fine-tuning {of} {printable(config.checkpoint)}",
+            row="from scratch" if config.scratch else "fine-tuned",
+            config=config,
+            training=config.train,
+            start=config.start,
+            out=config.out,
+            conditions={"pool": config.pool},
+            make_model=make_model,
+            make_task=finetuning,
         )
     )

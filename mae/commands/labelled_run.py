@@ -199,11 +199,3 @@ def _options(config: LabelledOptions) -> dict[str, Any]:
 
 def _foretell(seconds: float, steps: int) -> str:
     return f"A step takes {duration(seconds)}, and what is left of the run {duration(seconds * steps)}"
-
-
-def with_encoder(model: Classifier, encoder: VisionTransformer) -> Classifier:
-    """The classifier with the weights of an encoder; its head stays as it is, and so does a norm that it has alone."""
-    own = model.state_dict()
-    state = {name: x for name, x in encoder.state_dict().items() if name in own and not name.startswith("head.")}
-    model.load_state_dict(own | state)
-    return model

@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from mae.commands.frozen import FrozenFeatures
-from mae.commands.labelled_run import FEATURES_OF, LabelledOptions, LabelledRun, RunOptions, run_labelled, with_encoder
+from mae.commands.labelled_run import FEATURES_OF, LabelledOptions, LabelledRun, RunOptions, run_labelled
 from mae.commands.results import Table
 from mae.data import open_train_and_test, printable
 from mae.evaluation.predictions import Predictions
@@ -55,20 +55,20 @@ def linprobe(config: LinprobeConfig) -> None:
     pool = config.pool or "token"
 
     def make_model(encoder: VisionTransformer, classes: tuple[str, ...]) -> Classifier:
-        return with_encoder(Classifier(encoder.config, HeadConfig(classes, pool)), encoder)
+        return Classifier(encoder.config, HeadConfig(classes, pool)).load_encoder(encoder)
 
     run_labelled(
         LabelledRun(
-            "linprobe",
-            f"Linear probe on the {FEATURES_OF[pool]} of {printable(config.checkpoint)}",
-            "pre-trained encoder",
-            config,
-            config.train,
-            config.start,
-            config.out or Path("runs/linprobe"),
-            {"solver": solver, "pool": pool},
-            make_model,
-            partial(probing, solver=solver),
+            command="linprobe",
+            words=f"Linear probe on the {FEATURES_OF[pool]} of {printable(config.checkpoint)}",
+            row="pre-trained encoder",
+            config=config,
+            training=config.train,
+            start=config.start,
+            out=config.out or Path("runs/linprobe"),
+            conditions={"solver": solver, "pool": pool},
+            make_model=make_model,
+            make_task=partial(probing, solver=solver),
         )
     )
 

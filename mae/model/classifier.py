@@ -76,6 +76,13 @@ class Classifier(VisionTransformer):
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
 
+    def load_encoder(self, encoder: VisionTransformer) -> "Classifier":
+        """Take the weights of an encoder; the head stays as it is, and so does a norm that the encoder has not."""
+        own = self.state_dict()
+        state = {name: x for name, x in encoder.state_dict().items() if name in own and not name.startswith("head.")}
+        self.load_state_dict(own | state)
+        return self
+
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Logits ``[N, classes]``.
 

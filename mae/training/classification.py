@@ -91,6 +91,9 @@ class ProbeTraining(LabelledConfig):
     """Share of the steps in which the learning rate rises linearly; then it falls as a half cosine."""
     weight_decay: float = 0.0
     """Weight decay."""
+    micro_batches: int = 1
+    """Parts in which a process computes its share of a batch, to fit into memory; features are normalised over a part
+    of it in all processes."""
 
     usual: ClassVar[dict[str, float]] = {"epochs": 90}
 
@@ -167,8 +170,10 @@ def probing(
     """Freezes the encoder, and puts a normalisation of its features before the linear layer, as published.
 
     Raises:
-        ValueError: batches of one image, whose normalised features are all 0.
+        ValueError: batches of one image, whose normalised features are all 0, or a model that is to be sharded.
     """
+    if config.parallel == "fsdp":
+        raise ValueError("parallel fsdp shards what is trained, and a probe trains one layer; leave it out")
     if config.batch_size < 2:
         raise ValueError("a probe normalises features over the batch, so batch_size must be 2 at least, got 1")
     model.requires_grad_(False)
