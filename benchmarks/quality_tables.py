@@ -22,10 +22,11 @@ _PUBLISHED = {"ViT-L": {8: 2.8, 1: 3.7}, "ViT-H": {8: 3.5, 1: 4.1}}
 def tables(rows: list[dict], conditions: str, raw_file: str) -> list:
     """Paragraphs and tables, for the parts that there are."""
     parts = {name: [row for row in rows if row["part"] == name] for name in dict.fromkeys(row["part"] for row in rows)}
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
     minutes, seeds = sum(row["cpu_s"] for row in rows) / 60, sorted({row["seed"] for row in rows if "seed" in row})
     result = [
         f"""Top-1 in %, mean of seeds {", ".join(map(str, seeds))}, in brackets the lowest and the highest of them;
-        {minutes:.0f} CPU-minutes in all; {conditions} ([raw file]({raw_file}))."""
+        {minutes:.0f} CPU-minutes in all; {conditions}, rows of commits {commits} ([raw file]({raw_file}))."""
     ]
     if of_labels := parts.get("labels"):
         result += [
@@ -45,7 +46,7 @@ def tables(rows: list[dict], conditions: str, raw_file: str) -> list:
     if of_ablations := parts.get("ablations"):
         steps = of_ablations[0]["steps"]
         result += [
-            f"""One thing changed at a time, after {steps:.0f} steps of 128 pictures, 20 s, probed with 500 labels of a
+            f"""One thing changed at a time, after {steps:.0f} steps of 128 pictures, probed with 500 labels of a
             class. The images have 16 patches, so that this says little of large ones:""",
             _ablations(of_ablations),
         ]
