@@ -132,6 +132,33 @@ def test_the_tables_hold_the_numbers_of_the_newest_file(root):
     assert [link for link in links if not (root / link).is_file()] == ["benchmarks/NOTES.md"]
 
 
+def test_the_table_of_features_says_who_wins_and_where(root):
+    def row(part, seed, labels, *shares):
+        ways = [
+            f"{x}, {y}" for x in ("raw pixels", "untrained encoder", "pre-trained encoder") for y in ("linear", "kNN")
+        ]
+        ways += ["pre-trained encoder, fine-tuned", "the same network from scratch"]
+        values = dict(zip(ways, shares, strict=True))
+        return {"part": part, "seed": seed, "labels": labels, "cpu_s": 90.0, "commit": "abc1234"} | values
+
+    few = [row("labels", seed, 5, 0.5, 0.4, 0.2, 0.2, 0.6, 0.6, 0.6 + seed / 10, 0.55) for seed in (0, 1)]
+    many = [row("labels", seed, 500, 0.9, 0.8, 0.7, 0.7, 0.85, 0.8, 0.8, 0.75 + seed / 10) for seed in (0, 1)]
+    tuned = {"part": "ablations", "cpu_s": 6.0, "commit": "abc1234", "case": "25 % hidden", "steps": 9.0}
+    ablations = [tuned | {"seed": x, "linear": 0.5 + x / 10, "kNN": 0.25, "training_cpu_s": 7.0} for x in (0, 1)]
+    of_tokens = {"ratio, 8": 2.71, "ratio, 1": 3.6, "FLOPs, 8": 3.2, "FLOPs, 1": 4.2, "ms": 9.0}
+    tokens = {"part": "mask tokens", "case": "ViT-L", "cpu_s": 0.0, "commit": "f00"} | of_tokens
+    save(root, "features", *few, *many, *ablations, tokens, kind="quality")
+    written(
+        root, "mean of seeds 0, 1, in brackets the lowest and the highest of them; 6 CPU-minutes in all;",
+        "rows of commits abc1234, f00 ([raw file](benchmarks/results/features.jsonl))", "| | 5 | 500 |",
+        "| raw pixels, linear | 50.0 | **90.0** |", "| MAE, fine-tuned | **65.0 (60.0 to 70.0)** | 80.0 |",
+        "differs from the same network from scratch by +10.0, +0.0 points: with 5 labels its worst seed is ahead",
+        "with no labels behind.", "beat raw pixels with 5 labels, and raw pixels beat them with 500 labels.",
+        "| 25 % hidden | 55.0 (50.0 to 60.0) | 25.0 | 9 | 7 |",
+        "| ViT-L | 8 | 2.7x | 3.2x | 2.8x | | ViT-L | 1 | 3.6x | 4.2x | 3.7x |",
+    )  # fmt: skip
+
+
 def test_check_names_what_is_out_of_step(root, capsys):
     path, picture = save(root, "cpu", op("gather_tokens", 12.0)), root / "docs" / "results" / "cpu-speedups.svg"
     written(root)
