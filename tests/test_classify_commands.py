@@ -108,7 +108,7 @@ def test_finetune_leaves_a_whole_run_folder(place, tuned):
         "command": "finetune", "checkpoint": f"{place}/run", "data": f"{place}/train", "test": f"{place}/test",
         "images": 30, "pool": "mean", "test_images": 20, "classes": 10,
     }  # fmt: skip
-    assert shares["top1"]["chance (largest class)"] == 0.1
+    assert shares["top1"]["largest class alone"] == 0.1
     assert json.loads((folder / "recipe.json").read_text())["options"]["command"] == "finetune"
     model = load_checkpoint(folder)
     assert model.head_config.classes == tuple(NAMES)
@@ -131,9 +131,11 @@ def test_what_finetune_prints(place, tuned):
     )
     top1, top5 = (f"{results(folder)[0][name]['fine-tuned']:.1%}" for name in ("top1", "top5"))
     assert [line.split("  ", 2)[1] + re.sub(" +", " ", line[34:]) for line in table] == [
-        "20 test pictures top-1 top-5", "chance (largest class) 10.0%", f"fine-tuned {top1} {top5}",
+        "20 test pictures top-1 top-5", "largest class alone 10.0%", f"fine-tuned {top1} {top5}",
     ]  # fmt: skip
-    assert kept == f"The results are in {folder}/results.json; {folder}/report.html shows what is taken for what"
+    assert (
+        kept == f"The results are in {folder}/results.json; {folder}/report.html shows which class is taken for which"
+    )
     assert ready == f"The classifier is in {folder}. Try it:"
     assert command == f"  python -m mae predict --checkpoint {folder} --images FOLDER --out predictions.csv"
 
@@ -196,7 +198,7 @@ def test_what_a_run_begins_with(place, tmp_path, scratch):
     out = said(*options_of(place, "finetune", out=tmp_path), *options)
     assert out.startswith("Fine-tuning random weights, as large as" if scratch else "Fine-tuning the encoder of")
     row = "from scratch" if scratch else "fine-tuned"
-    assert [*results(tmp_path)[0]["top1"]] == ["chance (largest class)", row]
+    assert [*results(tmp_path)[0]["top1"]] == ["largest class alone", row]
     own, encoder = weights(tmp_path), weights(place / "run")
     alike = [torch.allclose(own[name], encoder[name], atol=1e-6) for name in own if name.endswith("qkv.weight")]
     assert alike == len(alike) * [not scratch]
@@ -271,7 +273,7 @@ def test_options_of_a_run_are_not_passed_over_by_a_regression(place, run):
         for solver in ("auto", "lbfgs"):
             words = refusal(*arguments, "--solver", solver, *option.split())
             name = option.split()[0].replace("no-", "")
-            assert words == f"{name} says nothing to the solver lbfgs; leave it out, or add --solver sgd"
+            assert words == f"{name} has no effect with the solver lbfgs; leave it out, or add --solver sgd"
     assert refusal(*arguments, "--solver", "sgd", "--batch-size", "1") == (
         "the solver sgd normalises features over a batch, which takes 2 images at least"
     )
@@ -286,7 +288,7 @@ def test_knn(place, run):
     kinds = [f"{kind} encoder, k = {k}" for kind in ("untrained", "pre-trained") for k in (1, 20, 500)]
     assert [line[2:34].strip() for line in output.splitlines()[3:9]] == kinds
     (entry,) = results(run)
-    assert [*entry["top1"]] == ["chance (largest class)", *kinds]
+    assert [*entry["top1"]] == ["largest class alone", *kinds]
     assert (entry["pool"], entry["temperature"], entry["predictions_k"]) == ("mean", 0.07, 20)
     ranks = [int(row[4]) for row in rows(run / "predictions-knn.csv")[1:]]
     assert entry["top1"]["pre-trained encoder, k = 20"] == np.mean([rank == 0 for rank in ranks])
@@ -425,7 +427,7 @@ def test_one_picture_of_each_class_is_enough(place, folders, tmp_path, command):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_broken_files_are_left_out_and_counted(place, folders, tmp_path, command, capsys):
     output = said(*options_of(place, command, data=folders / "some", test=folders / "some", out=tmp_path))
-    assert "chance (largest class)              50.0%" in output  # of those that were read
+    assert "largest class alone                 50.0%" in output  # of those that were read
     warned = re.findall("Warning: (.*?) files? .*cannot be read", capsys.readouterr().err)
     assert warned.count("4 of 8") == (1 if command == "finetune" else 2)  # it reads random ones of those to learn from
     assert results(tmp_path)[0]["test_images"] == 4

@@ -120,11 +120,11 @@ def test_linprobe(run, tmp_path, capsys):
     main(["linprobe", *arguments, "--device", "cpu", "--batch-size", "5"])  # which divides neither 12 nor 13
     output = capsys.readouterr()
     assert f"Linear probe on the mean features of {folder}: 13 pictures to learn from, 12 to test, 2 cl" in output.out
-    assert "chance (largest class)              50.0%" in output.out
+    assert "largest class alone                 50.0%" in output.out
     assert "pre-trained encoder                100.0%" in output.out
     (result,) = json.loads((folder / "results.json").read_text())
     assert result["top1"] | {"untrained encoder": 0} == {
-        "chance (largest class)": 0.5, "untrained encoder": 0, "pre-trained encoder": 1.0,
+        "largest class alone": 0.5, "untrained encoder": 0, "pre-trained encoder": 1.0,
     }  # fmt: skip
     assert (result["command"], result["classes"], result["test_images"]) == ("linprobe", 2, 12)
     (folder / "results.json").unlink()

@@ -198,6 +198,8 @@ def to_timm_config(config: MAEConfig, head: HeadConfig | None = None) -> dict:
             "fixed_input_size": True,
             "mean": config.pixel_mean,
             "std": config.pixel_std,
+            "crop_pct": 1.0,  # as our own commands look at pictures: all of their central part
+            "interpolation": "bicubic",
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },

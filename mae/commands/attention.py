@@ -8,10 +8,11 @@ import torch
 import tyro
 
 from mae.commands.options import LoadOptions, ReadingOptions
-from mae.commands.pictures import some_pictures
+from mae.commands.pictures import refuse_replacing, some_pictures
 from mae.data import counted, printable
 from mae.evaluation.attention import attention_maps
 from mae.fields import COUNT, are_all, check, is_whole
+from mae.model import Classifier
 from mae.report.figures import picture_file
 from mae.report.heat_maps import save_heat_maps
 from mae.training.loop import choose_device
@@ -43,6 +44,7 @@ def attention(config: AttentionConfig) -> None:
     check(vars(config), {"most": COUNT})
     config.reading.reading()
     out = picture_file(config.out)
+    refuse_replacing(out, config.images)
     model = config.loading.load(config.checkpoint).to(choose_device(config.device))
     depth, count = model.config.depth, model.config.num_heads
     heads = [*range(count)] if config.heads is None else [*config.heads]
@@ -53,7 +55,9 @@ def attention(config: AttentionConfig) -> None:
     drawn = torch.cat([maps[:, heads], maps.mean(1, keepdim=True)], dim=1)
     titles = [*(f"head {i}" for i in heads), f"mean of {counted(count, 'head')}"]
     place = f"block {config.block % depth} (of 0 to {depth - 1})"
-    words = f"attention of the class token in {place}; bright is each map's own maximum"
+    words = f"attention of the class token in {place}; each map is scaled to its own maximum"
     out.parent.mkdir(parents=True, exist_ok=True)
     save_heat_maps(pictures, drawn, titles, out, words)
+    if isinstance(model, Classifier) and model.head_config.pool == "mean":
+        print("This classifier looks at the mean of the patches, not at the class token whose attention is drawn")
     print(f"Wrote attention to {counted(len(pictures), 'picture')} to {printable(out)}")

@@ -32,10 +32,13 @@ def convert(config: ConvertConfig) -> None:
     elif result.encoder_only:
         print("The checkpoint holds the encoder alone, and so does this")
     elif result.classes:
-        print(f"The checkpoint holds a classifier of {counted(result.classes, 'class', 'classes')}, and so does this")
+        print(f"The classifier of {counted(result.classes, 'class', 'classes')} is in it")
     if result.is_beit:
-        print("It is a BEiT there, since ViT looks at the class token alone, with the same logits")
-        print("Left out: the bias of the keys, which BEiT has not and which changes no result")
+        print(
+            "It is written as BeitForImageClassification, because ViTForImageClassification cannot average patch tokens; "
+            "the logits are the same"
+        )
+        print("Left out: the biases of the keys, which BEiT does not have and which change no result")
     if len(result.files) == 1:
         names = " and the names of the classes" if result.classes else ""
         print(f"Left out: the configuration{names}. Whoever loads this file has to know the architecture")

@@ -11,12 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from mae.checkpoints.checkpoint import load_checkpoint
+from mae.checkpoints.saving import write_json
 from mae.commands.pictures import put_picture
 from mae.data import TensorImages
 from mae.evaluation.features import extract_features
 from mae.evaluation.probe import linear_probe
 from mae.model import mae_vit_demo_patch7
 from mae.report.page import write_report
+from mae.run_files import RESULTS
 from mae.training.loop import train
 from mae.training.recipe import Recipe, TrainConfig
 from mae.training.run import refuse_run
@@ -73,7 +75,6 @@ def run_demo(config: DemoConfig) -> dict[str, float]:
     shown = test_images[:: len(test_images) // 18][:18]
     noise = torch.rand(len(shown), model.config.num_patches, generator=torch.Generator().manual_seed(0))
     picture = put_picture(model.reconstruct(shown, noise=noise), config.out, config.steps)
-    report = write_report(config.out)
 
     print("\nLinear probe: 5000 labelled pictures to fit, 2000 never seen before to test")
     trained = extract_features(model, images.split(500)), extract_features(model, test_images.split(500))
@@ -87,6 +88,9 @@ def run_demo(config: DemoConfig) -> dict[str, float]:
     }.items():
         accuracies[name] = float((linear_probe(fit, labels, test).argmax(1) == test_labels).mean())
         print(f"  {name:<24}{fit.shape[1]:>12}{accuracies[name]:>9.1%}")
+    result = {"command": "demo", "images": len(images), "test_images": len(test_images), "top1": accuracies}
+    write_json(config.out, {RESULTS: [result]})
+    report = write_report(config.out)
     print(
         f"\nLook at {picture} and {report}; the model is in {config.out}.\n"
         "Next, your own images (any folder of pictures; this recipe is for a first look without a GPU):\n"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mae.checkpoints.saving import write_files
 from mae.commands.options import LoadOptions, ReadingOptions
-from mae.commands.pictures import open_images
+from mae.commands.pictures import open_images, refuse_replacing
 from mae.data import Source, counted, printable, usable_workers, whole_batches
 from mae.data.whole import refuse_unreadable
 from mae.evaluation.features import FeatureKind, features_of
@@ -54,6 +54,7 @@ def features(config: FeaturesConfig) -> None:
         raise ValueError(f"{config.out} must end in {' or '.join(_SUFFIXES)}")
     if config.out.is_dir():
         raise ValueError(f"{config.out} is a folder, not a file to write")
+    refuse_replacing(config.out, config.images)
     if config.out.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise ValueError("a .parquet needs the package pyarrow: pip install 'mae_kernels[datasets]'")
     model = config.loading.load(config.checkpoint).to(choose_device(config.device))

@@ -34,11 +34,11 @@ def finetune(config: FinetuneConfig) -> None:
         model = Classifier(encoder.config, head, drop_path=config.train.drop_path)
         return model if config.scratch else model.load_encoder(encoder)
 
-    of = "random weights, as large as" if config.scratch else "the encoder of"
+    of = "Training from scratch the architecture of" if config.scratch else "Fine-tuning the encoder of"
     run_labelled(
         LabelledRun(
             command="finetune",
-            words=f"Fine-tuning {of} {printable(config.checkpoint)}",
+            words=f"{of} {printable(config.checkpoint)}",
             row="from scratch" if config.scratch else "fine-tuned",
             config=config,
             training=config.train,

@@ -13,8 +13,9 @@ from mae.data import Labelled, Reading, counted, open_train_and_test, printable,
 from mae.data.whole import refuse_unreadable
 from mae.evaluation.features import LabelledFeatures, labelled_features
 from mae.evaluation.predictions import Predictions
-from mae.model import VisionTransformer
+from mae.model import Classifier, VisionTransformer
 from mae.model.classifier import Pool
+from mae.run_files import RECIPE
 from mae.training.loop import choose_device
 
 
@@ -37,12 +38,14 @@ class FrozenFeatures:
         config.reading.reading()
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             raise ValueError("this is computed in one process; start it without torchrun")
-        results = Results(command, out or (config.checkpoint if config.checkpoint.is_dir() else None))
+        is_run = (config.checkpoint / RECIPE).is_file()  # another folder of a model may be somebody's to upload
+        results = Results(command, out or (config.checkpoint if is_run else None))
         data, test = open_train_and_test(config.data, config.test)
         trained, chosen = config.loading.load(config.checkpoint), choose_device(device)
         torch.manual_seed(seed)
         untrained = VisionTransformer(trained.config)
-        encoders = {"untrained encoder": untrained.to(chosen), "pre-trained encoder": trained.to(chosen)}
+        name = "fine-tuned encoder" if isinstance(trained, Classifier) else "pre-trained encoder"
+        encoders = {"untrained encoder": untrained.to(chosen), name: trained.to(chosen)}
         reading = config.reading.reading(trained.config)
         for labelled in (data, test):
             refuse_unreadable(labelled.source, reading)

@@ -15,7 +15,7 @@ from mae.model.classifier import Pool
 
 _RULES = {
     "k": (lambda x: are_all(x, is_whole, 1, 10**9) and len(x) > 0, "whole numbers above 0"),
-    "temperature": (lambda x: is_number(x, 0), "a number above 0"),
+    "temperature": (lambda x: is_number(x) and x >= 1e-3, "a number of at least 0.001"),
     "batch_size": COUNT,
     "workers": (lambda x: x == 0 or COUNT[0](x), "a whole number from 0 on"),
     "seed": SEED,
@@ -27,7 +27,7 @@ class KnnConfig(LabelledOptions):
     """Classify pictures by their nearest neighbours among the features of labelled ones; nothing is trained."""
 
     k: tuple[int, ...] = (5, 10, 20, 200)
-    """Numbers of neighbours that vote. The predictions of 20 are kept, or those of the first number."""
+    """Numbers of neighbours that vote, at most all. The predictions of 20 are kept, or those of the first number."""
     temperature: float = 0.07
     """A neighbour of cosine similarity s votes with exp(s / temperature)."""
     pool: Pool = "mean"
@@ -50,11 +50,12 @@ def knn(config: KnnConfig) -> None:
     print(f"Nearest neighbours by {asked.words(config.pool)}")
     train, test = asked.features(config.pool, config.batch_size, config.workers)
     device = next(iter(asked.encoders.values())).cls_token.device
-    table, kept = Table(len(asked.test.classes), test.labels), 20 if 20 in config.k else config.k[0]
+    ks = [*dict.fromkeys(min(k, len(train.labels)) for k in config.k)]
+    table, kept = Table(len(asked.test.classes), test.labels), 20 if 20 in ks else ks[0]
     labels, true, numbers = map(torch.from_numpy, (train.labels, test.labels, test.numbers))
     for i, name in enumerate(asked.encoders):
         features = [torch.from_numpy(x.features[i]).to(device) for x in (train, test)]
-        votes = nearest_neighbours(features[0], labels, features[1], config.k, config.temperature)
+        votes = nearest_neighbours(features[0], labels, features[1], ks, config.temperature)
         predicted = {k: Predictions.of(share.cpu(), true, numbers) for k, share in votes.items()}
         for k, predictions in predicted.items():
             table.add(f"{name}, k = {k}", predictions)

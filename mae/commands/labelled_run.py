@@ -28,6 +28,8 @@ from mae.training.run import Mode, RunError, refuse_run
 
 FEATURES_OF: dict[Pool, str] = {"mean": "mean features", "token": "class-token features"}
 
+_FEW = 10_000  # pictures
+
 
 @dataclass(frozen=True)
 class LabelledOptions:
@@ -87,7 +89,7 @@ def run_labelled(asked: LabelledRun) -> None:
         with processes.together():
             job = _prepare(asked, device, processes)
         if processes.leads:
-            print(job.plan(), flush=True)
+            print("\n".join(filter(None, [job.plan(), job.hint()])), flush=True)
         if not asked.start.dry_run:
             job.train()
             job.evaluate()
@@ -107,6 +109,19 @@ class _Job:
     evaluation: Evaluation
     device: torch.device
     processes: Processes
+
+    def hint(self) -> str:
+        """For those who fine-tune on few pictures with what is published for a million; nothing where there is none."""
+        training = self.asked.training
+        is_mild = not (training.mixup or training.cutmix) or len(self.images) >= _FEW
+        return (
+            ""
+            if is_mild
+            else (
+                f"With {counted(len(self.images), 'picture')} the published recipe, which is for a million, may learn little; "
+                "see what this does: --base-lr 8e-3 --least-area 0.6 --mixup 0 --cutmix 0"
+            )
+        )
 
     def plan(self) -> str:
         asked, schedule, size = self.asked, self.recipe.schedule, self.model.config
@@ -176,7 +191,7 @@ def _prepare(asked: LabelledRun, device: torch.device, processes: Processes) -> 
         refuse_unreadable(labelled.source, reading)
     options = {"least_area": training.least_area, "flips": training.flips}
     images = TrainingImages(data.source, reading, training.seed, **options)
-    held = {"images": len(data), "fingerprint": data.source.fingerprint(), "classes": len(data.classes)}
+    held = {"images": len(data), "fingerprint": data.source.fingerprint(), "labels": data.fingerprint()}
     recipe = Recipe({"command": asked.command, **_options(config)}, held, training.schedule(len(data)))
     if asked.start.resume:
         recipe.refuse_another(asked.out)

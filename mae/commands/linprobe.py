@@ -78,7 +78,7 @@ def _refuse_run_options(config: LinprobeConfig) -> None:
     for part in (config.start, config.train):
         for name in (x.name for x in fields(part) if x.name not in _OF_BOTH and getattr(part, x.name) != x.default):
             option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} says nothing to the solver lbfgs; leave it out, or add --solver sgd")
+            raise ValueError(f"{option} has no effect with the solver lbfgs; leave it out, or add --solver sgd")
 
 
 def _solve(config: LinprobeConfig) -> None:

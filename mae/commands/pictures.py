@@ -9,7 +9,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mae.data import DataWarning, ImageFiles, Joined, Reading, Source, is_sound, open_source, read_pictures
+from mae.data import (
+    DataError,
+    DataWarning,
+    ImageFiles,
+    Joined,
+    Reading,
+    Source,
+    is_sound,
+    open_source,
+    printable,
+    read_pictures,
+)
 from mae.data.randomness import derived_seed
 from mae.model import MaskedAutoencoder, Reconstruction
 from mae.report.figures import View, default_count, save_reconstructions
@@ -24,9 +35,18 @@ def open_images(images: Iterable[str]) -> Source:
 
     def opened(name: str) -> Source:
         is_many = name.startswith("hf:") or Path(name).is_dir()
+        if not is_many and not Path(name).exists():
+            raise DataError(f"there is no file or folder {printable(name)}")
         return open_source(name) if is_many else ImageFiles([Path(name)])
 
     return Joined([opened(name) for name in images])
+
+
+def refuse_replacing(out: Path, images: Iterable[str]) -> None:
+    """Raise :class:`ValueError` where a file that is there would be replaced, and it is among the images."""
+    places = [Path(name).resolve() for name in images if not name.startswith("hf:")]
+    if out.is_file() and any(out.resolve().is_relative_to(place) for place in places):
+        raise ValueError(f"{printable(out)} is there, among the images, and would be replaced; choose another --out")
 
 
 def some_pictures(images: Iterable[str], reading: Reading, most: int) -> tuple[Source, Tensor, tuple[int, ...]]:

@@ -29,7 +29,7 @@ class PredictConfig:
     """Say what images show, by a classifier that finetune or linprobe has trained."""
 
     checkpoint: Path
-    """Run folder of finetune or linprobe, or another checkpoint of a classifier."""
+    """Run folder of finetune or linprobe --solver sgd, or another checkpoint of a classifier."""
     images: tuple[str, ...]
     """Image files, folders of them, or hf: and a dataset."""
     out: Path = Path("predictions.csv")
@@ -48,13 +48,14 @@ class PredictConfig:
 def predict(config: PredictConfig) -> None:
     check(vars(config), {"batch_size": COUNT, "workers": (lambda x: x == 0 or COUNT[0](x), "a whole number from 0 on")})
     config.reading.reading()
-    if config.out.is_dir():
-        raise ValueError(f"{config.out} is a folder, not a file to write")
+    if config.out.suffix != ".csv" or config.out.is_dir():
+        raise ValueError(f"{config.out} must be a file that ends in .csv")
     model = config.loading.load(config.checkpoint)
     if not isinstance(model, Classifier):
         raise CheckpointError(
             f"{config.checkpoint} is no classifier: it was pre-trained and has learned no labels; train one with "
-            f"python -m mae finetune --checkpoint {config.checkpoint} --data FOLDER --test FOLDER"
+            f"python -m mae finetune --checkpoint {config.checkpoint} --data FOLDER --test FOLDER, or with linprobe "
+            "--solver sgd"
         )
     device = choose_device(config.device)
     model.to(device)

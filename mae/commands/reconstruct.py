@@ -8,7 +8,7 @@ import tyro
 
 from mae.checkpoints.checkpoint import CheckpointError
 from mae.commands.options import LoadOptions, ReadingOptions
-from mae.commands.pictures import reconstructed, some_pictures, view_of
+from mae.commands.pictures import reconstructed, refuse_replacing, some_pictures, view_of
 from mae.data import counted, printable
 from mae.fields import COUNT, RATIO, SEED, check
 from mae.model import MaskedAutoencoder
@@ -47,6 +47,7 @@ def reconstruct(config: ReconstructConfig) -> None:
     check(vars(config), {"mask_ratio": RATIO, "most": (lambda x: x is None or COUNT[0](x), COUNT[1]), "seed": SEED})
     config.reading.reading()
     out = picture_file(config.out)
+    refuse_replacing(out, config.images)
     model = config.loading.load(config.checkpoint)
     if not isinstance(model, MaskedAutoencoder):
         raise CheckpointError(

@@ -28,7 +28,7 @@ class Table:
     def __init__(self, classes: int, labels: np.ndarray, first: str = "features"):
         self.measures, self.accuracies = measures(classes), {}
         print(f"  {first:<{_WIDTH}}" + "".join(f"{f'top-{k}':>9}" for k in self.measures))
-        self._line("chance (largest class)", {"top1": float(np.bincount(labels).max() / len(labels))})
+        self._line("largest class alone", {"top1": float(np.bincount(labels).max() / len(labels))})
 
     def add(self, name: str, predictions: Predictions) -> None:
         self._line(name, {f"top{k}": predictions.top(k) for k in self.measures})
@@ -84,7 +84,7 @@ class Results:
         write_json(self.folder, {RESULTS: [*(x for x in self._earlier() if x != entry), entry]})
         write_report(self.folder)
         results, report = (printable(self.folder / name) for name in (RESULTS, REPORT))
-        print(f"The results are in {results}; {report} shows what is taken for what")
+        print(f"The results are in {results}; {report} shows which class is taken for which")
 
 
 def _write_table(path: Path, predictions: Predictions, test: Labelled) -> None:

@@ -72,10 +72,11 @@ def open_labelled_dataset(name: str) -> tuple[Table, np.ndarray, tuple[str, ...]
     if not len(table):
         raise DataError(f"{printable(where)} holds no rows")
     values, feature = table.with_format(None)[column][:], table.features[column]
-    without = sum(x is None or x == -1 for x in values)
+    is_typed = isinstance(feature, datasets.ClassLabel)
+    without = sum(x is None or (is_typed and x == -1) for x in values)
     if without:
         raise DataError(f"{counted(without, 'row')} of {printable(where)} {'has' if without == 1 else 'have'} no label")
-    if isinstance(feature, datasets.ClassLabel):
+    if is_typed:
         return _rows(datasets, table, where, options.get("column")), np.array(values, np.int64), tuple(feature.names)
     classes = sorted({*values}, key=lambda x: (str(type(x)), x)) if not isinstance(values[0], (list, dict)) else []
     if not classes or isinstance(values[0], float):

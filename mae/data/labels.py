@@ -1,5 +1,6 @@
 """Pictures of known classes: a folder with a sub-folder for each, or a dataset with a column of labels."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,11 @@ class Labelled:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def fingerprint(self) -> str:
+        """Of the labels and the names of the classes, so that a run is resumed on no others."""
+        names = "\0".join(self.classes).encode(errors="surrogateescape")
+        return hashlib.sha256(self.labels.astype(np.int64).tobytes() + names).hexdigest()[:16]
 
     def words(self) -> str:
         return f"{counted(len(self), 'picture')} of {counted(len(self.classes), 'class', 'classes')}"

@@ -53,7 +53,7 @@ def read_pictures(source: Source, reading: Reading, most: int | None = None) -> 
             if part is not rest:
                 break
     notes.warn()
-    _warn(problems, tried)
+    warn_unreadable(problems, tried)
 
 
 class WholePictures(Dataset):
@@ -91,10 +91,12 @@ def whole_batches(
     numbers: Sequence[int] | None = None,
     workers: int = 0,
     warn: bool = True,
+    problems: list[str] | None = None,
 ) -> Iterator[Batch]:
     """Batches of the central parts of the pictures of these numbers, all of them for None, in that order.
 
-    What cannot be read is missing; in the end a :class:`DataWarning` counts it, where warn is True.
+    What cannot be read is missing; in the end a :class:`DataWarning` counts it, where warn is True. A list of problems
+    that is given gets it instead, to be said elsewhere.
 
     Raises:
         Unreadable: none of the files can be read, which is found out before the first batch.
@@ -111,22 +113,26 @@ def whole_batches(
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # the global one is left alone
     )
-    problems, notes = [], Notes(source)
+    found, notes = [], Notes(source)
     for images, places, unread, noted in loaded(loader):
-        problems += unread
+        found += unread
         notes.add(noted)
         if images is not None:
             yield Batch(images, torch.tensor(places))
     if warn:
         notes.warn()
-        _warn(problems, len(numbers))
+    if problems is not None:
+        problems += found
+    elif warn:
+        warn_unreadable(found, len(numbers))
 
 
 def _central(picture: Picture, reading: Reading) -> Tensor:
     return arranged(to_tensor(resize_and_crop(picture, reading.image_size[-2:])), reading.image_size)
 
 
-def _warn(problems: list[str], tried: int) -> None:
+def warn_unreadable(problems: list[str], tried: int) -> None:
+    """A :class:`DataWarning` that counts them, where there are any."""
     if problems:
         words = f"{len(problems)} of {tried} files cannot be read; first: {problems[0]}"
         warnings.warn(words, DataWarning, stacklevel=3)

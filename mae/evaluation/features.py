@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mae.data import DataError, Labelled, Reading, printable, whole_batches
-from mae.model import VisionTransformer
+from mae.model import Classifier, VisionTransformer
 from mae.model.classifier import pool_tokens
 
 FeatureKind = Literal["mean", "token", "patches"]
@@ -19,12 +19,16 @@ def features_of(model: VisionTransformer, images: Tensor, kind: FeatureKind = "m
     """What the encoder makes of images, nothing masked, in float32 on the model's device.
 
     Args:
-        model: in evaluation mode, on any device; its norm is the last layer.
+        model: in evaluation mode, on any device. Of a :class:`mae.model.Classifier` whose head has a norm of the mean
+            the mean is normalised by it, as its head sees it; its tokens are not normalised.
         images: as of :class:`mae.model.VisionTransformer`, on any device.
         kind: the mean of the patch tokens or the class token, ``[N, D]``, or all patch tokens ``[N, L, D]``.
     """
     tokens = model.forward_features(images.to(model.cls_token.device)).float()
-    return tokens[:, 1:] if kind == "patches" else pool_tokens(tokens, kind)
+    if kind == "patches":
+        return tokens[:, 1:]
+    pooled = pool_tokens(tokens, kind)
+    return model.fc_norm(pooled) if kind == "mean" and isinstance(model, Classifier) else pooled
 
 
 def extract_features(model: VisionTransformer, batches: Iterable[Tensor], kind: FeatureKind = "mean") -> np.ndarray:
@@ -34,9 +38,10 @@ def extract_features(model: VisionTransformer, batches: Iterable[Tensor], kind: 
     """
     was_training = model.training
     model.eval()
-    features = [features_of(model, images, kind).cpu() for images in batches]
-    model.train(was_training)
-    return torch.cat(features).numpy()
+    try:
+        return torch.cat([features_of(model, images, kind).cpu() for images in batches]).numpy()
+    finally:
+        model.train(was_training)
 
 
 class LabelledFeatures(NamedTuple):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mae.data import Batch, Labelled, Reading, whole_batches
+from mae.data.whole import warn_unreadable
 from mae.training.parallel import Processes
 
 _TOP_5_FROM = 10  # classes
@@ -83,11 +84,23 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> Predictions:
-        device, was_training = next(model.parameters()).device, model.training
-        labels, processes = torch.from_numpy(self._labelled.labels), self._processes
-        batches, parts = self._batches(), []
-        blank = torch.zeros(1, self._reading.channels, *self._reading.image_size, dtype=torch.uint8)
+        was_training, self._problems = model.training, []
         model.eval()
+        try:
+            parts = self._parts(model)
+        finally:  # a run goes on where its test pictures cannot be had for a while
+            model.train(was_training)
+        gathered = self._processes.gather((parts, self._problems))
+        if self._is_first and self._processes.leads:
+            warn_unreadable([x for _, problems in gathered for x in problems], len(self._labelled))
+        self._is_first = False
+        return Predictions.joined([part for parts, _ in gathered for part in parts])
+
+    def _parts(self, model: nn.Module) -> list[Predictions]:
+        """This process's share."""
+        device, processes = next(model.parameters()).device, self._processes
+        labels, batches, parts = torch.from_numpy(self._labelled.labels), self._batches(), []
+        blank = torch.zeros(1, self._reading.channels, *self._reading.image_size, dtype=torch.uint8)
         while True:
             with processes.together():
                 batch = next(batches, None)
@@ -100,9 +113,7 @@ class Evaluation:
             if batch is not None:
                 probabilities = F.softmax(logits.float(), dim=1).cpu()
                 parts.append(Predictions.of(probabilities, labels[batch.numbers], batch.numbers))
-        model.train(was_training)
-        self._is_first = False
-        return Predictions.joined([part for gathered in processes.gather(parts) for part in gathered])
+        return parts
 
     def scalars(self, model: nn.Module) -> dict[str, float]:
         """What a run logs of it."""
@@ -112,5 +123,6 @@ class Evaluation:
     def _batches(self) -> Iterator[Batch]:
         count, processes = len(self._labelled), self._processes
         numbers = range(count * processes.rank // processes.count, count * (processes.rank + 1) // processes.count)
-        options = {"numbers": numbers, "workers": self._workers, "warn": self._is_first and processes.leads}
+        options = {"numbers": numbers, "workers": self._workers, "warn": self._is_first}
+        options["problems"] = self._problems
         return whole_batches(self._labelled.source, self._reading, self._batch_size, **options)

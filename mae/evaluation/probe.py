@@ -42,6 +42,7 @@ def nearest_neighbours(
     Source: Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination".
     """
     train, test = (F.normalize(x.float(), dim=1) for x in (train, test))
+    ks = tuple(dict.fromkeys(ks))
     labels, classes, most = labels.to(train.device), int(labels.max()) + 1, min(max(ks), len(train))
     votes: dict[int, list[Tensor]] = {k: [] for k in ks}
     for part in test.split(max(1, _CHUNK // len(train))):

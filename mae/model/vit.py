@@ -4,7 +4,7 @@ State-dict keys are those of the published code.
 """
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -95,6 +95,8 @@ class VisionTransformer(nn.Module):
         *,
         return_prefix_tokens: bool = False,
         norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
         intermediates_only: bool = False,
     ) -> tuple[Tensor, list] | list:
         """Feature maps of several depths, nothing masked, for segmentation and detection; gradients pass.
@@ -105,6 +107,8 @@ class VisionTransformer(nn.Module):
                 where -1 is the last one.
             return_prefix_tokens: pairs of a map and the class token ``[N, 1, D]`` in the place of the maps.
             norm: the encoder's final norm is applied to each of them too.
+            stop_early: blocks behind the last wanted one do not run; the tokens are then those behind it, normed.
+            output_fmt: ``"NLC"`` leaves the patch tokens ``[N, L, D]`` in a row.
             intermediates_only: the maps alone are returned, and blocks behind the last wanted one do not run.
 
         Returns:
@@ -112,20 +116,24 @@ class VisionTransformer(nn.Module):
             ``[N, D, T', H', W']``, a value for each patch, in the order of the blocks.
 
         Raises:
-            ValueError: there is no such block.
+            ValueError: there is no such block or format.
 
         Source: arguments and results are those of timm's ``VisionTransformer.forward_intermediates``.
         """
         wanted = self._wanted(indices)
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"{type(self).__name__}: output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         grid = self.patch_grid(images).grid[-len(self.config.sides) :]
         x, taken = self.embed(images), []
         for number, block in enumerate(self.blocks):
-            if intermediates_only and len(taken) == len(wanted):
+            if (intermediates_only or stop_early) and len(taken) == len(wanted):
                 break
             x = block(x)  # [N, 1 + L, D]
             if number in wanted:
                 taken.append(self.norm(x) if norm else x)
-        maps = [torch.unflatten(tokens[:, 1:].transpose(1, 2), 2, grid).contiguous() for tokens in taken]
+        maps = [tokens[:, 1:] for tokens in taken]
+        if output_fmt == "NCHW":
+            maps = [torch.unflatten(x.transpose(1, 2), 2, grid).contiguous() for x in maps]
         if return_prefix_tokens:
             maps = [(own, tokens[:, :1]) for own, tokens in zip(maps, taken, strict=True)]
         return maps if intermediates_only else (self.norm(x), maps)

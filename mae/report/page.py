@@ -62,9 +62,9 @@ def _page(run: Path) -> str:
         f"<h1>{name}</h1>",
         f'<p class="model">{model}</p>',
         f'<ul class="labels">{labels}</ul>' if labels else "",
-        f'<p class="state">{text_of(_state(run, history, asked))}</p>',
-        note(missing) if problem else "",
-        *_curves(history, "cross entropy" if is_of_classes else "squared error"),
+        "" if is_evaluation else f'<p class="state">{text_of(_state(run, history, asked))}</p>',
+        note(missing) if problem and not is_evaluation else "",
+        *(() if is_evaluation else _curves(history, "cross entropy" if is_of_classes else "squared error")),
         *(_pictures(run) if (run / RECONSTRUCTIONS).is_dir() or not (is_of_classes or is_evaluation) else ()),
         *evaluations(run / RESULTS),
         *predictions(run),
@@ -148,7 +148,8 @@ def _curve(
         if len(values):
             line, size = thin(Line(words, steps, values * factor))
             lines.append(line)
-            low, high, last = (figure(factor * x) for x in (values.min(), values.max(), values[-1]))
+            entries = history.curve(name)[1]
+            low, high, last = (figure(factor * x) for x in (entries.min(), entries.max(), entries[-1]))
             parts.append(f"last {last}, lowest {low}, highest {high}")
             if size > 1:
                 parts.append(f"each point is the mean of {size} entries")

@@ -34,10 +34,10 @@ class LabelledConfig(RunConfig):
     steps: int | None = None
     """Optimizer steps, in place of epochs."""
     flips: bool = True
-    """Mirror half of the images; not where left and right mean something, as in digits and letters."""
+    """Mirror half of the images (hflip 0.5); not where left and right mean something, as in digits and letters."""
     least_area: float = 0.08
-    """Share of a picture that a random crop has at least, published: 0.08; 1 for none but of the shape. Where objects
-    fill small pictures, 0.5 or more."""
+    """The smallest random crop, as a share of the picture's area (scale[0] of RandomResizedCrop), published: 0.08; with
+    1 only its shape varies. Where objects fill small pictures, 0.5 or more."""
 
     # Of a task on this; a subclass that can be told otherwise has fields of these names.
     smoothing: ClassVar[float] = 0.0
@@ -62,7 +62,8 @@ class FinetuneTraining(LabelledConfig):
     layer_decay: float = 0.65
     """Learning rate of a block as a share of that of the block behind it. Published: 0.65, larger ViTs 0.75."""
     drop_path: float = 0.1
-    """Share of images for which the last block is passed over; less for those before. Published: 0.1, ViT-L 0.2."""
+    """Stochastic depth: share of images for which the last block is passed over, less for those before, in equal steps.
+    Published: 0.1, ViT-L 0.2."""
     smoothing: float = 0.1
     """Label smoothing: share of the target that is spread over all classes."""
     mixup: float = 0.8
@@ -70,7 +71,7 @@ class FinetuneTraining(LabelledConfig):
     cutmix: float = 1.0
     """The same of cutmix. With both, each has half of the steps."""
     erase: float = 0.0
-    """Share of images of which a random box is erased; the published code has 0.25."""
+    """Random erasing (reprob): share of images of which a box gets a random colour; the published code has 0.25."""
     ema_decay: float | None = None
     """Decay of averaged weights, such as 0.9999, which are then those that are tested and saved."""
 
@@ -190,8 +191,14 @@ def probing(
 class BatchNorm(nn.BatchNorm1d):
     """Of features that need no gradient, in float32, over the batch of all processes.
 
-    Batches that are not finite leave the running statistics as they are, as they leave the weights.
+    The first running statistics are those of the first batches alone, as their mean: features of a masked autoencoder
+    vary so little that PyTorch's initial variance of 1 would outweigh theirs for a hundred steps. Batches that are not
+    finite leave them as they are, as they leave the weights.
     """
+
+    def __init__(self, features: int, **options):
+        super().__init__(features, **options)
+        self.num_batches_tracked = self.num_batches_tracked.float()  # a checkpoint's averages are of floats
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()
@@ -201,8 +208,11 @@ class BatchNorm(nn.BatchNorm1d):
         mean = _summed(x.sum(0)) / count
         variance = _summed((x - mean).square().sum(0)) / count
         with torch.no_grad():
+            is_finite = mean.isfinite().all() & variance.isfinite().all()
+            self.num_batches_tracked += is_finite
+            weight = (1 / self.num_batches_tracked.clamp(min=1)).clamp(min=self.momentum)
             for running, new in ((self.running_mean, mean), (self.running_var, variance * (count / (count - 1)))):
-                running.lerp_(torch.where(new.isfinite(), new, running), self.momentum)
+                running.lerp_(torch.where(is_finite, new, running), weight)
         return (x - mean) * (variance + self.eps).rsqrt()
 
 
