@@ -34,10 +34,8 @@ def convert(config: ConvertConfig) -> None:
     elif result.classes:
         print(f"The classifier of {counted(result.classes, 'class', 'classes')} is in it")
     if result.is_beit:
-        print(
-            "It is written as BeitForImageClassification, because ViTForImageClassification cannot average patch tokens; "
-            "the logits are the same"
-        )
+        print("It is written as BeitForImageClassification, with the same logits, because ViTForImageClassification")
+        print("cannot average patch tokens")
         print("Left out: the biases of the keys, which BEiT does not have and which change no result")
     if len(result.files) == 1:
         names = " and the names of the classes" if result.classes else ""

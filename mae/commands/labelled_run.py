@@ -114,13 +114,11 @@ class _Job:
         """For those who fine-tune on few pictures with what is published for a million; nothing where there is none."""
         training = self.asked.training
         is_mild = not (training.mixup or training.cutmix) or len(self.images) >= _FEW
+        if not (training.mixup or training.cutmix) or len(self.images) >= _FEW:
+            return ""
         return (
-            ""
-            if is_mild
-            else (
-                f"With {counted(len(self.images), 'picture')} the published recipe, which is for a million, may learn little; "
-                "see what this does: --base-lr 8e-3 --least-area 0.6 --mixup 0 --cutmix 0"
-            )
+            "The published recipe is for a million pictures, and may learn little from so few; see what this does: "
+            "--base-lr 8e-3 --least-area 0.6 --mixup 0 --cutmix 0"
         )
 
     def plan(self) -> str:
