@@ -113,7 +113,6 @@ class _Job:
     def hint(self) -> str:
         """For those who fine-tune on few pictures with what is published for a million; nothing where there is none."""
         training = self.asked.training
-        is_mild = not (training.mixup or training.cutmix) or len(self.images) >= _FEW
         if not (training.mixup or training.cutmix) or len(self.images) >= _FEW:
             return ""
         return (
