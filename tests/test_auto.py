@@ -5,7 +5,8 @@ import torch
 
 from mae import MAEConfig, MaskedAutoencoder
 from mae.data import TensorImages
-from mae.training.loop import TrainConfig, choose_execution, train, uses_bfloat16
+from mae.training.loop import choose_execution, train, uses_bfloat16
+from mae.training.recipe import TrainConfig
 from mae_kernels import backend
 
 RECENT = {(7, 5): False, (8, 0): True, (9, 0): True, (9, 4): True}  # the last is an MI300, whose gfx number is 942

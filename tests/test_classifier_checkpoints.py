@@ -161,6 +161,7 @@ def test_transformers_5(models, runs, images, tmp_path, name, number):
     assert_came_back(tmp_path / "theirs", models[name], pixel_mean=SMALL.pixel_mean, pixel_std=SMALL.pixel_std)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILT)
 def test_transformers_4(four, models, images, name):
     folder, seen = four[0], four[1][f"ours-{name}"]

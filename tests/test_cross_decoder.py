@@ -241,6 +241,7 @@ def test_a_step_is_one_graph(images):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_subset_by_the_compiler_that_is_used():
     masking = tube_masking(16, (4, 6), 0.75)
     compiled = torch.compile(predicted, fullgraph=True)(masking, 0.5)

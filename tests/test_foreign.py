@@ -137,7 +137,7 @@ def test_averages_are_taken_when_asked_for(tmp_path, content):
 
 @pytest.mark.parametrize(
     "options",
-    ["convert --to mae --out {d}/out", "reconstruct --images {d}", "linprobe --data {d} --test {d}"],
+    ["convert --to mae --out {d}/out", "reconstruct --images {d}", "attention --images {d}"],
     ids=lambda x: x.split()[0],
 )
 def test_averages_that_are_not_there(tmp_path, options):
