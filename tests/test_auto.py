@@ -42,11 +42,11 @@ def test_training_takes_it(recent, monkeypatch, tmp_path):
     class Chosen(Exception):
         pass
 
-    def step(model, optimizer, *, bfloat16, execution, **options):
+    def step(model, optimizer, loss, *, bfloat16, execution, **options):
         raise Chosen(bfloat16, execution)
 
     monkeypatch.setattr("mae.training.loop.is_recent_gpu", lambda device: recent)
-    monkeypatch.setattr("mae.training.loop.TrainingStep", step)
+    monkeypatch.setattr("mae.training.loop.Step", step)
     model = MaskedAutoencoder(MAEConfig(image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1))
     with pytest.raises(Chosen) as chosen:
         train(model, TensorImages(torch.rand(4, 3, 16, 16)), TrainConfig(device="cpu"), tmp_path)

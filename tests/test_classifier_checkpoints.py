@@ -334,11 +334,12 @@ def test_a_target_of_pre_training_is_no_obstacle(tmp_path):
 def test_commands(runs, tmp_path, capsys):
     convert("--checkpoint", runs / "fine-tuned", "--to", "huggingface-4", "--out", tmp_path / "hf")
     _, *said = capsys.readouterr().out.splitlines()
-    held = "The checkpoint holds a classifier of 3 classes, and so does this"
+    held = "The classifier of 3 classes is in it"
     assert said == [
         held,
-        "It is a BEiT there, since ViT looks at the class token alone, with the same logits",
-        "Left out: the bias of the keys, which BEiT has not and which changes no result",
+        "It is written as BeitForImageClassification, with the same logits, because ViTForImageClassification",
+        "cannot average patch tokens",
+        "Left out: the biases of the keys, which BEiT does not have and which change no result",
     ]
     convert("--checkpoint", runs / "token", "--to", "published", "--out", tmp_path / "x.pth")
     _, *said = capsys.readouterr().out.splitlines()

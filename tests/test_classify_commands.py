@@ -109,7 +109,9 @@ def test_finetune_leaves_a_whole_run_folder(place, tuned):
         "images": 30, "pool": "mean", "test_images": 20, "classes": 10,
     }  # fmt: skip
     assert shares["top1"]["largest class alone"] == 0.1
-    assert json.loads((folder / "recipe.json").read_text())["options"]["command"] == "finetune"
+    recipe = json.loads((folder / "recipe.json").read_text())
+    assert recipe["options"]["command"] == "finetune"
+    assert recipe["data"].keys() == {"images", "fingerprint", "labels"}
     model = load_checkpoint(folder)
     assert model.head_config.classes == tuple(NAMES)
     head, *found = rows(folder / "predictions-finetune.csv")
@@ -123,7 +125,8 @@ def test_finetune_leaves_a_whole_run_folder(place, tuned):
 
 def test_what_finetune_prints(place, tuned):
     folder, output = tuned
-    plan, *table, kept, ready, command = output.splitlines()
+    plan, hint, *table, kept, ready, command = output.splitlines()
+    assert hint.startswith("The published recipe is for a million pictures, and may learn little from so few; see ")
     assert plan == (
         f"Fine-tuning the encoder of {place}/run (28 x 28 pixels in patches of 7 x 7, cpu) on 30 pictures of 10 "
         f"classes from {place}/train: 4 steps of 4 images, 0.53 epochs, learning rate up to 7.8e-06; 20 pictures to "
@@ -133,9 +136,8 @@ def test_what_finetune_prints(place, tuned):
     assert [line.split("  ", 2)[1] + re.sub(" +", " ", line[34:]) for line in table] == [
         "20 test pictures top-1 top-5", "largest class alone 10.0%", f"fine-tuned {top1} {top5}",
     ]  # fmt: skip
-    assert (
-        kept == f"The results are in {folder}/results.json; {folder}/report.html shows which class is taken for which"
-    )
+    results_file, report = folder / "results.json", folder / "report.html"
+    assert kept == f"The results are in {results_file}; {report} shows which class is taken for which"
     assert ready == f"The classifier is in {folder}. Try it:"
     assert command == f"  python -m mae predict --checkpoint {folder} --images FOLDER --out predictions.csv"
 
@@ -162,7 +164,7 @@ def test_a_dry_run_writes_nothing(place, tuned, tmp_path):
     for command, options in (("finetune", []), ("linprobe", ["--solver", "sgd", "--steps", "4"])):
         out = said(*options_of(place, command, out=tmp_path / "new"), *options, "--dry-run")
         assert ": 4 steps of " in out
-        assert len(out.splitlines()) == 1
+        assert len(out.splitlines()) == 1 + (command == "finetune")  # a hint, of mixing for few pictures
     assert not [*tmp_path.iterdir()]
 
 
@@ -196,7 +198,7 @@ def test_the_run_that_it_begins_with_is_not_overwritten(place, run):
 def test_what_a_run_begins_with(place, tmp_path, scratch):
     options = ["--steps", "1", "--base-lr", "1e-12", *(["--scratch"] if scratch else [])]
     out = said(*options_of(place, "finetune", out=tmp_path), *options)
-    assert out.startswith("Fine-tuning random weights, as large as" if scratch else "Fine-tuning the encoder of")
+    assert out.startswith("Training from scratch the architecture of" if scratch else "Fine-tuning the encoder of")
     row = "from scratch" if scratch else "fine-tuned"
     assert [*results(tmp_path)[0]["top1"]] == ["largest class alone", row]
     own, encoder = weights(tmp_path), weights(place / "run")
@@ -281,11 +283,11 @@ def test_options_of_a_run_are_not_passed_over_by_a_regression(place, run):
 
 
 def test_knn(place, run):
-    output = said(*options_of(place, "knn", checkpoint=run), "--k", "1", "20", "500")
+    output = said(*options_of(place, "knn", checkpoint=run), "--k", "1", "20", "500", "200")
     assert output.splitlines()[0] == (
         f"Nearest neighbours by the mean features of {run}: 30 pictures to learn from, 20 to test, 10 classes"
     )
-    kinds = [f"{kind} encoder, k = {k}" for kind in ("untrained", "pre-trained") for k in (1, 20, 500)]
+    kinds = [f"{kind} encoder, k = {k}" for kind in ("untrained", "pre-trained") for k in (1, 20, 30)]
     assert [line[2:34].strip() for line in output.splitlines()[3:9]] == kinds
     (entry,) = results(run)
     assert [*entry["top1"]] == ["largest class alone", *kinds]
@@ -294,7 +296,7 @@ def test_knn(place, run):
     assert entry["top1"]["pre-trained encoder, k = 20"] == np.mean([rank == 0 for rank in ranks])
     for option, words in (
         ("--k 0", "k must be whole numbers above 0, got (0,)"), ("--k", "k must be whole numbers above 0, got ()"),
-        ("--temperature 0", "temperature must be a number above 0, got 0.0"),
+        ("--temperature 0", "temperature must be a number of at least 0.001, got 0.0"),
         ("--workers -1", "workers must be a whole number from 0 on, got -1"),
     ):  # fmt: skip
         assert refusal(*options_of(place, "knn", checkpoint=run), *option.split()) == words
@@ -519,7 +521,7 @@ def test_predict_refuses_what_is_no_classifier_and_says_what_to_do(place, tmp_pa
     words = refusal("predict", "--checkpoint", place / "run", "--images", place / "test", "--out", tmp_path / "x.csv")
     assert words == (
         f"{place}/run is no classifier: it was pre-trained and has learned no labels; train one with python -m mae "
-        f"finetune --checkpoint {place}/run --data FOLDER --test FOLDER"
+        f"finetune --checkpoint {place}/run --data FOLDER --test FOLDER, or with linprobe --solver sgd"
     )
     assert not [*tmp_path.iterdir()]
 
@@ -531,7 +533,7 @@ def test_images_that_are_refused(place, tuned, folders, tmp_path, command):
     for images, sentence in {
         folders / "broken": "none of the 8 files can be read; first: cannot read ",
         folders / "broken" / "a" / "text.jpg": f"cannot read {folders}/broken/a/text.jpg: ",
-        folders / "none": f"cannot read {folders}/none: ",
+        folders / "none": f"there is no file or folder {folders}/none",
         "hf:": "hf: names no dataset",
     }.items():
         out = tmp_path / "new" / f"x{suffix}"
@@ -547,3 +549,15 @@ def test_images_that_are_refused(place, tuned, folders, tmp_path, command):
 def test_features_are_of_two_formats(place, tmp_path):
     words = refusal("features", "--checkpoint", "none", "--images", place, "--out", tmp_path / "x.csv")
     assert words == f"{tmp_path}/x.csv must end in .npy or .parquet"
+    words = refusal("predict", "--checkpoint", "none", "--images", place, "--out", tmp_path / "x.parquet")
+    assert words == f"{tmp_path}/x.parquet must end in .csv"
+
+
+@pytest.mark.parametrize(("command", "suffix"), [("features", "npy"), ("attention", "png"), ("reconstruct", "png")])
+def test_no_image_is_replaced_by_what_is_made_of_it(place, tmp_path, command, suffix):
+    picture = tmp_path / f"x.{suffix}"
+    picture.write_bytes(b"a picture")
+    for images in (picture, tmp_path):
+        words = refusal(command, "--checkpoint", place / "run", "--images", images, "--out", picture)
+        assert words == f"{picture} is there, among the images, and would be replaced; choose another --out"
+    assert picture.read_bytes() == b"a picture"

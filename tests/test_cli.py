@@ -283,8 +283,9 @@ def test_demo_in_short(tmp_path, capsys, monkeypatch):
     assert "python -m mae pretrain --data FOLDER" in output
     assert sorted(f.name for f in tmp_path.iterdir()) == [
         "checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "recipe.json", "reconstructions",
-        "report.html", "tensorboard",
+        "report.html", "results.json", "tensorboard",
     ]  # fmt: skip
+    assert json.loads((tmp_path / "results.json").read_text())[0]["top1"] == accuracies
 
 
 def test_fashion_mnist_is_what_it_says():

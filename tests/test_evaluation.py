@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mae import MAEConfig
 from mae.data import DataError, DataWarning, ImageFiles, Labelled, Reading, Unreadable, find_images, whole_batches
 from mae.evaluation import probe
-from mae.evaluation.features import labelled_features
+from mae.evaluation.features import features_of, labelled_features
 from mae.evaluation.predictions import Evaluation, Predictions, measures
 from mae.evaluation.probe import linear_probe, nearest_neighbours
 from mae.model import Classifier, HeadConfig, VisionTransformer
@@ -248,3 +248,23 @@ def test_an_evaluation_in_uneven_shares_is_that_of_one_process(pictures, count, 
             assert_same(found, expected)
     assert len({*Counter(passes).values()}) == 1
     assert len({*passes}) == count
+
+
+def test_a_model_trains_on_where_its_test_pictures_cannot_be_had(pictures, monkeypatch):
+    model = classifier().train()
+    monkeypatch.setattr("mae.evaluation.predictions.whole_batches", lambda *_, **__: iter(lambda: 1 / 0, None))
+    with pytest.raises(ZeroDivisionError):
+        Evaluation(pictures, READING)(model)
+    assert model.training
+
+
+def test_features_of_a_classifier_are_what_its_head_sees():
+    model, images = Classifier(TINY, HeadConfig(("a", "b"), fc_norm=True)).eval(), torch.rand(3, 3, 16, 16)
+    torch.nn.init.normal_(model.fc_norm.weight)
+    assert torch.equal(model.head(features_of(model, images)), model(images))
+    assert not torch.equal(features_of(model, images, "token"), features_of(model, images))
+
+
+def test_a_number_of_neighbours_that_is_asked_for_twice_counts_once():
+    x, labels = torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])
+    assert nearest_neighbours(x, labels, x, (3, 3))[3].shape == (6, 2)

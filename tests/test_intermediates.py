@@ -62,8 +62,15 @@ def test_maps_are_those_of_timm(kind, size):
                 assert torch.equal(tokens, ours.forward_features(images))
                 alone = ours.forward_intermediates(images, **options, intermediates_only=True)
                 assert all(torch.equal(a, b) for a, b in zip(alone, maps, strict=True))
+        early = {"indices": [0, 2], "stop_early": True, "output_fmt": "NLC"}
+        assert_equal(ours.forward_intermediates(images, **early), theirs.forward_intermediates(images, **early))
         pairs = ours.forward_intermediates(images, 2, return_prefix_tokens=True, intermediates_only=True)
         assert_equal(pairs, theirs.forward_intermediates(images, 2, return_prefix_tokens=True, intermediates_only=True))
+
+
+def test_a_format_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="VisionTransformer: output_fmt must be 'NCHW' or 'NLC', got 'NHWC'"):
+        build(SMALL).forward_intermediates(torch.randn(1, 3, 32, 32), output_fmt="NHWC")
 
 
 @pytest.mark.parametrize("size", [(4, 16, 24), (6, 24, 16), (2, 16, 16)])

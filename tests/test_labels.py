@@ -1,5 +1,7 @@
 """Labelled pictures, of folders and of datasets, and two of them with the same classes."""
 
+from dataclasses import replace
+
 import datasets
 import numpy as np
 import pytest
@@ -169,3 +171,15 @@ def test_packed_folders_keep_their_labels(tmp_path):
     assert train.classes == ("a, dog", "cat")
     assert (train.labels.tolist(), test.labels.tolist()) == ([0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1])
     assert Image.open(test.source.files[0]).size == (160, 120)
+
+
+def test_a_run_is_resumed_on_the_same_labels_alone(tmp_path):
+    classes(tmp_path, a=2, b=1)
+    found = open_labelled(tmp_path)
+    others = [replace(found, labels=found.labels[::-1].copy()), replace(found, classes=("b", "a"))]
+    assert len({x.fingerprint() for x in (found, *others)}) == 3
+    assert open_labelled(tmp_path).fingerprint() == found.fingerprint()
+
+
+def test_minus_one_is_a_label_where_no_names_of_classes_say_otherwise(tmp_path):
+    assert open_labelled(held(tmp_path, [-1, 1, -1])).classes == ("-1", "1")

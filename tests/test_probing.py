@@ -36,7 +36,7 @@ def probe(run: Path, head: HeadConfig = TOKEN, solver: str = "sgd", **options) -
 
 @pytest.mark.parametrize("head", [TOKEN, MEAN], ids=lambda head: head.pool)
 def test_only_the_head_is_trained_on_what_it_looks_at(tmp_path, head):
-    model, start = probe(tmp_path, head), classifier(head=head)
+    model, start = probe(tmp_path, head, steps=10), classifier(head=head)
     state, before = model.state_dict(), start.state_dict()
     encoder = {name for name in before if not name.startswith("head.")}
     assert encoder == {name for name in state if not name.startswith("head.")}
@@ -44,14 +44,12 @@ def test_only_the_head_is_trained_on_what_it_looks_at(tmp_path, head):
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {"head.1.weight", "head.1.bias"}
     first, last = losses(tmp_path)[0][1], losses(tmp_path)[-1][1]
     assert first == pytest.approx(math.log(5), abs=0.15)
-    assert last < first - 0.05
+    assert last < first - 0.03
 
-    norm = nn.BatchNorm1d(96, affine=False, eps=1e-6)
-    for batch in Batches(images(), 8, range(12)):
-        tokens = start.forward_features(batch.images)
-        norm(tokens[:, 0] if head.pool == "token" else tokens[:, 1:].mean(1))
-    for name in ("running_mean", "running_var"):
-        torch.testing.assert_close(getattr(model.head[0], name), getattr(norm, name), rtol=1e-5, atol=1e-6)
+    tokens = [start.forward_features(batch.images) for batch in Batches(images(), 8, range(10))]
+    features = [x[:, 0] if head.pool == "token" else x[:, 1:].mean(1) for x in tokens]
+    expected = torch.stack([x.mean(0) for x in features]).mean(0)  # of the first ten batches, which count alike
+    torch.testing.assert_close(model.head[0].running_mean, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("head", [TOKEN, MEAN], ids=lambda head: head.pool)
@@ -88,11 +86,25 @@ def test_batches_that_are_not_finite_leave_the_statistics_as_they_are(tmp_path):
     history = train(model, TensorImages(pixels), config, tmp_path, task=probing(model, config, labels()))
     assert history[-1]["skipped"] == 2
     assert all(x.isfinite().all() for x in weights(tmp_path).values())
-    norm = nn.BatchNorm1d(96, affine=False, eps=1e-6)
-    for batch in Batches(TensorImages(pixels), 8, range(10)):
-        if 7 not in batch.numbers:
-            norm(classifier(head=TOKEN).features(batch.images))
-    torch.testing.assert_close(model.head[0].running_var, norm.running_var, rtol=1e-5, atol=1e-6)
+    features = [
+        classifier(head=TOKEN).features(batch.images)
+        for batch in Batches(TensorImages(pixels), 8, range(10)) if 7 not in batch.numbers
+    ]  # fmt: skip
+    expected = torch.stack([x.var(0) for x in features]).mean(0)  # the first ten count alike
+    torch.testing.assert_close(model.head[0].running_var, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_begin_with_the_first_batches_and_go_on_as_pytorchs():
+    ours, theirs = (x(3, affine=False, eps=1e-6) for x in (BatchNorm, nn.BatchNorm1d))
+    batches = 0.05 * torch.randn(30, 8, 3) + 4
+    for batch in batches[:10]:
+        ours(batch)
+    torch.testing.assert_close(ours.running_mean, batches[:10].mean((0, 1)))
+    torch.testing.assert_close(ours.running_var, batches[:10].var(1).mean(0))
+    theirs.load_state_dict(ours.state_dict())
+    for batch in batches[10:]:
+        torch.testing.assert_close(ours(batch), theirs(batch), rtol=1e-3, atol=1e-4)  # a variance of 0.0025
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
 
 
 def test_a_batch_of_one_image_is_refused():
@@ -152,8 +164,8 @@ def test_two_processes_normalise_over_the_whole_batch(two_processes):
     expected = torch.stack([norm(x) for x in FEATURES])
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(torch.cat([first, second], dim=1), expected, **close)
-    for ours in (statistics, others, normalised(slice(None))[1:]):
-        torch.testing.assert_close(ours, [norm.running_mean, norm.running_var], **close)
+    for ours in (statistics, others):
+        torch.testing.assert_close(ours, [*normalised(slice(None))[1:]], **close)
 
 
 @pytest.mark.parametrize("parallel", RUNS)

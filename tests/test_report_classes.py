@@ -52,7 +52,7 @@ def test_numbers_are_those_of_a_count_by_hand(left):
     dogs = [("dog", "dog", 0)] * 1 + [("dog", "eel", 2)] * 2 + [("dog", "cat", 5)] * 2
     page = written(left(cats + dogs + [("cow 10", "cow 10", 0)] * 2 + [("cow 9", "cow 9", 0)]))
     assert "Top-1 55.6 %; pictures: 18; classes: 5." in said(page)  # 10 of 18
-    assert page.texts["h2"][:4] == ["Curves", "Evaluations", "Predictions of finetune", "Model"]
+    assert page.texts["h2"][:3] == ["Evaluations", "Predictions of finetune", "Model"]
     accuracy, matrix = tables(page)
     assert [["".join(cell.itertext()) for cell in row] for row in accuracy.find("tbody")] == [
         ["dog", "5", "20.0 %", "cat (2 times)"],
@@ -185,13 +185,13 @@ def test_a_folder_of_an_evaluation_alone_and_one_of_no_predictions(left, tmp_pat
     (folder / "results.json").write_text(json.dumps([{"command": "knn", "top1": 0.75}]))
     (folder / "predictions-folder.csv").mkdir()
     page = written(folder)
-    assert page.texts["h2"] == ["Curves", "Evaluations", "Predictions of knn", "Predictions of linprobe", "Model"]
+    assert page.texts["h2"] == ["Evaluations", "Predictions of knn", "Predictions of linprobe", "Model"]
     assert page.texts["title"] == [f"{folder.name}: an evaluation"]
-    assert "There is no metrics.jsonl, so there are no curves." in said(page)
+    assert "metrics.jsonl" not in said(page)  # it is no run
     assert ["knn", "", "75.0 %", ""] in page.rows
     for file in folder.glob("predictions-*.csv"):
         file.rmdir() if file.is_dir() else file.unlink()
-    assert written(folder).texts["h2"] == ["Curves", "Evaluations", "Model"]
+    assert written(folder).texts["h2"] == ["Evaluations", "Model"]
     (folder / "results.json").unlink()
     (folder / "report.html").unlink()
     with pytest.raises(ValueError):

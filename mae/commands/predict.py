@@ -48,8 +48,10 @@ class PredictConfig:
 def predict(config: PredictConfig) -> None:
     check(vars(config), {"batch_size": COUNT, "workers": (lambda x: x == 0 or COUNT[0](x), "a whole number from 0 on")})
     config.reading.reading()
-    if config.out.suffix != ".csv" or config.out.is_dir():
-        raise ValueError(f"{config.out} must be a file that ends in .csv")
+    if config.out.suffix != ".csv":
+        raise ValueError(f"{config.out} must end in .csv")
+    if config.out.is_dir():
+        raise ValueError(f"{config.out} is a folder, not a file to write")
     model = config.loading.load(config.checkpoint)
     if not isinstance(model, Classifier):
         raise CheckpointError(
