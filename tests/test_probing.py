@@ -107,9 +107,11 @@ def test_statistics_begin_with_the_first_batches_and_go_on_as_pytorchs():
     torch.testing.assert_close(ours.running_var, theirs.running_var)
 
 
-def test_a_batch_of_one_image_is_refused():
+def test_batches_of_one_image_and_sharding_are_refused():
     with pytest.raises(ValueError, match="normalises features over the batch, so batch_size must be 2 at least, got 1"):
         probing(classifier(head=TOKEN), probe_config(batch_size=1), labels())
+    with pytest.raises(ValueError, match="parallel fsdp shards what is trained, and a probe trains one layer"):
+        probing(classifier(head=TOKEN), probe_config(parallel="fsdp"), labels())
 
 
 def normalised(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
