@@ -229,15 +229,17 @@ def test_ctrl_c_and_resume_end_as_a_run_that_nobody_stopped(place, tuned, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_end_as_one(place, tuned, tmp_path, parallel):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mae"]
-    arguments = [*options_of(place, "finetune", out=tmp_path), "--parallel", parallel]
-    process = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("case", ["finetune --parallel fsdp", "linprobe --solver sgd --steps 3 --batch-size 8"])
+def test_two_processes_end_as_one(place, tmp_path, case):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mae"]
+    command, *more = case.split()
+    one, two = ([*options_of(place, command, out=tmp_path / name), *more] for name in ("one", "two"))
+    expected = said(*one)
+    process = subprocess.run([*torchrun, *two], capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines()[:4] == tuned[1].splitlines()[:4]  # one of them speaks
-    assert results(tmp_path) == results(tuned[0])
-    found = [rows(folder / "predictions-finetune.csv") for folder in (tmp_path, tuned[0])]
+    assert process.stdout.splitlines()[:4] == expected.splitlines()[:4]  # one of them speaks
+    assert results(tmp_path / "one") == results(tmp_path / "two")
+    found = [rows(tmp_path / name / f"predictions-{command}.csv") for name in ("one", "two")]
     assert [row[:3] for row in found[0]] == [row[:3] for row in found[1]]
 
 
