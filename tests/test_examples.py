@@ -21,6 +21,7 @@ for script in scripts:
 """
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_is_that_of_the_model_without_apply(tmp_path):
     examples = sorted((ROOT / "examples").glob("*.py"))
     names = ["custom_model", "hugging_face", "published_style", "segmentation", "token_selection"]

@@ -72,6 +72,7 @@ def pretended_stages(monkeypatch):
     return pretend
 
 
+@pytest.mark.slow
 def test_no_stage_stops_the_next(pretended_stages, tmp_path, capsys):
     child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {!r}]); time.sleep(60)"
     late = tmp_path / "late"

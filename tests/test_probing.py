@@ -160,6 +160,7 @@ def two_processes(tmp_path_factory) -> tuple[Path, list]:
     return folder, [[torch.from_numpy(x) for x in norms] for norms in result]
 
 
+@pytest.mark.slow
 def test_two_processes_normalise_over_the_whole_batch(two_processes):
     (first, *statistics), (second, *others) = two_processes[1]
     norm = nn.BatchNorm1d(96, affine=False, eps=1e-6)
@@ -170,6 +171,7 @@ def test_two_processes_normalise_over_the_whole_batch(two_processes):
         torch.testing.assert_close(ours, [*normalised(slice(None))[1:]], **close)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", RUNS)
 def test_two_processes_fine_tune_as_one(two_processes, tmp_path, parallel):
     alone, run = fine_tuned(tmp_path, Processes()), two_processes[0] / parallel

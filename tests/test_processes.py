@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -113,27 +112,3 @@ def test_what_one_process_refuses_all_refuse(data, tmp_path):
     assert output.count(words) == 1
     assert "mae/commands" not in output  # a frame of a traceback; torchrun adds one of its own
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_fine_tuning_is_the_same_in_two_processes(alone, data, tmp_path):
-    for i, file in enumerate(sorted(data.iterdir())[:12]):
-        folder = tmp_path / "classes" / ("flower", "temple")[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, folder)
-    classes, runs = str(tmp_path / "classes"), (tmp_path / "one", tmp_path / "two")
-    command = ["finetune", "--checkpoint", str(alone), "--data", classes, "--test", classes, "--device", "cpu"]
-    command += ["--batch-size", "8", "--steps", "20", "--base-lr", "0.05", "--log-every", "1", "--workers", "0"]
-    command += ["--erase", "0.25"]  # beside mixup, cutmix and drop path, which are on unless it is said
-    main([*command, "--out", str(runs[0])])
-    process = torchrun(2, *command, "--out", str(runs[1]))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    one, two = map(entries, runs)
-    for name in ("loss", "val_loss"):
-        a, b = ([entry[name] for entry in x if name in entry] for x in (one, two))
-        assert len(a) == len(b) > 1
-        np.testing.assert_allclose(a, b, rtol=1e-5, err_msg=name)
-    assert one[-1]["val_top1"] == two[-1]["val_top1"]
-    tested = [json.loads((run / "results.json").read_text())[0]["top1"]["fine-tuned"] for run in runs]
-    assert tested == [one[-1]["val_top1"]] * 2
