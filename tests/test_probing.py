@@ -160,7 +160,6 @@ def two_processes(tmp_path_factory) -> tuple[Path, list]:
     return folder, [[torch.from_numpy(x) for x in norms] for norms in result]
 
 
-@pytest.mark.slow
 def test_two_processes_normalise_over_the_whole_batch(two_processes):
     (first, *statistics), (second, *others) = two_processes[1]
     norm = nn.BatchNorm1d(96, affine=False, eps=1e-6)
