@@ -27,6 +27,7 @@ SHARE = (lambda x: is_number(x) and 0 <= x < 1, "a number from 0 to below 1")
 RATIO = (lambda x: is_number(x, 0) and x < 1, "a number between 0 and 1")
 COUNT = (lambda x: is_whole(x, 1, 10**9), f"a whole number of 1 to {10**9}")
 SEED = (lambda x: is_whole(x, 0, 2**63 - 1), f"a whole number of 0 to {2**63 - 1}")
+WORKERS = (lambda x: is_whole(x, 0, 10**9), "a whole number from 0 on")
 WIDTH = (is_whole, f"a whole number of 1 to {_LARGEST}")
 BLOCKS = (lambda x: is_whole(x, 0, _MOST_BLOCKS), f"a whole number of 0 to {_MOST_BLOCKS}")
 RULES = {

@@ -279,7 +279,7 @@ def test_options_of_a_run_are_not_passed_over_by_a_regression(place, run):
             name = option.split()[0].replace("no-", "")
             assert words == f"{name} has no effect with the solver lbfgs; leave it out, or add --solver sgd"
     assert refusal(*arguments, "--solver", "sgd", "--batch-size", "1") == (
-        "the solver sgd normalises features over a batch, which takes 2 images at least"
+        "a probe normalises features over the batch, so batch_size must be 2 at least, got 1"
     )
     assert everything(run) == before
 

@@ -42,7 +42,7 @@ def test_a_folder_with_a_sub_folder_for_each_class(tmp_path):
     good_folder(tmp_path / "b" / "deeper", 1)
     found = open_labelled(tmp_path)
     assert (found.classes, found.labels.tolist(), found.labels.dtype) == (("a", "b"), [0, 1, 1, 1], np.int64)
-    assert found.words() == "4 pictures of 2 classes"
+    assert len(found) == 4
     assert [found.source.name(i).split("/")[-2] for i in range(4)] == ["a", "deeper", "b", "b"]
 
 

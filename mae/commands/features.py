@@ -18,7 +18,7 @@ from mae.commands.pictures import open_images, refuse_replacing
 from mae.data import Source, counted, printable, usable_workers, whole_batches
 from mae.data.whole import refuse_unreadable
 from mae.evaluation.features import FeatureKind, features_of
-from mae.fields import COUNT, check
+from mae.fields import COUNT, WORKERS, check
 from mae.training.loop import choose_device
 
 _SUFFIXES = (".npy", ".parquet")
@@ -48,7 +48,7 @@ class FeaturesConfig:
 
 
 def features(config: FeaturesConfig) -> None:
-    check(vars(config), {"batch_size": COUNT, "workers": (lambda x: x == 0 or COUNT[0](x), "a whole number from 0 on")})
+    check(vars(config), {"batch_size": COUNT, "workers": WORKERS})
     config.reading.reading()
     if config.out.suffix not in _SUFFIXES:
         raise ValueError(f"{config.out} must end in {' or '.join(_SUFFIXES)}")

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from mae.commands.labelled_run import LabelledOptions, LabelledRun, RunOptions, run_labelled
+from mae.commands.labelled_run import LabelledOptions, LabelledRun, run_labelled
+from mae.commands.options import RunOptions
 from mae.data import printable
 from mae.model import Classifier, HeadConfig, VisionTransformer
 from mae.model.classifier import Pool

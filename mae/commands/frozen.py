@@ -62,5 +62,4 @@ class FrozenFeatures:
         return tuple(labelled_features(models, x, self.reading, pool, **options) for x in (self.data, self.test))
 
     def write(self, table: Table, predictions: Predictions, **conditions: Any) -> None:
-        where = {name: str(getattr(self.config, name)) for name in ("checkpoint", "data", "test")}
-        self.results.write(table, predictions, self.test, self.reading, where | conditions)
+        self.results.write(table, predictions, self.test, self.reading, self.config.where | conditions)

@@ -10,14 +10,14 @@ from mae.commands.labelled_run import LabelledOptions
 from mae.commands.results import Table
 from mae.evaluation.predictions import Predictions
 from mae.evaluation.probe import nearest_neighbours
-from mae.fields import COUNT, SEED, are_all, check, is_number, is_whole
+from mae.fields import COUNT, SEED, WORKERS, are_all, check, is_number, is_whole
 from mae.model.classifier import Pool
 
 _RULES = {
     "k": (lambda x: are_all(x, is_whole, 1, 10**9) and len(x) > 0, "whole numbers above 0"),
     "temperature": (lambda x: is_number(x) and x >= 1e-3, "a number of at least 0.001"),
     "batch_size": COUNT,
-    "workers": (lambda x: x == 0 or COUNT[0](x), "a whole number from 0 on"),
+    "workers": WORKERS,
     "seed": SEED,
 }
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +10,7 @@ import torch
 import tyro
 
 from mae.checkpoints.checkpoint import load_checkpoint
-from mae.commands.options import LoadOptions, ReadingOptions, flat
+from mae.commands.options import HOW_STARTED, LoadOptions, ReadingOptions, RunOptions, flat
 from mae.commands.results import Results, Table
 from mae.commands.words import duration, rounded, started_workers
 from mae.data import Labelled, TrainingImages, counted, open_train_and_test, printable, usable_workers
@@ -24,7 +24,7 @@ from mae.training.classification import Classification, LabelledConfig
 from mae.training.loop import Looks, choose_device, train, uses_bfloat16
 from mae.training.parallel import Processes, joined, own_device
 from mae.training.recipe import Recipe
-from mae.training.run import Mode, RunError, refuse_run
+from mae.training.run import RunError, refuse_run
 
 FEATURES_OF: dict[Pool, str] = {"mean": "mean features", "token": "class-token features"}
 
@@ -45,25 +45,10 @@ class LabelledOptions:
     loading: Annotated[LoadOptions, tyro.conf.arg(name="")] = field(default_factory=LoadOptions)
     reading: Annotated[ReadingOptions, tyro.conf.arg(name="")] = field(default_factory=ReadingOptions)
 
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run is started and where it goes."""
-
-    resume: bool = False
-    """Go on where the run in the folder stands; at the first step if there is none yet."""
-    overwrite: bool = False
-    """Replace the run that the folder holds."""
-    dry_run: bool = False
-    """Say what would be done, and do nothing."""
-
-    def __post_init__(self):
-        if self.resume and self.overwrite:
-            raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them")
-
     @property
-    def mode(self) -> Mode:
-        return "resume" if self.resume else "overwrite" if self.overwrite else "new"
+    def where(self) -> dict[str, str]:
+        """What is tested on what, as a result says it."""
+        return {name: str(getattr(self, name)) for name in ("checkpoint", "data", "test")}
 
 
 @dataclass(frozen=True)
@@ -162,9 +147,7 @@ class _Job:
             return
         table = Table(len(self.test.classes), predictions.labels, f"{len(predictions.numbers)} test pictures")
         table.add(self.asked.row, predictions)
-        config = self.asked.config
-        where = {name: str(getattr(config, name)) for name in ("checkpoint", "data", "test")}
-        conditions = where | {"images": len(self.images)} | self.asked.conditions
+        conditions = self.asked.config.where | {"images": len(self.images)} | self.asked.conditions
         self.results.write(table, predictions, self.test, self.images.reading, conditions)
         print(f"The classifier is in {printable(self.asked.out)}. Try it:")
         print(f"  python -m mae predict --checkpoint {printable(self.asked.out)} --images FOLDER --out predictions.csv")
@@ -186,10 +169,11 @@ def _prepare(asked: LabelledRun, device: torch.device, processes: Processes) -> 
     reading = config.reading.reading(model.config)
     for labelled in (data, test):
         refuse_unreadable(labelled.source, reading)
-    options = {"least_area": training.least_area, "flips": training.flips}
-    images = TrainingImages(data.source, reading, training.seed, **options)
+    crops = {"least_area": training.least_area, "flips": training.flips}
+    images = TrainingImages(data.source, reading, training.seed, **crops)
     held = {"images": len(data), "fingerprint": data.source.fingerprint(), "labels": data.fingerprint()}
-    recipe = Recipe({"command": asked.command, **_options(config)}, held, training.schedule(len(data)))
+    options = {name: x for name, x in flat(config).items() if name not in HOW_STARTED}
+    recipe = Recipe({"command": asked.command, **options}, held, training.schedule(len(data)))
     if asked.start.resume:
         recipe.refuse_another(asked.out)
     evaluation = Evaluation(
@@ -201,12 +185,6 @@ def _prepare(asked: LabelledRun, device: torch.device, processes: Processes) -> 
         workers=usable_workers(training.workers),
     )
     return _Job(asked, model, task, images, test, recipe, results, evaluation, device, processes)
-
-
-def _options(config: LabelledOptions) -> dict[str, Any]:
-    """What the run is, not how it is started."""
-    own = {x.name for x in fields(RunOptions)} | {"out"}
-    return {name: x for name, x in flat(config).items() if name not in own}
 
 
 def _foretell(seconds: float, steps: int) -> str:

@@ -9,7 +9,8 @@ import torch
 import tyro
 
 from mae.commands.frozen import FrozenFeatures
-from mae.commands.labelled_run import FEATURES_OF, LabelledOptions, LabelledRun, RunOptions, run_labelled
+from mae.commands.labelled_run import FEATURES_OF, LabelledOptions, LabelledRun, run_labelled
+from mae.commands.options import RunOptions
 from mae.commands.results import Table
 from mae.data import open_train_and_test, printable
 from mae.evaluation.predictions import Predictions
@@ -50,8 +51,6 @@ def linprobe(config: LinprobeConfig) -> None:
         _refuse_run_options(config)
         _solve(config)
         return
-    if config.train.batch_size // config.train.micro_batches < 2:
-        raise ValueError(f"the solver {solver} normalises features over a batch, which takes 2 images at least")
     pool = config.pool or "token"
 
     def make_model(encoder: VisionTransformer, classes: tuple[str, ...]) -> Classifier:

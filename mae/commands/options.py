@@ -10,6 +10,7 @@ from mae.checkpoints.checkpoint import load_checkpoint
 from mae.data import Reading
 from mae.fields import unknown_statistics
 from mae.model import MODELS, MAEConfig, VisionTransformer
+from mae.training.run import Mode
 
 ModelName = Literal[tuple(MODELS)]
 Sizes = int | tuple[int, int] | tuple[int, int, int]
@@ -84,6 +85,29 @@ class SizeOptions:
             height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
         fields |= {"image_size": (*frames, height, width), "patch_size": self.patch_size, **_channels(self.in_chans)}
         return replace(own, **given(**fields))
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is started and where it goes."""
+
+    resume: bool = False
+    """Go on where the run in the folder stands; at the first step if there is none yet."""
+    overwrite: bool = False
+    """Replace the run that the folder holds."""
+    dry_run: bool = False
+    """Say what would be done, and do nothing."""
+
+    def __post_init__(self):
+        if self.resume and self.overwrite:
+            raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them")
+
+    @property
+    def mode(self) -> Mode:
+        return "resume" if self.resume else "overwrite" if self.overwrite else "new"
+
+
+HOW_STARTED = {x.name for x in fields(RunOptions)} | {"out"}  # options that are no part of what a run is
 
 
 def flat(config: Any) -> dict[str, Any]:

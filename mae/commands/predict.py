@@ -17,7 +17,7 @@ from mae.commands.options import LoadOptions, ReadingOptions
 from mae.commands.pictures import open_images
 from mae.data import counted, printable, usable_workers, whole_batches
 from mae.data.whole import refuse_unreadable
-from mae.fields import COUNT, check
+from mae.fields import COUNT, WORKERS, check
 from mae.model import Classifier
 from mae.training.loop import choose_device
 
@@ -46,7 +46,7 @@ class PredictConfig:
 
 @torch.no_grad()
 def predict(config: PredictConfig) -> None:
-    check(vars(config), {"batch_size": COUNT, "workers": (lambda x: x == 0 or COUNT[0](x), "a whole number from 0 on")})
+    check(vars(config), {"batch_size": COUNT, "workers": WORKERS})
     config.reading.reading()
     if config.out.suffix != ".csv":
         raise ValueError(f"{config.out} must end in .csv")

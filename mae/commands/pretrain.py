@@ -12,7 +12,7 @@ import tyro
 
 from mae.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from mae.commands.data_benchmark import data_benchmark
-from mae.commands.options import ModelName, ReadingOptions, SizeOptions, flat, from_flat
+from mae.commands.options import HOW_STARTED, ModelName, ReadingOptions, RunOptions, SizeOptions, flat, from_flat
 from mae.commands.pictures import Drawing
 from mae.commands.words import duration, rounded, started_workers
 from mae.data import (
@@ -33,7 +33,7 @@ from mae.training.loop import Looks, choose_device, train, uses_bfloat16
 from mae.training.parallel import Processes, joined, own_device
 from mae.training.profile import training_flops
 from mae.training.recipe import Recipe, Schedule, TrainConfig, preset, unpublished
-from mae.training.run import Mode, refuse_run
+from mae.training.run import refuse_run
 from mae.training.state import steps_on_disk
 from mae.training.validation import Validation
 
@@ -54,14 +54,8 @@ class PretrainConfig:
     """Run folder: recipe.json, metrics.jsonl, checkpoints, model.safetensors, reconstructions, report.html."""
     recipe: str | None = None
     """Defaults of a recipe: published, small_data, cpu, or the recipe.json of a run. Other options win over it."""
-    resume: bool = False
-    """Go on where the run in the folder stands; at the first step if there is none yet."""
-    overwrite: bool = False
-    """Replace the run that the folder holds."""
     init: Path | None = None
     """Checkpoint whose weights the model begins with, of any layout that convert reads."""
-    dry_run: bool = False
-    """Say what would be done, and do nothing."""
     data_benchmark: bool = False
     """Measure how many images a second can be loaded, and trained on, and do nothing else."""
     val: str | None = None
@@ -85,17 +79,13 @@ class PretrainConfig:
     loss of fewer patches. CrossMAE was trained with a third and with all."""
     residual: Literal["float32", "bfloat16"] = "float32"
     """Tokens between the blocks under bfloat16 autocast: float32 as published; bfloat16 saves memory, not exact."""
+    start: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
     sizes: Annotated[SizeOptions, tyro.conf.arg(name="")] = field(default_factory=SizeOptions)
     reading: Annotated[ReadingOptions, tyro.conf.arg(name="")] = field(default_factory=ReadingOptions)
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
-    @property
-    def mode(self) -> Mode:
-        return "resume" if self.resume else "overwrite" if self.overwrite else "new"
 
-
-# What a run is, not how it is started.
-_NOT_OF_THE_RECIPE = {"out", "recipe", "resume", "overwrite", "dry_run", "data_benchmark"}
+_NOT_OF_THE_RECIPE = HOW_STARTED | {"recipe", "data_benchmark"}
 _SAY_THE_SAME = (("steps", "epochs"), ("warmup", "warmup_epochs"), ("val", "val_share"))
 _NOT_OF_A_PRESET = _NOT_OF_THE_RECIPE | {"data", "val", "init"}
 
@@ -114,8 +104,6 @@ def defaults(arguments: list[str]) -> PretrainConfig | None:
 
 def pretrain(config: PretrainConfig) -> None:
     check(vars(config), {"val_share": SHARE})
-    if config.resume and config.overwrite:
-        raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them")
     if config.val is not None and config.val_share:
         raise ValueError("--val and --val-share both say what is held out; give one of them")
     config.reading.reading()
@@ -128,7 +116,7 @@ def pretrain(config: PretrainConfig) -> None:
             job = _prepare(config, device, processes)
         if processes.leads:
             print(job.plan(), flush=True)
-        if config.dry_run:
+        if config.start.dry_run:
             return
         if config.data_benchmark:
             if processes.leads:
@@ -220,7 +208,7 @@ class _Job:
                 self.images,
                 replace(config.train, device=str(device), workers=started_workers(config.train.workers, processes)),
                 config.out,
-                config.mode,
+                config.start.mode,
                 processes=processes,
                 looks=Looks(validate, drawing, self.foretell),
                 recipe=self.recipe,
@@ -240,7 +228,7 @@ class _Job:
 
 def _prepare(config: PretrainConfig, device: torch.device, processes: Processes) -> _Job:
     if processes.leads and not config.data_benchmark:
-        refuse_run(config.out, config.mode != "new")
+        refuse_run(config.out, config.start.mode != "new")
     decoder = {"decoder_depth": config.decoder_depth, "decoder_embed_dim": config.decoder_width}
     decoder |= {"decoder": config.decoder, "predicted_share": config.predicted_share}
     if config.train.masking == "grid" and config.predicted_share < 1:
@@ -263,10 +251,10 @@ def _prepare(config: PretrainConfig, device: torch.device, processes: Processes)
     schedule = config.train.schedule(len(images))
     torch.manual_seed(config.train.seed)
     model = MaskedAutoencoder(sizes, torch.bfloat16 if config.residual == "bfloat16" else None)
-    if config.init is not None and not (config.resume and steps_on_disk(config.out)):
+    if config.init is not None and not (config.start.resume and steps_on_disk(config.out)):
         _take_weights(model, config.init)
     job = _Job(config, model, images, validation, schedule, device)
-    if config.resume:
+    if config.start.resume:
         job.recipe.refuse_another(config.out)
     return job
 

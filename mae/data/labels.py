@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mae.data.errors import DataError, counted, printable
+from mae.data.errors import DataError, printable
 from mae.data.hugging_face import open_labelled_dataset
 from mae.data.sources import ImageFiles, Source, find_labelled_images
 
@@ -29,9 +29,6 @@ class Labelled:
         """Of the labels and the names of the classes, so that a run is resumed on no others."""
         names = "\0".join(self.classes).encode(errors="surrogateescape")
         return hashlib.sha256(self.labels.astype(np.int64).tobytes() + names).hexdigest()[:16]
-
-    def words(self) -> str:
-        return f"{counted(len(self), 'picture')} of {counted(len(self.classes), 'class', 'classes')}"
 
 
 def open_labelled(data: str | Path) -> Labelled:

@@ -15,9 +15,10 @@ from mae.fields import SHARE, check, is_number
 from mae.model import Classifier
 from mae.training.augmentation import draw_erasing, draw_mix, mix_images, mixed_targets
 from mae.training.optimizers import lars, layerwise_adamw, sgd
-from mae.training.parallel import Processes, plain
+from mae.training.parallel import Processes
 from mae.training.recipe import RunConfig
 
+_EPS = 1e-6  # of the normalisation of a probe's features, as published
 _NOT_NEGATIVE = (lambda x: is_number(x) and x >= 0, "a number from 0 on")
 _PART = (lambda x: is_number(x, 0) and x <= 1, "a number above 0, at most 1")
 _RULES = {
@@ -149,7 +150,7 @@ class Classification:
         return F.cross_entropy(model(images, keep).float(), targets)
 
     def exported(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return folded(state) if state and isinstance(plain(self._model).head, nn.Sequential) else state
+        return folded(state) if "head.0.running_mean" in state else state  # of a process that does not lead it is empty
 
 
 def finetuning(
@@ -175,10 +176,10 @@ def probing(
     """
     if config.parallel == "fsdp":
         raise ValueError("parallel fsdp shards what is trained, and a probe trains one layer; leave it out")
-    if config.batch_size < 2:
-        raise ValueError("a probe normalises features over the batch, so batch_size must be 2 at least, got 1")
+    if (size := config.batch_size // config.micro_batches) < 2:
+        raise ValueError(f"a probe normalises features over the batch, so batch_size must be 2 at least, got {size}")
     model.requires_grad_(False)
-    model.head = nn.Sequential(BatchNorm(model.head.in_features, affine=False, eps=1e-6), model.head)
+    model.head = nn.Sequential(BatchNorm(model.head.in_features, affine=False, eps=_EPS), model.head)
     model.head.requires_grad_(True)
     nn.init.trunc_normal_(model.head[1].weight, std=0.01)
 
@@ -227,6 +228,6 @@ def folded(state: dict[str, Tensor]) -> dict[str, Tensor]:
     mean, variance, weight, bias = (
         state[f"head.{name}"] for name in ("0.running_mean", "0.running_var", "1.weight", "1.bias")
     )
-    weight = weight * (variance + 1e-6).rsqrt()
+    weight = weight * (variance + _EPS).rsqrt()
     rest = {name: x for name, x in state.items() if not name.startswith("head.")}
     return rest | {"head.weight": weight, "head.bias": bias - weight @ mean}

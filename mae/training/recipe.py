@@ -14,7 +14,7 @@ import torch
 import mae_kernels
 from mae.checkpoints.layouts import CheckpointError
 from mae.checkpoints.saving import write_json
-from mae.fields import COUNT, RATIO, SEED, check, is_number
+from mae.fields import COUNT, RATIO, SEED, WORKERS, check, is_number
 from mae.reasons import reason_of
 from mae.run_files import RECIPE
 from mae.training.optimizers import OptimizerName
@@ -136,7 +136,7 @@ _RULES = {
     **dict.fromkeys(("batch_size", "micro_batches", "log_every", "save_every", "keep", "max_skipped"), COUNT),
     **dict.fromkeys(("steps", "eval_every"), _WHOLE),
     **dict.fromkeys(("epochs", "warmup_epochs", "clip_grad"), _POSITIVE),
-    "workers": (lambda x: x == 0 or COUNT[0](x), "a whole number from 0 on"),
+    "workers": WORKERS,
     "mask_ratio": RATIO,
     "base_lr": (lambda x: is_number(x, 0), "a number above 0"),
     "warmup": (lambda x: is_number(x) and 0 <= x <= 1, "a number from 0 to 1"),
