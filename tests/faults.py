@@ -289,7 +289,7 @@ CLASSES = [
 ]  # fmt: skip
 
 LABELS = [
-    *room("mae/training/augmentation.py", "test_finetune.py -k 'cutmix and not two'",
+    *room("mae/training/augmentation.py", "test_augmentation.py -k cutmix",
         ("a share of cutmix from before its box is cut off", "return Mix(1 - cut / math.prod(size),",
          "return Mix(share,"),
         ("mixup's distribution for cutmix too", "alpha = cutmix if is_cut else mixup", "alpha = mixup or cutmix")),
