@@ -1,8 +1,7 @@
-"""``python -m mae finetune | linprobe | knn | features | predict`` from pictures to the report."""
+"""``python -m mae finetune | linprobe | knn`` from pictures to the report."""
 
-import contextlib
-import csv
-import io
+# ruff: noqa: F401, F811 (fixtures are imported, and are arguments)
+
 import json
 import os
 import re
@@ -10,90 +9,32 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
+from classified import (
+    COMMANDS,
+    NAMES,
+    REFUSED,
+    everything,
+    folders,
+    options_of,
+    place,
+    readable,
+    refusal,
+    results,
+    rows,
+    run,
+    said,
+    tuned,
+)
 from pages import Page
-from pictures import good_folder, unreadable_files
-from PIL import Image
 from runs import assert_equal, weights
 
-from mae import load_checkpoint, save_checkpoint
+from mae import load_checkpoint
 from mae.__main__ import main
-from mae.commands.demo import fashion_mnist
-from mae.data import ImageFiles, Reading, find_images, whole_batches
-
-NAMES = ["bag, small", "boot", "co\nat", "dress", "jumper", "sandal", "shirt", "sneaker", "top", "trouser"]
-READING = Reading(1, image_size=(28, 28))
-HERE = ["--workers", "0", "--device", "cpu"]
-STEPS = ["--steps", "4", "--batch-size", "4", "--log-every", "1"]
-COMMANDS = {"finetune": STEPS, "linprobe": [], "knn": []}
-
-
-def said(*arguments) -> str:
-    """What a command prints, apart from warnings and progress."""
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        main([*map(str, arguments)])
-    return output.getvalue()
-
-
-def refusal(*arguments) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main([*map(str, arguments)])
-    assert isinstance(stop.value.code, str), stop.value.code
-    assert stop.value.code.startswith("mae: ")
-    assert "\n" not in stop.value.code
-    return stop.value.code.removeprefix("mae: ")
-
-
-def everything(folder: Path) -> dict[Path, float]:
-    return {path: path.lstat().st_mtime for path in folder.rglob("*")}
-
-
-def results(folder: Path) -> list[dict]:
-    return json.loads((folder / "results.json").read_text())
-
-
-def rows(file: Path) -> list[list[str]]:
-    with file.open(newline="", encoding="utf-8") as lines:
-        return [*csv.reader(lines)]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """Pictures of ten classes to learn from and to test on, and a run that was pre-trained on them."""
-    place = tmp_path_factory.mktemp("place")
-    for part, name, count in (("train", "train_5000", 3), ("test", "test_2000", 2)):
-        images, labels = fashion_mnist(name)
-        for label, kind in enumerate(NAMES):
-            (place / part / kind).mkdir(parents=True)
-            for i, picture in enumerate(images[labels == label][:count, 0].numpy()):
-                Image.fromarray(picture).save(place / part / kind / f"{i}.png")
-    options = ["--model", "mae_vit_demo_patch7", "--steps", "2", "--batch-size", "8", "--eval-every", "99"]
-    main(["pretrain", "--data", str(place / "train"), "--out", str(place / "run"), *options, *HERE])
-    return place
-
-
-def options_of(place: Path, command: str, **others) -> list[str]:
-    given = {"checkpoint": place / "run", "data": place / "train", "test": place / "test", **others}
-    named = [x for name, value in given.items() for x in (f"--{name}", str(value))]
-    return [command, *named, *COMMANDS[command], *HERE]
-
-
-@pytest.fixture(scope="module")
-def tuned(place) -> tuple[Path, str]:
-    """A run of finetune, and what it printed."""
-    return place / "tuned", said(*options_of(place, "finetune", out=place / "tuned"))
-
-
-@pytest.fixture
-def run(place, tmp_path) -> Path:
-    """A pre-trained run of this test's own."""
-    return shutil.copytree(place / "run", tmp_path / "run")
+from mae.data import ImageFiles
 
 
 def test_finetune_leaves_a_whole_run_folder(place, tuned):
@@ -368,38 +309,6 @@ def test_what_one_process_computes_is_not_started_by_torchrun(place, run, monkey
     )
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> Path:
-    """Labelled pictures that are not as they should be."""
-    folder = tmp_path_factory.mktemp("folders")
-    for name, counts in {
-        "good": {"a": 2, "b": 2}, "single": {"a": 1, "b": 1}, "other": {"b": 1, "c": 1}, "one": {"a": 2},
-        "empty": {"a": 2, "b": 0}, "some": {"a": 2, "b": 2}, "class": {"a": 2, "b": 0},
-    }.items():  # fmt: skip
-        for kind, count in counts.items():
-            good_folder(folder / name / kind, count)
-    for broken in ("broken/a", "broken/b", "some/b", "class/b"):
-        unreadable_files(folder / broken)
-    (folder / "file").write_text("a file")
-    return folder
-
-
-REFUSED = {
-    "one class": ("one", "one", "{d}/one holds one class alone, a, and two are needed"),
-    "classes that differ": (
-        "good", "other",
-        "{d}/good and {d}/other do not hold the same classes: only {d}/good holds a; only {d}/other holds c",
-    ),
-    "an empty class": ("empty", "good", "no image in these sub-folders of {d}/empty: b; looked for .jpg,"),
-    "an empty class to test": ("good", "empty", "no image in these sub-folders of {d}/empty: b; looked for .jpg,"),
-    "broken files": ("broken", "good", "none of the 8 files can be read; first: cannot read {d}/broken/"),
-    "broken files to test": ("good", "broken", "none of the 8 files can be read; first: cannot read {d}/broken/"),
-    "a file": ("file", "good", "{d}/file must hold one sub-folder of images per class, and is no folder"),
-    "no folder": ("good", "none", "{d}/none must hold one sub-folder of images per class, and is no folder"),
-    "no dataset": ("hf:", "good", "hf: names no dataset"),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("case", REFUSED)
 def test_it_refuses_in_a_sentence_and_writes_nothing(run, folders, tmp_path, command, case):
@@ -443,123 +352,3 @@ def test_a_class_of_broken_files_is_refused(place, run, folders, command):
     words = refusal(*options_of(place, command, checkpoint=run, data=folders / "class", test=folders / "good"))
     assert words == f"no picture of b in {folders}/class can be read"
     assert not (run / "results.json").exists()
-
-
-@pytest.fixture(scope="module")
-def some(tmp_path_factory) -> Path:
-    """Pictures, half of them broken, one with a name that is hard to write down."""
-    folder = tmp_path_factory.mktemp("some")
-    good_folder(folder, 4)
-    unreadable_files(folder)
-    (folder / "photo_00.jpg").rename(folder / 'a, "b"\nc.jpg')
-    return folder
-
-
-def readable(folder) -> torch.Tensor:
-    batches = whole_batches(ImageFiles(find_images(folder)), READING, 9, warn=False)
-    return torch.cat([batch.images for batch in batches])
-
-
-def features_by_hand(place, folder, kind) -> np.ndarray:
-    tokens = load_checkpoint(place / "run").forward_features(readable(folder)).detach()
-    return {"mean": tokens[:, 1:].mean(1), "token": tokens[:, 0], "patches": tokens[:, 1:]}[kind].numpy()
-
-
-@pytest.mark.parametrize("kind", ["mean", "token", "patches"])
-def test_features(place, some, tmp_path, kind):
-    shared = ["features", "--checkpoint", place / "run", "--images", some, "--kind", kind, "--batch-size", "3", *HERE]
-    for name in ("x.npy", "x.parquet"):
-        output = said(*shared, "--out", tmp_path / "new" / name)
-        also = f", and the names of their files to {tmp_path}/new/x.txt" if name == "x.npy" else ""
-        assert output == f"Wrote the features of 4 images to {tmp_path}/new/{name}{also}\n"
-    expected = features_by_hand(place, some, kind)
-    array = np.load(tmp_path / "new" / "x.npy", mmap_mode="r")
-    assert (array.shape, array.dtype) == (expected.shape, np.float32)
-    assert array == pytest.approx(expected, abs=1e-5)
-    names = (tmp_path / "new" / "x.txt").read_text().splitlines()
-    assert [name.removeprefix(f"{some}/") for name in names] == [
-        'a, "b"\\nc.jpg', "photo_01.png", "photo_02.webp", "photo_03.jpg",
-    ]  # fmt: skip
-    table = pq.read_table(tmp_path / "new" / "x.parquet")
-    assert table["file"].to_pylist() == names
-    assert np.array(table["features"].to_pylist(), np.float32) == pytest.approx(array)
-    assert sorted(f.name for f in (tmp_path / "new").iterdir()) == ["x.npy", "x.parquet", "x.txt"]
-
-
-def test_predict(tuned, some, tmp_path):
-    out = tmp_path / "new" / "x.csv"
-    output = said("predict", "--checkpoint", tuned[0], "--images", some, "--out", out, "--batch-size", "3", *HERE)
-    head, *found = rows(out)
-    assert head == ["file", "label", "probability", *NAMES]
-    good = ('a, "b"\nc.jpg', "photo_01.png", "photo_02.webp", "photo_03.jpg")
-    assert [row[0] for row in found] == [f"{some}/{name}" for name in good]
-    model = load_checkpoint(tuned[0])
-    shares = np.array([[float(x) for x in row[3:]] for row in found])
-    assert shares == pytest.approx(model(readable(some)).softmax(1).detach().numpy(), abs=1e-4)
-    assert shares.sum(1) == pytest.approx(1, abs=1e-3)
-    for row, share in zip(found, shares, strict=True):
-        assert float(row[2]) == share.max() == share[NAMES.index(row[1])]
-    counts = re.findall(r"(\d+) ", output.rsplit(": ", 1)[1])
-    assert output.startswith(f"Wrote the labels of 4 images to {out}: ")
-    assert sum(map(int, counts)) == 4
-
-
-def test_predict_names_the_most_frequent_classes(tuned, place, tmp_path, monkeypatch):
-    monkeypatch.setattr("mae.commands.predict._MOST_NAMED", 2)
-    model = load_checkpoint(tuned[0])
-    torch.nn.init.normal_(model.head.weight)
-    model.head.bias.data = -model(readable(place / "train")).mean(0).detach()
-    save_checkpoint(model, tmp_path / "model")
-    shared = ["predict", "--checkpoint", tmp_path / "model", "--images", place / "train", *HERE]
-    output = said(*shared, "--out", tmp_path / "x.csv")
-    counts = Counter(row[1] for row in rows(tmp_path / "x.csv")[1:])
-    named = [f"{count} {name}".replace("\n", "\\n") for name, count in counts.most_common(2)]
-    assert output == (
-        f"Wrote the labels of 30 images to {tmp_path}/x.csv: {', '.join(named)} and {len(counts) - 2} more\n"
-    )
-
-
-def test_predict_refuses_what_is_no_classifier_and_says_what_to_do(place, tmp_path):
-    words = refusal("predict", "--checkpoint", place / "run", "--images", place / "test", "--out", tmp_path / "x.csv")
-    assert words == (
-        f"{place}/run is no classifier: it was pre-trained and has learned no labels; train one with python -m mae "
-        f"finetune --checkpoint {place}/run --data FOLDER --test FOLDER, or with linprobe --solver sgd"
-    )
-    assert not [*tmp_path.iterdir()]
-
-
-@pytest.mark.parametrize("command", ["features", "predict"])
-def test_images_that_are_refused(place, tuned, folders, tmp_path, command):
-    shared = [command, "--checkpoint", place / "run" if command == "features" else tuned[0], *HERE]
-    suffix = ".npy" if command == "features" else ".csv"
-    for images, sentence in {
-        folders / "broken": "none of the 8 files can be read; first: cannot read ",
-        folders / "broken" / "a" / "text.jpg": f"cannot read {folders}/broken/a/text.jpg: ",
-        folders / "none": f"there is no file or folder {folders}/none",
-        "hf:": "hf: names no dataset",
-    }.items():
-        out = tmp_path / "new" / f"x{suffix}"
-        assert refusal(*shared, "--images", images, "--out", out).startswith(sentence), images
-    assert refusal(*shared, "--images", folders, "--out", tmp_path / "x", "--batch-size", "0").startswith("batch_size")
-    (tmp_path / f"x{suffix}").mkdir()
-    assert refusal(*shared, "--images", folders, "--out", tmp_path / f"x{suffix}") == (
-        f"{tmp_path}/x{suffix} is a folder, not a file to write"
-    )
-    assert [x.name for x in tmp_path.rglob("*")] == [f"x{suffix}"]
-
-
-def test_features_are_of_two_formats(place, tmp_path):
-    words = refusal("features", "--checkpoint", "none", "--images", place, "--out", tmp_path / "x.csv")
-    assert words == f"{tmp_path}/x.csv must end in .npy or .parquet"
-    words = refusal("predict", "--checkpoint", "none", "--images", place, "--out", tmp_path / "x.parquet")
-    assert words == f"{tmp_path}/x.parquet must end in .csv"
-
-
-@pytest.mark.parametrize(("command", "suffix"), [("features", "npy"), ("attention", "png"), ("reconstruct", "png")])
-def test_no_image_is_replaced_by_what_is_made_of_it(place, tmp_path, command, suffix):
-    picture = tmp_path / f"x.{suffix}"
-    picture.write_bytes(b"a picture")
-    for images in (picture, tmp_path):
-        words = refusal(command, "--checkpoint", place / "run", "--images", images, "--out", picture)
-        assert words == f"{picture} is there, among the images, and would be replaced; choose another --out"
-    assert picture.read_bytes() == b"a picture"
