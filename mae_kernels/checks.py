@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mae_kernels.precision import accumulation_dtype
+from .precision import accumulation_dtype
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -9,10 +9,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from mae_kernels import reference
-from mae_kernels.patch_embed import Inputs
-from mae_kernels.patch_grid import three_sides
-from mae_kernels.precision import accumulation_dtype
+from . import reference
+from .patch_embed import Inputs
+from .patch_grid import three_sides
+from .precision import accumulation_dtype
+from .registration import overload
 
 
 def masking(noise, counts, num_keep, num_mask):
@@ -102,4 +103,4 @@ BY_NAME = {
 
 def table() -> dict[torch._ops.OpOverload, Callable]:
     """For ``program.run_decompositions({**torch.export.default_decompositions(), **table()})``."""
-    return {getattr(torch.ops.mae_kernels, name).default: f for name, f in BY_NAME.items()}
+    return {overload(name): f for name, f in BY_NAME.items()}

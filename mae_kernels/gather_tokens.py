@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from mae_kernels import checks
-from mae_kernels.registration import differentiable, once_differentiable, register_op
-from mae_kernels.rows import as_rows, row_ids, without_padding
+from . import checks
+from .registration import differentiable, once_differentiable, register_op
+from .rows import as_rows, row_ids, without_padding
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from importlib import import_module
 import torch
 from torch.utils import collect_env
 
-from mae_kernels import backend
+from . import backend
 
 # Variables that change what the ops do. Others stay out of the report, since they may hold secrets.
 PREFIXES = (
@@ -30,7 +30,7 @@ def report() -> str:
 
 def facts() -> dict[str, str]:
     """Versions and devices."""
-    packages = ("mae_kernels", "torch", "triton", "numpy", "einops")
+    packages = (__package__, "torch", "triton", "numpy", "einops")
     tell = {name: lambda name=name: import_module(name).__version__ for name in packages} | {
         "torch is built for": lambda: f"CUDA {torch.version.cuda}, ROCm {torch.version.hip}",
         "python": platform.python_version,
@@ -58,7 +58,7 @@ def backends() -> dict[str, str]:
 def _taken(device: str, dtype: torch.dtype) -> str:
     x = torch.empty(0, device=device, dtype=dtype)
     if backend.takes_triton("op", x):
-        import_module("mae_kernels.kernels")  # The ops import it too, and fail where it fails.
+        import_module(".kernels", __package__)  # The ops import it too, and fail where it fails.
         return "triton"
     return f"eager, because {'; '.join(backend.why_not_triton(x))}".replace("tensor 0 is", "it is")
 

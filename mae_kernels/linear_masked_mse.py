@@ -6,12 +6,12 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from mae_kernels import checks, products
-from mae_kernels.masked_mse import SCHEMA_OF_TARGET, NormPix, Target, masked_mse_backward, masked_mse_eager
-from mae_kernels.patch_grid import PatchGrid, Sizes, as_video
-from mae_kernels.patchify import Layout
-from mae_kernels.precision import accumulation_dtype, autocast_dtype
-from mae_kernels.registration import (
+from . import checks, products
+from .masked_mse import SCHEMA_OF_TARGET, NormPix, Target, masked_mse_backward, masked_mse_eager
+from .patch_grid import PatchGrid, Sizes, as_video
+from .patchify import Layout
+from .precision import accumulation_dtype, autocast_dtype
+from .registration import (
     differentiable,
     implementation,
     once_differentiable,

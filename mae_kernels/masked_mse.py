@@ -6,12 +6,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mae_kernels import backend, checks
-from mae_kernels.patch_grid import PatchGrid, Sizes, as_video
-from mae_kernels.patchify import Layout, gather_patches, normalize_pixels
-from mae_kernels.precision import accumulation_dtype
-from mae_kernels.registration import differentiable, once_differentiable, register_op, wants_gradient
-from mae_kernels.rows import as_rows, row_ids, without_padding
+from . import backend, checks
+from .patch_grid import PatchGrid, Sizes, as_video
+from .patchify import Layout, gather_patches, normalize_pixels
+from .precision import accumulation_dtype
+from .registration import differentiable, once_differentiable, register_op, wants_gradient
+from .rows import as_rows, row_ids, without_padding
 
 NormPix = bool | Literal["channel"]
 

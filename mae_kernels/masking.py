@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mae_kernels import checks
-from mae_kernels.patch_grid import Sizes, three_sides
-from mae_kernels.registration import decomposed, in_onnx_export, register_op
+from . import checks
+from .patch_grid import Sizes, three_sides
+from .registration import decomposed, in_onnx_export, register_op
 
 # Of a hundred thousand masks of 14 x 14 at a ratio of 0.9 none needed more.
 _RECTANGLES = 32

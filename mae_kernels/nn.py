@@ -23,15 +23,15 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from mae_kernels import checks
-from mae_kernels.gather_tokens import gather_tokens
-from mae_kernels.masked_mse import NormPix, masked_mse
-from mae_kernels.patch_embed import patch_embed
-from mae_kernels.patch_grid import PatchGrid, Sizes, as_video
-from mae_kernels.patchify import Layout
-from mae_kernels.precision import accumulation_dtype
-from mae_kernels.scatter_mask_tokens import scatter_mask_tokens
-from mae_kernels.untouched import projects_patches
+from . import checks
+from .gather_tokens import gather_tokens
+from .masked_mse import NormPix, masked_mse
+from .patch_embed import patch_embed
+from .patch_grid import PatchGrid, Sizes, as_video
+from .patchify import Layout
+from .precision import accumulation_dtype
+from .scatter_mask_tokens import scatter_mask_tokens
+from .untouched import projects_patches
 
 __all__ = ["MaskTokenScatter", "MaskedMSELoss", "MaskedPatchEmbed", "learned_token"]
 

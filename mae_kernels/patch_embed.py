@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mae_kernels import checks, products
-from mae_kernels.gather_tokens import gather_tokens_backward_eager
-from mae_kernels.patch_grid import PatchGrid, as_video
-from mae_kernels.patchify import gather_patches, normalize_pixels, unpatchify
-from mae_kernels.precision import accumulation_dtype, autocast_dtype
-from mae_kernels.registration import differentiable, once_differentiable, only_needed, register_op
-from mae_kernels.rows import row_ids, without_padding
+from . import checks, products
+from .gather_tokens import gather_tokens_backward_eager
+from .patch_grid import PatchGrid, as_video
+from .patchify import gather_patches, normalize_pixels, unpatchify
+from .precision import accumulation_dtype, autocast_dtype
+from .registration import differentiable, once_differentiable, only_needed, register_op
+from .rows import row_ids, without_padding
 
 
 def patch_embed(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mae_kernels import checks
+from . import checks
 
 Sizes = int | tuple[int, ...]  # one number for every side, (height, width), or (frames, height, width)
 

@@ -6,9 +6,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from mae_kernels import checks
-from mae_kernels.patch_grid import PatchGrid, Sizes, as_video
-from mae_kernels.precision import accumulation_dtype
+from . import checks
+from .patch_grid import PatchGrid, Sizes, as_video
+from .precision import accumulation_dtype
 
 Layout = Literal["channels_last", "channels_first"]
 

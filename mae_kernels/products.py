@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mae_kernels.registration import register_op
+from .registration import register_op
 
 
 def _amd_family() -> int:

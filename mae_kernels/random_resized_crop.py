@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mae_kernels import checks
-from mae_kernels.registration import register_op
+from . import checks
+from .registration import register_op
 
 # Outputs of one product. On a CPU 16 and 64 take longer: more calls, or more weights that are zero.
 _BLOCK = 32

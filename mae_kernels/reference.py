@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from mae_kernels.masking import Masking
+from .masking import Masking
 
 # A patch has r frames, p rows and q columns; an image is a video of one frame.
 _VALUES = {"channels_last": "(r p q c)", "channels_first": "(c r p q)"}

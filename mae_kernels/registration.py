@@ -7,15 +7,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from mae_kernels import backend
+from . import backend
 
-_LIBRARY = torch.library.Library("mae_kernels", "DEF")
+# "mae_kernels" of the installed package. A copy under another name, as get_kernel loads one, has ops of its own.
+_NAMESPACE = __package__.replace(".", "_")
+_LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
 
 
 def register_op(
     schema: str, *, eager: Callable, fake: Callable, check: Callable | None = None, has_kernels: bool = True
 ) -> torch._ops.OpOverload:
-    """Register ``mae_kernels::<name>`` and return its overload.
+    """Register ``<the package>::<name>`` and return its overload.
 
     Each call takes an implementation as :func:`implementation` does; an op without kernels is made of others. Before
     that, ``check`` refuses wrong values: on a CPU always, elsewhere only with MAE_KERNELS_DEBUG=1, since reading them
@@ -37,8 +39,13 @@ def register_op(
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mae_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.mae_kernels, name).default
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    return overload(name)
+
+
+def overload(name: str) -> torch._ops.OpOverload:
+    """The registered op of that name."""
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default
 
 
 def implementation(name: str, eager: Callable) -> Callable:
@@ -116,7 +123,7 @@ def in_onnx_export() -> bool:
 
 def decomposed(op: torch._ops.OpOverload, *args):
     """The op's result by PyTorch's own ops, which other runtimes know."""
-    from mae_kernels import decompositions
+    from . import decompositions
 
     return decompositions.BY_NAME[op._opname](*args)
 
@@ -158,7 +165,7 @@ class _Once(torch.autograd.Function):
 
 
 def _run_kernels(name: str, first: Tensor, *rest):
-    from mae_kernels import kernels  # needs Triton, which machines without a GPU need not have
+    from . import kernels  # needs Triton, which machines without a GPU need not have
 
     implementation = getattr(kernels, name)
     if first.device.type == "cpu" or first.device.index == torch.cuda.current_device():

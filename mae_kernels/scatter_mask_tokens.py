@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mae_kernels import checks
-from mae_kernels.precision import accumulation_dtype
-from mae_kernels.registration import differentiable, once_differentiable, only_needed, register_op
-from mae_kernels.rows import as_rows, row_ids, without_padding
+from . import checks
+from .precision import accumulation_dtype
+from .registration import differentiable, once_differentiable, only_needed, register_op
+from .rows import as_rows, row_ids, without_padding
 
 
 def scatter_mask_tokens(

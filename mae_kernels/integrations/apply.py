@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mae_kernels.integrations import hugging_face, lightly, published, timm
-from mae_kernels.integrations.replacement import Replacement, fused_class, original_class
+from . import hugging_face, lightly, published, timm
+from .replacement import Replacement, fused_class, original_class
 
 _FAMILIES = (hugging_face, published, timm, lightly)
 

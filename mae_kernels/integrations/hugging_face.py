@@ -7,8 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mae_kernels import reference
-from mae_kernels.integrations.pieces import (
+from .. import reference
+from ..masked_mse import masked_mse
+from ..patch_embed import patch_embed
+from ..scatter_mask_tokens import scatter_mask_tokens
+from .pieces import (
     embeds,
     example_images,
     given,
@@ -19,10 +22,7 @@ from mae_kernels.integrations.pieces import (
     restores,
     scores,
 )
-from mae_kernels.integrations.replacement import Replacement
-from mae_kernels.masked_mse import masked_mse
-from mae_kernels.patch_embed import patch_embed
-from mae_kernels.scatter_mask_tokens import scatter_mask_tokens
+from .replacement import Replacement
 
 _MODULE = "transformers.models.vit_mae.modeling_vit_mae"
 LOOKED_FOR = "ViTMAEForPreTraining or ViTMAEModel of transformers"

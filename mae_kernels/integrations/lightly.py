@@ -5,9 +5,9 @@ import sys
 import torch
 from torch import nn
 
-from mae_kernels.integrations.pieces import example_images, given
-from mae_kernels.integrations.replacement import Replacement
-from mae_kernels.integrations.timm import PARTS, covers, embed_visible, why_not
+from .pieces import example_images, given
+from .replacement import Replacement
+from .timm import PARTS, covers, embed_visible, why_not
 
 LOOKED_FOR = "MaskedVisionTransformerTIMM of lightly"
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from mae_kernels.gather_tokens import gather_tokens
-from mae_kernels.masking import random_masking
-from mae_kernels.precision import accumulation_dtype
-from mae_kernels.registration import in_onnx_export
+from ..gather_tokens import gather_tokens
+from ..masking import random_masking
+from ..precision import accumulation_dtype
+from ..registration import in_onnx_export
 
 
 def given(args: tuple, kwargs: dict, *names: str, **defaults) -> tuple | None:

@@ -5,7 +5,10 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from mae_kernels.integrations.pieces import (
+from ..masked_mse import masked_mse
+from ..patch_embed import patch_embed
+from ..scatter_mask_tokens import scatter_mask_tokens
+from .pieces import (
     embeds,
     example_images,
     given,
@@ -15,10 +18,7 @@ from mae_kernels.integrations.pieces import (
     restores,
     scores,
 )
-from mae_kernels.integrations.replacement import Replacement, reach
-from mae_kernels.masked_mse import masked_mse
-from mae_kernels.patch_embed import patch_embed
-from mae_kernels.scatter_mask_tokens import scatter_mask_tokens
+from .replacement import Replacement, reach
 
 PARTS = (
     "patch_embed.proj", "pos_embed", "cls_token", "blocks", "norm", "decoder_embed", "mask_token", "decoder_pos_embed",

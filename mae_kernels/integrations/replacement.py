@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from mae_kernels.untouched import projects_patches, quiet
+from ..untouched import projects_patches, quiet
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from mae_kernels.integrations.pieces import embeds, example_images, given, hides_some
-from mae_kernels.integrations.replacement import Replacement
-from mae_kernels.masking import random_masking
-from mae_kernels.patch_embed import patch_embed
+from ..masking import random_masking
+from ..patch_embed import patch_embed
+from .pieces import embeds, example_images, given, hides_some
+from .replacement import Replacement
 
 LOOKED_FOR = "VisionTransformer of timm with patch_drop_rate above 0"
 

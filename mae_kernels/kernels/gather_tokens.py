@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mae_kernels.kernels.host import cdiv, next_power_of_2
-from mae_kernels.kernels.rows import row_tiles
+from .host import cdiv, next_power_of_2
+from .rows import row_tiles
 
 
 @triton.jit

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mae_kernels.kernels.host import cdiv, next_power_of_2
-from mae_kernels.kernels.numerics import rounded
-from mae_kernels.kernels.pixels import decoded_values, load_values, patch_offsets
-from mae_kernels.kernels.tiles import BlockTiles, LossTiles
-from mae_kernels.masked_mse import Target
+from ..masked_mse import Target
+from .host import cdiv, next_power_of_2
+from .numerics import rounded
+from .pixels import decoded_values, load_values, patch_offsets
+from .tiles import BlockTiles, LossTiles
 
 
 @triton.jit

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mae_kernels.kernels.host import cdiv, next_power_of_2
-from mae_kernels.kernels.tiles import BlockTiles
+from .host import cdiv, next_power_of_2
+from .tiles import BlockTiles
 
 # Larger rows are sorted by PyTorch: the sort of 4096 keys takes seconds to compile already.
 MAX_PATCHES = 4096

@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from mae_kernels.kernels.gather_tokens import gather_tokens_backward, id_block, inverse_ids
-from mae_kernels.kernels.host import cdiv, strides
-from mae_kernels.kernels.numerics import rounded
-from mae_kernels.kernels.pixels import decoded_values, load_values, patch_offsets
-from mae_kernels.kernels.rows import row_tiles, split_samples
-from mae_kernels.patch_embed import Steps
+from ..patch_embed import Steps
+from .gather_tokens import gather_tokens_backward, id_block, inverse_ids
+from .host import cdiv, strides
+from .numerics import rounded
+from .pixels import decoded_values, load_values, patch_offsets
+from .rows import row_tiles, split_samples
 
 
 @triton.jit

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mae_kernels.kernels.host import cdiv, next_power_of_2
-from mae_kernels.kernels.tiles import CropTiles
+from .host import cdiv, next_power_of_2
+from .tiles import CropTiles
 
 
 @triton.jit

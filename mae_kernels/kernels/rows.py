@@ -2,8 +2,8 @@
 
 from functools import cache
 
-from mae_kernels.kernels.host import cdiv, next_power_of_2
-from mae_kernels.kernels.tiles import RowTiles
+from .host import cdiv, next_power_of_2
+from .tiles import RowTiles
 
 
 @cache

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mae_kernels.kernels.host import cdiv, strides
-from mae_kernels.kernels.numerics import rounded
-from mae_kernels.kernels.rows import row_tiles, split_samples
-from mae_kernels.registration import only_needed
+from ..registration import only_needed
+from .host import cdiv, strides
+from .numerics import rounded
+from .rows import row_tiles, split_samples
 
 
 @triton.jit
