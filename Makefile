@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= benchmarks/results
 CALL ?= 1
+OWNER ?= OWNER
 
-.PHONY: demo test test-all compile bench faults gpu lint clean
+.PHONY: demo test test-all compile bench faults gpu hub lint clean
 
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/python -m mae demo --overwrite
@@ -34,17 +35,22 @@ gpu:
 	else $(MAKE) $(VENV)/test.installed && python=$(VENV)/bin/python; fi; \
 	$$python -m benchmarks.gpu $(CALL) --out $(OUT)
 
+# The project that kernel-builder publishes as OWNER/mae-kernels on Hugging Face's Hub.
+hub:
+	rm -rf build/hub
+	$(PYTHON) hub/make.py build/hub --owner $(OWNER)
+
 $(VENV)/%.installed: setup.py constraints.txt
 	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
-# Models of others that the tests try apply and convert on, and the oldest Triton: see tests/peers.py.
+# Models of others that the tests try apply and convert on, the oldest Triton, and kernels: see tests/peers.py.
 $(VENV)/peers.installed: $(wildcard tests/peers-*.txt) $(VENV)/test.installed
-	for peer in timm transformers-4 triton-3.6; do \
+	for peer in kernels timm transformers-4 triton-3.6; do \
 		$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/peers/$$peer \
 			--requirement tests/peers-$$peer.txt || exit 1; done
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .benchmarks *.egg-info
+	rm -rf $(VENV) build/hub runs .pytest_cache .ruff_cache .benchmarks *.egg-info

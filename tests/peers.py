@@ -1,7 +1,8 @@
 """Packages of others that the tests import from folders of their own, where ``make test`` puts them.
 
-Two versions of transformers or Triton cannot share an environment, and timm and lightly want a torchvision that has no
-CPU build everywhere. They import it for transforms that no test uses, so stand-ins of its names suffice.
+Two versions of transformers or Triton cannot share an environment, transformers 4 fails beside a recent kernels, and
+timm and lightly want a torchvision that has no CPU build everywhere. They import it for transforms that no test uses,
+so stand-ins of its names suffice.
 """
 
 import importlib
