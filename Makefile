@@ -6,9 +6,9 @@ OUT ?= benchmarks/results
 CALL ?= 1
 OWNER ?= OWNER
 
-.PHONY: demo test test-all compile bench faults gpu hub lint clean
+.PHONY: demo test test-all compile bench faults gpu hub wheel lint clean
 
-demo: $(VENV)/demo.installed
+demo: $(VENV)/mae.installed
 	$(VENV)/bin/python -m mae demo --overwrite
 
 test test-all: $(VENV)/test.installed $(VENV)/peers.installed
@@ -23,6 +23,11 @@ bench: $(VENV)/bench.installed
 
 faults: $(VENV)/test.installed $(VENV)/peers.installed
 	$(VENV)/bin/python tests/faults.py
+
+# What an older build left in build/lib would be packed too, modules that the sources have no more among it.
+wheel: $(VENV)/bin/python
+	rm -rf build/lib
+	$(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .
@@ -40,8 +45,10 @@ hub:
 	rm -rf build/hub
 	$(PYTHON) hub/make.py build/hub --owner $(OWNER)
 
-$(VENV)/%.installed: setup.py constraints.txt
-	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/%.installed: setup.py constraints.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
@@ -53,4 +60,4 @@ $(VENV)/peers.installed: $(wildcard tests/peers-*.txt) $(VENV)/test.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build/hub runs .pytest_cache .ruff_cache .benchmarks *.egg-info
+	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .benchmarks *.egg-info

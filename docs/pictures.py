@@ -1,6 +1,6 @@
 """The pictures of the documentation, written into docs/pictures: ``python docs/pictures.py masks video``, or all.
 
-Those of photographs need scikit-image beside what ``pip install -e '.[demo]'`` installs. Each model learns for some
+Those of photographs need scikit-image beside what ``pip install -e '.[mae]'`` installs. Each model learns for some
 minutes on a CPU. Where other programs compute too, ``OMP_NUM_THREADS=1`` is the faster setting.
 """
 

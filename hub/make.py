@@ -38,13 +38,15 @@ def write(folder: Path, owner: str) -> None:
 
 def _facts(owner: str) -> dict[str, str]:
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    package = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
     return {
         "backends": json.dumps(BACKENDS),
-        "description": ast.get_docstring(ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))),
-        "license": re.search(r'license="(.*)"', setup)[1].lower(),
+        "description": ast.get_docstring(ast.parse(package)),
+        "license": re.search(r'license_expression="(.*)"', setup)[1].lower(),
         "repo_id": f"{owner}/mae-kernels",
         "torch": re.search(r'"(torch>.*)"', setup)[1],
-        "version": re.search(r'version="(\d+)\.', setup)[1],  # kernels counts major versions; 0 promises nothing yet
+        # kernels counts major versions; 0 promises nothing yet
+        "version": re.search(r'__version__ = "(\d+)\.', package)[1],
     }
 
 

@@ -1,18 +1,21 @@
 """``python -m mae``: pre-train, fine-tune, probe, look at what is learned, convert, and more."""
 
-# ruff: noqa: E402 (Ctrl-C is answered, and missing packages are named, while the modules below are imported)
 import os
 import signal
 import sys
 
 if sys.stderr is None:  # closed by whoever started this
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the end)
+# Ctrl-C is answered, and missing packages are named, while the modules below are imported.
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os.write(2, b"mae: stopped\n") and os._exit(1))
 
 from mae.requirements import require
 
-require("filelock", "matplotlib", "PIL", "safetensors", "sklearn", "tqdm", "tyro")
+try:
+    require("filelock", "matplotlib", "PIL", "safetensors", "sklearn", "tqdm", "tyro")
+except ModuleNotFoundError as error:
+    sys.exit(str(error))
 
 import warnings
 from difflib import get_close_matches

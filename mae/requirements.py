@@ -12,6 +12,6 @@ def require(*modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"mae needs {', '.join(missing)}, which pip install 'mae_kernels[demo]' installs",
+            f"mae needs {', '.join(missing)}, which pip install 'mae_kernels[mae]' installs",
             name=missing[0],
         )

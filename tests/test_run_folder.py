@@ -111,6 +111,6 @@ def test_more_workers_than_cores_are_not_started(tmp_path, capsys):
 def test_missing_packages_are_named():
     require("json", "torch")
     with pytest.raises(
-        ModuleNotFoundError, match=r"^mae needs no_such, nor_this, which pip install 'mae_kernels\[demo\]'"
+        ModuleNotFoundError, match=r"^mae needs no_such, nor_this, which pip install 'mae_kernels\[mae\]'"
     ):
         require("no_such", "json", "nor_this")
