@@ -4,6 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= benchmarks/results
 CALL ?= 1
+PEERS := $(patsubst tests/peers-%.txt,$(VENV)/peers/%.installed,$(wildcard tests/peers-*.txt))
+# Python compiles the modules that are imported, a fifth of those that are installed, where it may keep the result.
+PIP := $(VENV)/bin/python -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 OWNER ?= OWNER
 
 .PHONY: demo test test-all compile bench faults gpu hub wheel lint clean
@@ -11,17 +15,17 @@ OWNER ?= OWNER
 demo: $(VENV)/mae.installed
 	$(VENV)/bin/python -m mae demo --overwrite
 
-test test-all: $(VENV)/test.installed $(VENV)/peers.installed
+test test-all: $(VENV)/all.installed
 	$(VENV)/bin/python -m pytest --numprocesses 2 $(if $(filter test,$@),-m "not slow")
 
 # Every launch of the tests, for every chip, under the oldest and the newest Triton; goes on where it was stopped.
-compile: $(VENV)/test.installed $(VENV)/peers.installed
+compile: $(VENV)/all.installed
 	$(VENV)/bin/python tests/launches.py
 
 bench: $(VENV)/bench.installed
 	$(VENV)/bin/python -m pytest benchmarks/ --benchmark-only
 
-faults: $(VENV)/test.installed $(VENV)/peers.installed
+faults: $(VENV)/all.installed
 	$(VENV)/bin/python tests/faults.py
 
 # What an older build left in build/lib would be packed too, modules that the sources have no more among it.
@@ -45,19 +49,21 @@ hub:
 	rm -rf build/hub
 	$(PYTHON) hub/make.py build/hub --owner $(OWNER)
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
-
-$(VENV)/%.installed: setup.py constraints.txt | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+$(VENV)/all.installed: setup.py constraints.txt $(wildcard tests/peers-*.txt)
+	$(MAKE) --jobs=2 $(VENV)/dev.installed $(PEERS)
 	touch $@
 
 # Models of others that the tests try apply and convert on, the oldest Triton, and kernels: see tests/peers.py.
-$(VENV)/peers.installed: $(wildcard tests/peers-*.txt) $(VENV)/test.installed
-	for peer in kernels timm transformers-4 triton-3.6; do \
-		$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/peers/$$peer \
-			--requirement tests/peers-$$peer.txt || exit 1; done
+$(VENV)/peers/%.installed: tests/peers-%.txt | $(VENV)/bin/python
+	$(PIP) --no-deps --upgrade --target $(VENV)/peers/$* --requirement $<
 	touch $@
+
+$(VENV)/%.installed: setup.py constraints.txt | $(VENV)/bin/python
+	$(PIP) --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .benchmarks *.egg-info
