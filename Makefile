@@ -32,6 +32,7 @@ wheel: $(VENV)/bin/python
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 # In two calls, CALL=1 and CALL=2. Takes the packages of $(PYTHON) as they are when they suffice: a lent machine may have
 # no network.
@@ -60,4 +61,4 @@ $(VENV)/peers.installed: $(wildcard tests/peers-*.txt) $(VENV)/test.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .benchmarks *.egg-info
+	rm -rf $(VENV) build dist runs .mypy_cache .pytest_cache .ruff_cache .benchmarks *.egg-info
