@@ -36,6 +36,7 @@ wheel: $(VENV)/bin/python
 lint: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 # In two calls, CALL=1 and CALL=2. Takes the packages of $(PYTHON) as they are when they suffice: a lent machine may have
 # no network.
@@ -66,4 +67,4 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .benchmarks *.egg-info
+	rm -rf $(VENV) build dist runs .mypy_cache .pytest_cache .ruff_cache .benchmarks *.egg-info

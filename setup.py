@@ -32,9 +32,10 @@ setup(
     classifiers=[
         *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
     packages=find_packages(include=["mae_kernels", "mae_kernels.*", "mae", "mae.*"]),
-    package_data={"": ["py.typed"], "mae": ["fashion_mnist/*", "recipes/*"]},
+    package_data={"": ["*.pyi", "py.typed"], "mae": ["fashion_mnist/*", "recipes/*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11,<2.16",
@@ -51,6 +52,6 @@ setup(
         "fast": fast,
         "bench": bench,
         "test": test,
-        "dev": [*test, "ruff"],
+        "dev": [*test, "mypy", "ruff"],
     },
 )

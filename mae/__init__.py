@@ -1,40 +1,18 @@
 """A thin masked autoencoder on the ops of mae_kernels: pre-train, reconstruct, probe."""
 
+import ast
 import importlib
+from pathlib import Path
+from typing import Any
 
-# What a name is imported from when it is first asked for: importing PyTorch takes seconds, in which Ctrl-C would end a
-# command with a traceback.
-_MODULES = {
-    "mae.checkpoints.checkpoint": ("CheckpointError", "CheckpointWarning", "load_checkpoint", "save_checkpoint"),
-    "mae.checkpoints.convert": ("convert_checkpoint",),
-    "mae.model": (
-        "MODELS",
-        "Classifier",
-        "HeadConfig",
-        "MAEConfig",
-        "MAEOutput",
-        "MaskedAutoencoder",
-        "Reconstruction",
-        "VisionTransformer",
-        "mae_vit_base_patch16",
-        "mae_vit_base_video",
-        "mae_vit_base_volume",
-        "mae_vit_demo_patch7",
-        "mae_vit_huge_patch14",
-        "mae_vit_large_patch16",
-        "mae_vit_large_video",
-        "mae_vit_small_patch16",
-        "mae_vit_small_video",
-        "mae_vit_tiny_patch16",
-    ),
-    "mae.training.optimizers": ("adamw", "muon"),
-    "mae.training.step": ("TrainingStep",),
-}
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+# Where each name of the stub, which type checkers read too, comes from. It is imported when it is first asked for:
+# importing PyTorch takes seconds, in which Ctrl-C would end a command with a traceback.
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+_HOMES = {name.name: line.module for line in _STUB.body if isinstance(line, ast.ImportFrom) for name in line.names}
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from mae.requirements import require

@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
     sys.exit(str(error))
 
 import warnings
+from collections.abc import Callable
 from difflib import get_close_matches
 from functools import reduce
 from operator import or_
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         _leave(_FAILED, str(error))
 
 
-_COMMANDS = {
+_COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "pretrain": (PretrainConfig, pretrain),
     "reconstruct": (ReconstructConfig, reconstruct),
     "attention": (AttentionConfig, attention),
@@ -106,7 +107,7 @@ def _chosen(arguments: list[str]) -> Any:
         meant = "".join(f"; did you mean {name}?" for name in get_close_matches(arguments[0], _COMMANDS, 1))
         raise ValueError(f"there is no command {arguments[0]}, but {', '.join(_COMMANDS)}{meant}")
     default = defaults(arguments)
-    given = {"pretrain": {} if default is None else {"default": default}}
+    given: dict[str, dict[str, Any]] = {"pretrain": {} if default is None else {"default": default}}
     types = [Annotated[kind, subcommand(name, **given.get(name, {}))] for name, (kind, _) in _COMMANDS.items()]
     return reduce(or_, types)
 
@@ -126,10 +127,10 @@ def _leads() -> bool:
     return int(os.environ.get("RANK") or 0) == 0
 
 
-def _show(message: Warning, category: type[Warning], filename: str, line: int, *_) -> None:
+def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
     if not _leads():
         return
-    place = "" if issubclass(category, CheckpointWarning | DataWarning) else f" ({filename}:{line})"
+    place = "" if issubclass(category, CheckpointWarning | DataWarning) else f" ({filename}:{lineno})"
     tqdm.write(f"Warning: {message}{place}", file=sys.stderr)  # above the progress bar, where there is one
 
 

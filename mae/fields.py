@@ -2,20 +2,20 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 _MOST_BLOCKS, _LARGEST = 1000, 1 << 16  # which no model comes near, and which build within seconds
 
 
-def is_whole(x: Any, lowest: int = 1, highest: int = _LARGEST) -> bool:
+def is_whole(x: Any, lowest: int = 1, highest: int = _LARGEST) -> TypeGuard[int]:
     return isinstance(x, int) and not isinstance(x, bool) and lowest <= x <= highest
 
 
-def is_number(x: Any, lowest: float = -math.inf) -> bool:
+def is_number(x: Any, lowest: float = -math.inf) -> TypeGuard[float]:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and lowest < x < math.inf
 
 
-def are_all(values: Any, test: Callable[..., bool], *arguments) -> bool:
+def are_all(values: Any, test: Callable[..., bool], *arguments: float) -> TypeGuard[list[Any] | tuple[Any, ...]]:
     return isinstance(values, (list, tuple)) and all(test(x, *arguments) for x in values)
 
 
@@ -47,7 +47,7 @@ def unknown_statistics(channels: int) -> dict[str, tuple[float, ...]]:
     return dict.fromkeys(("pixel_mean", "pixel_std"), (0.5,) * channels)
 
 
-def check_fields(values: dict) -> None:
+def check_fields(values: dict[str, Any]) -> None:
     """Types and ranges of fields of :class:`MAEConfig`, before anything is built from them.
 
     Raises:
@@ -59,7 +59,7 @@ def check_fields(values: dict) -> None:
     check(values, RULES)
 
 
-def check(values: dict, rules: dict) -> None:
+def check(values: dict[str, Any], rules: dict[str, Any]) -> None:
     """Hold values against rules of the same names, each a test and what it expects, in words.
 
     Raises:

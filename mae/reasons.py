@@ -3,8 +3,8 @@
 
 def reason_of(error: BaseException) -> str:
     """The system's word where it was the system, else the first line of what the error was raised from."""
-    causes, x = [error], error
-    while (x := x.__cause__ or x.__context__) is not None and x not in causes:
+    causes = [error]
+    while (x := causes[-1].__cause__ or causes[-1].__context__) is not None and x not in causes:
         causes.append(x)
     # PyTorch says a position alone and datasets that there was an error, and both wrap what the system said.
     cause = next((x for x in causes if isinstance(x, OSError) and x.strerror), error.__cause__ or error)

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class use_backend:
             ...
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         global _selected
         self._previous = _selected
         _selected = _checked(name, "use_backend: name")
@@ -51,7 +52,7 @@ class use_backend:
     def __enter__(self) -> "use_backend":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         global _selected
         _selected = self._previous
 
@@ -92,7 +93,7 @@ def is_eager(x: Tensor) -> bool:
     return _selected == "eager" or (_selected == "auto" and x.device.type != "cuda")
 
 
-def takes_triton(op: str, *args) -> bool:
+def takes_triton(op: str, *args: Any) -> bool:
     """Whether a call of the op takes its Triton kernels.
 
     Raises:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .precision import accumulation_dtype
 
+Values = Sequence[float] | Tensor
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -82,7 +84,7 @@ def pair(op: str, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     return sides
 
 
-def sizes(op: str, name: str, value: int | Sequence[int], sides: int) -> tuple[int, ...]:
+def sizes(op: str, name: str, value: int | tuple[int, ...] | list[int], sides: int) -> tuple[int, ...]:
     """Two or three sizes, of height and width or of frames too; one for all sides is repeated."""
     result = tuple(value) if isinstance(value, tuple | list) else (value,) * sides
     fits = len(result) in (2, 3)
@@ -104,12 +106,12 @@ def eps(op: str, value: float) -> None:
         raise ValueError(f"{op}: eps must not be negative, got {value}")
 
 
-def statistics(op: str, mean, std, images: Tensor, dtype: torch.dtype) -> Tensor | None:
+def statistics(op: str, mean: Values | None, std: Values | None, images: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Mean and standard deviation of each channel ``[2, C]``, beside the images and in the precision of dtype."""
     if (mean is None) != (std is None):
         given, missing = ("mean", "std") if std is None else ("std", "mean")
         raise ValueError(f"{op}: {given} was given without {missing}; pass both or neither")
-    if mean is None:
+    if mean is None or std is None:
         return None
     dtype = accumulation_dtype(dtype)
     both = [_per_channel(op, name, x, images) for name, x in (("mean", mean), ("std", std))]
@@ -118,7 +120,7 @@ def statistics(op: str, mean, std, images: Tensor, dtype: torch.dtype) -> Tensor
     return torch.tensor(both, dtype=dtype, device=images.device)
 
 
-def _per_channel(op: str, name: str, values, images: Tensor) -> Tensor | list[float]:
+def _per_channel(op: str, name: str, values: Values | float, images: Tensor) -> Tensor | list[float]:
     if isinstance(values, Tensor):
         floating(op, name, values)
         same_device(op, "images", images, **{name: values})
@@ -177,7 +179,7 @@ def ids(op: str, name: str, x: Tensor, batch_size: int, num_patches: int) -> Non
 
 def id_values(op: str, name: str, x: Tensor, num_patches: int, lowest: int = -1) -> None:
     """In range, and unique in each row but for -1, as the op is run."""
-    low, high = (value.item() for value in x.aminmax())
+    low, high = (int(value) for value in x.aminmax())
     if low < lowest or high >= num_patches:
         n, k = ((x < lowest) | (x >= num_patches)).nonzero()[0].tolist()
         value, last = x[n, k].item(), num_patches - 1
@@ -224,7 +226,7 @@ def packed_values(op: str, starts: Tensor, sizes: Tensor, places: int) -> None:
     outside = (sizes <= 0).any(dim=1) | (sizes > places).any(dim=1) | (starts < 0)
     outside |= starts > places - sizes[:, 0] * sizes[:, 1]
     if outside.any():
-        n = outside.nonzero()[0].item()
+        n = int(outside.nonzero()[0])
         height, width = sizes[n].tolist()
         raise ValueError(
             f"{op}: image {n}, of {height} x {width} pixels from place {starts[n].item()} on, "
@@ -232,13 +234,13 @@ def packed_values(op: str, starts: Tensor, sizes: Tensor, places: int) -> None:
         )
 
 
-def box_values(op: str, name: str, x: Tensor, sizes: Tensor | tuple[int, int]) -> None:
+def box_values(op: str, name: str, x: Tensor, sizes: Tensor | Sequence[int]) -> None:
     """Not empty, and inside the image."""
     sizes = torch.as_tensor(sizes, device=x.device).expand(len(x), 2)
     corners, sides = x.split(2, dim=1)
     outside = ((corners < 0) | (sides <= 0) | (sides > sizes) | (corners > sizes - sides)).any(dim=1)
     if outside.any():
-        n = outside.nonzero()[0].item()
+        n = int(outside.nonzero()[0])
         (top, left, height, width), size = x[n].tolist(), " x ".join(map(str, sizes[n].tolist()))
         raise ValueError(
             f"{op}: {name}[{n}], of {height} x {width} pixels from row {top} and column {left} on, "

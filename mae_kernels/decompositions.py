@@ -5,18 +5,23 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import reference
+from .masked_mse import NormPix
 from .patch_embed import Inputs
 from .patch_grid import three_sides
 from .precision import accumulation_dtype
 from .registration import overload
 
 
-def masking(noise, counts, num_keep, num_mask):
+def masking(
+    noise: Tensor, counts: Tensor | None, num_keep: int, num_mask: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # ONNX has no stable sort: each patch counts those before it. Among these numbers none are equal.
     noise = noise.int() if noise.dtype == torch.bool else noise.nan_to_num(torch.inf)
     n, num_patches = noise.shape
@@ -31,18 +36,18 @@ def masking(noise, counts, num_keep, num_mask):
     return ids[:, :num_keep].clone(), ids[:, num_keep:].clone(), ids_restore, ids_restore >= num_keep
 
 
-def gather_tokens(tokens, ids):
+def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     chosen = torch.gather(tokens, 1, ids.clamp(min=0)[:, :, None].expand(-1, -1, tokens.shape[2]))
     return torch.where((ids >= 0)[:, :, None], chosen, 0)
 
 
-def patch_embed(*inputs):
+def patch_embed(*inputs: Any) -> Tensor:
     x = Inputs(*inputs)
     pixels, ids_keep = _pixels(x.images, x.statistics, x.compute_dtype), x.ids_keep
     patches = reference.patchify(pixels, three_sides(x.weight.shape[2:]), "channels_first")
     patches = patches if ids_keep is None else gather_tokens(patches, ids_keep)
-    weight, bias = (None if w is None else w.to(x.compute_dtype) for w in (x.weight, x.bias))
-    tokens = F.linear(patches, weight.flatten(1), bias)
+    bias = None if x.bias is None else x.bias.to(x.compute_dtype)
+    tokens = F.linear(patches, x.weight.to(x.compute_dtype).flatten(1), bias)
     if x.pos_embed is not None:
         tokens = tokens + (x.pos_embed if ids_keep is None else x.pos_embed[ids_keep])
     if ids_keep is not None:
@@ -52,7 +57,10 @@ def patch_embed(*inputs):
     return tokens.to(x.out_dtype)
 
 
-def scatter_mask_tokens(tokens, mask_token, ids_restore, pos_embed, num_prefix, out_dtype):
+def scatter_mask_tokens(
+    tokens: Tensor, mask_token: Tensor, ids_restore: Tensor, pos_embed: Tensor | None, num_prefix: int,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     n, num_tokens, d = tokens.shape
     patches = torch.cat([tokens[:, num_prefix:], mask_token.expand(n, 1, d)], dim=1)
     patches = gather_tokens(patches, ids_restore.clamp(max=num_tokens - num_prefix))
@@ -62,7 +70,9 @@ def scatter_mask_tokens(tokens, mask_token, ids_restore, pos_embed, num_prefix, 
     return out.to(out_dtype)
 
 
-def masked_mse(pred, images, selected, statistics, keep_residual, *target):
+def masked_mse(
+    pred: Tensor, images: Tensor, selected: Tensor, statistics: Tensor | None, keep_residual: bool, *target: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype, (patch, norm_pix, eps, layout) = accumulation_dtype(pred.dtype), target
     patches = reference.pixel_target(_pixels(images, statistics, dtype), tuple(patch), _NORM_PIX[norm_pix], eps, layout)
     if selected.dtype == torch.int64:
@@ -73,8 +83,15 @@ def masked_mse(pred, images, selected, statistics, keep_residual, *target):
     return loss, residual.to(pred.dtype) if keep_residual else pred.new_empty(0), scale
 
 
-def linear_masked_mse(hidden, weight, bias, images, ids_mask, statistics, compute_dtype, needs, *target):
-    hidden, weight, bias = (None if x is None else x.to(compute_dtype) for x in (hidden, weight, bias))
+def linear_masked_mse(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, images: Tensor, ids_mask: Tensor, statistics: Tensor | None,
+    compute_dtype: torch.dtype, needs: list[bool], *target: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden, weight, bias = (
+        hidden.to(compute_dtype),
+        weight.to(compute_dtype),
+        None if bias is None else bias.to(compute_dtype),
+    )
     pred = F.linear(hidden, weight, bias)
     loss, residual, scale = masked_mse(pred, images, ids_mask, statistics, any(needs), *target)
     residual, scale = residual / weight.shape[0], scale * weight.shape[0]
@@ -85,15 +102,16 @@ def linear_masked_mse(hidden, weight, bias, images, ids_mask, statistics, comput
     return loss, g_hidden, g_weight, g_bias, scale
 
 
-_NORM_PIX = {"none": False, "patch": True, "channel": "channel"}
+_NORM_PIX: dict[str, NormPix] = {"none": False, "patch": True, "channel": "channel"}
 
 
-def _pixels(images, statistics, dtype):
+def _pixels(images: Tensor, statistics: Tensor | None, dtype: torch.dtype) -> Tensor:
     if statistics is None and images.is_floating_point():
         return images.to(dtype)
     work = accumulation_dtype(dtype)
     images = images.to(work) if images.is_floating_point() else images
-    return reference.normalize(images, *((None, None) if statistics is None else statistics), work).to(dtype)
+    mean, std = (None, None) if statistics is None else statistics
+    return reference.normalize(images, mean, std, work).to(dtype)
 
 
 BY_NAME = {
@@ -101,6 +119,6 @@ BY_NAME = {
 }
 
 
-def table() -> dict[torch._ops.OpOverload, Callable]:
+def table() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """For ``program.run_decompositions({**torch.export.default_decompositions(), **table()})``."""
     return {overload(name): f for name, f in BY_NAME.items()}

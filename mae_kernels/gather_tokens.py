@@ -1,5 +1,7 @@
 """Select tokens of each sample by id."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,33 +35,33 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     return _call(tokens, ids)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     tokens, ids = inputs
     ctx.save_for_backward(ids)
     ctx.num_tokens = tokens.shape[1]
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (ids,) = ctx.saved_tensors
     return (once_differentiable(_gather_tokens_backward, grad, ids, ctx.num_tokens),)
 
 
-def _check(tokens, ids):
+def _check(tokens: Tensor, ids: Tensor) -> None:
     checks.id_values("gather_tokens", "ids", ids, tokens.shape[1])
 
 
-def _gather_tokens_eager(tokens, ids):
+def _gather_tokens_eager(tokens: Tensor, ids: Tensor) -> Tensor:
     table, step = as_rows(tokens)
     ids, padding = without_padding(ids)
     out = table.index_select(0, row_ids(ids, step)).view(*ids.shape, -1)
     return out if padding is None else out.masked_fill_(padding, 0)
 
 
-def _gather_tokens_fake(tokens, ids):
+def _gather_tokens_fake(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.new_empty((*ids.shape, tokens.shape[2]))
 
 
-def gather_tokens_backward_eager(grad, ids, num_tokens):
+def gather_tokens_backward_eager(grad: Tensor, ids: Tensor, num_tokens: int) -> Tensor:
     n, k, d = grad.shape
     # Every row of the result is one row of the gradient, or the one row of zeros behind them.
     table = grad.new_empty((n * k + 1, d))
@@ -70,7 +72,7 @@ def gather_tokens_backward_eager(grad, ids, num_tokens):
     return table.index_select(0, source[:, 1:].flatten()).view(n, num_tokens, d)
 
 
-def _gather_tokens_backward_fake(grad, ids, num_tokens):
+def _gather_tokens_backward_fake(grad: Tensor, ids: Tensor, num_tokens: int) -> Tensor:
     return grad.new_empty((grad.shape[0], num_tokens, grad.shape[2]))
 
 

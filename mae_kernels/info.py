@@ -9,6 +9,7 @@ import platform
 import re
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch.utils import collect_env
@@ -74,7 +75,7 @@ def _cuda() -> str:
     return f"{torch.cuda.device_count()} devices"
 
 
-def _said(tell: Callable[..., object], *args) -> str:
+def _said(tell: Callable[..., object], *args: Any) -> str:
     """What tell returns, or in its place what went wrong, in a line."""
     try:
         return str(tell(*args))

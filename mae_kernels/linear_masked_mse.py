@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ def _compute_dtype(op: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
@@ -111,7 +112,7 @@ def _setup_context(ctx, inputs, output):
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
 
 
-def _backward(ctx, grad, *_):
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     *unscaled, scale = ctx.saved_tensors
     return tuple(
         once_differentiable(masked_mse_backward, x, grad, scale, dtype) if need and grad is not None else None
@@ -119,11 +120,17 @@ def _backward(ctx, grad, *_):
     )
 
 
-def _check(hidden, weight, bias, images, ids_mask, statistics, compute_dtype, needs, *target):
+def _check(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, images: Tensor, ids_mask: Tensor, statistics: Tensor | None,
+    compute_dtype: torch.dtype, needs: list[bool], *target: Any,
+) -> None:  # fmt: skip
     checks.id_values("linear_masked_mse", "ids_mask", ids_mask, Target(*target).grid(images).num_patches)
 
 
-def _in_chunks(hidden, weight, bias, images, ids_mask, statistics, compute_dtype, needs, *target):
+def _in_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, images: Tensor, ids_mask: Tensor, statistics: Tensor | None,
+    compute_dtype: torch.dtype, needs: list[bool], *target: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Loss, unscaled gradients of hidden, weight and bias, and the factor that scales them.
 
     The gradients are those of ``count / 2`` losses, count the number of masked patches: without the many rows that the
@@ -180,7 +187,10 @@ def chunk_samples(n: int, m: int, values: int, device_type: str) -> int:
     return ceil(n / chunks)
 
 
-def _fake(hidden, weight, bias, images, ids_mask, statistics, compute_dtype, needs, *target):
+def _fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, images: Tensor, ids_mask: Tensor, statistics: Tensor | None,
+    compute_dtype: torch.dtype, needs: list[bool], *target: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     sum_dtype = accumulation_dtype(compute_dtype)
     loss = hidden.new_empty((), dtype=sum_dtype)
     shapes = [hidden.shape, weight.shape, weight.shape[:1]]

@@ -1,7 +1,7 @@
 """Mean squared error between predictions and the pixels of the masked patches."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,9 +65,10 @@ def masked_mse(
     Source: He et al. 2021, section 3, "Reconstruction target"; ``"channel"``: Tong et al. 2022, VideoMAE.
     """
     op = "masked_mse"
-    if (images is None) == (target is None):
-        raise ValueError(f"{op}: pass exactly one of images and target, got {'neither' if target is None else 'both'}")
-    if target is not None:
+    if images is not None and target is None:
+        if patch_size is None:
+            raise ValueError(f"{op}: patch_size is missing; pass the one by which the images were cut")
+    elif target is not None and images is None:
         if patch_size is not None or mean is not None or std is not None:
             raise ValueError(f"{op}: a target has no pixels; leave out patch_size, mean and std")
         checks.tensor(op, "target", target, ("N", "L", "E"))
@@ -75,25 +76,25 @@ def masked_mse(
         checks.not_empty(op, "target", target, batch=True)
         # A sequence of tokens is an image of one column whose patches are its pixels and whose channels are its values.
         images, patch_size = target.transpose(1, 2)[:, :, :, None], (1, 1)
-    elif patch_size is None:
-        raise ValueError(f"{op}: patch_size is missing; pass the one by which the images were cut")
+    else:
+        raise ValueError(f"{op}: pass exactly one of images and target, got {'neither' if target is None else 'both'}")
     grid = PatchGrid.of(op, images, patch_size)
     compared = Target.of(op, grid, target is None if norm_pix is None else norm_pix, eps, layout)
     name = "images" if target is None else "target"
     checks.constant(op, name, images)
-    if (mask is None) == (ids_mask is None):
-        raise ValueError(f"{op}: pass exactly one of mask and ids_mask, got {'neither' if mask is None else 'both'}")
     n, num_patches = images.shape[0], grid.num_patches
-    if mask is not None:
+    if mask is not None and ids_mask is None:
         checks.tensor(op, "mask", mask, (n, num_patches))
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise TypeError(
                 f"{op}: mask must be bool, or floating 0 and 1, got {checks.dtype_name(mask)}; call .bool()"
             )
         selected = mask
-    else:
+    elif ids_mask is not None and mask is None:
         checks.ids(op, "ids_mask", ids_mask, n, num_patches)
         selected = ids_mask
+    else:
+        raise ValueError(f"{op}: pass exactly one of mask and ids_mask, got {'neither' if mask is None else 'both'}")
     checks.tensor(op, "pred", pred, (n, selected.shape[1], grid.patch_values))
     checks.floating(op, "pred", pred)
     checks.same_device(op, "pred", pred, **{name: images}, mask=mask, ids_mask=ids_mask)
@@ -144,7 +145,7 @@ def residual_is_less(pred: torch.dtype, pixels: torch.dtype) -> bool:
     return pixels.itemsize >= pred.itemsize
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pred, images, selected, statistics, ctx.keep_residual, *ctx.target = inputs
     _, residual, scale = output
     ctx.mark_non_differentiable(residual, scale)
@@ -156,7 +157,7 @@ def _setup_context(ctx, inputs, output):
         ctx.save_for_backward(scale, pred, images, selected, statistics)
 
 
-def _backward(ctx, grad, _residual, _scale):
+def _backward(ctx: Any, grad: Tensor | None, _residual: None, _scale: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,)
     if ctx.keep_residual:
@@ -166,14 +167,18 @@ def _backward(ctx, grad, _residual, _scale):
     return (once_differentiable(_masked_mse_recomputed_backward, *inputs, grad, scale, *ctx.target),)
 
 
-def _check(pred, images, selected, statistics, keep_residual, *target):
+def _check(
+    pred: Tensor, images: Tensor, selected: Tensor, statistics: Tensor | None, keep_residual: bool, *target: Any
+) -> None:
     if selected.dtype == torch.int64:
         checks.id_values("masked_mse", "ids_mask", selected, Target(*target).grid(images).num_patches)
     else:
         checks.mask_values("masked_mse", "mask", selected)
 
 
-def masked_mse_eager(pred, images, selected, statistics, keep_residual, *target):
+def masked_mse_eager(
+    pred: Tensor, images: Tensor, selected: Tensor, statistics: Tensor | None, keep_residual: bool, *target: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     (n, rows, values), target = pred.shape, Target(*target)
     grid, dtype, padding = target.grid(images), accumulation_dtype(pred.dtype), None
     if selected.dtype == torch.int64:
@@ -219,26 +224,30 @@ def _normalize(x: Tensor, dim: int, eps_of_variance: float, eps_of_deviation: fl
     x *= variance.add_(eps_of_variance).sqrt_().add_(eps_of_deviation).reciprocal_()
 
 
-def _masked_mse_fake(pred, images, selected, statistics, keep_residual, *target):
+def _masked_mse_fake(
+    pred: Tensor, images: Tensor, selected: Tensor, statistics: Tensor | None, keep_residual: bool, *target: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     loss = pred.new_empty((), dtype=accumulation_dtype(pred.dtype))
     residual = pred.new_empty(pred.shape if keep_residual else 0)
     return loss, residual, torch.empty_like(loss)
 
 
-def _masked_mse_backward_eager(residual, grad, scale, dtype):
+def _masked_mse_backward_eager(residual: Tensor, grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(residual, grad * scale, out=residual.new_empty(residual.shape, dtype=dtype))
 
 
-def _masked_mse_backward_fake(residual, grad, scale, dtype):
+def _masked_mse_backward_fake(residual: Tensor, grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return residual.new_empty(residual.shape, dtype=dtype)
 
 
-def _masked_mse_recomputed_backward_eager(pred, images, selected, statistics, grad, scale, *target):
+def _masked_mse_recomputed_backward_eager(
+    pred: Tensor, images: Tensor, selected: Tensor, statistics: Tensor | None, grad: Tensor, scale: Tensor, *target: Any
+) -> Tensor:
     _, residual, _ = masked_mse_eager(pred, images, selected, statistics, True, *target)
     return _masked_mse_backward_eager(residual, grad, scale, residual.dtype)
 
 
-def _masked_mse_recomputed_backward_fake(pred, *_):
+def _masked_mse_recomputed_backward_fake(pred: Tensor, *_: Any) -> Tensor:
     return pred.new_empty(pred.shape)
 
 
@@ -251,7 +260,7 @@ _masked_mse = register_op(
     fake=_masked_mse_fake,
     check=_check,
 )
-masked_mse_backward = register_op(
+masked_mse_backward: torch._ops.OpOverload = register_op(
     "masked_mse_backward(Tensor residual, Tensor grad, Tensor scale, ScalarType dtype) -> Tensor",
     eager=_masked_mse_backward_eager,
     fake=_masked_mse_backward_fake,

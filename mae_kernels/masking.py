@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -314,9 +314,9 @@ def _num_keep(op: str, batch_size: int, num_patches: int, mask_ratio: float, cou
 
 
 def _draw(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
-    # ONNX knows no generator, not even None.
-    options = {} if generator is None else {"generator": generator}
-    return torch.rand(shape, device=device, dtype=torch.float32, **options)
+    if generator is None:  # ONNX knows no generator, not even None
+        return torch.rand(shape, device=device, dtype=torch.float32)
+    return torch.rand(shape, device=device, dtype=torch.float32, generator=generator)
 
 
 def _alike_in_frames(scores: Tensor, num_keep: int, frames: int) -> Masking:
@@ -332,23 +332,25 @@ def _of_equal_counts(noise: Tensor, num_keep: int) -> Masking:
     return _masking_of(noise, None, num_keep, noise.shape[1] - num_keep)
 
 
-def _masking_of(*args) -> Masking:
+def _masking_of(*args: Any) -> Masking:
     return Masking(*(decomposed(_masking, *args) if in_onnx_export() else _masking(*args)))
 
 
-def _masking_check(noise, counts, num_keep, num_mask):
+def _masking_check(noise: Tensor, counts: Tensor | None, num_keep: int, num_mask: int) -> None:
     if counts is None:
         return
     outside = (counts < 1) | (counts > num_keep)
     if outside.any():
-        n = outside.nonzero()[0].item()
+        n = int(outside.nonzero()[0])
         raise ValueError(
             f"masking_from_mask: every row must have 1 to num_keep = {num_keep} visible patches, "
             f"but row {n} has {counts[n].item()}"
         )
 
 
-def _masking_eager(noise, counts, num_keep, num_mask):
+def _masking_eager(
+    noise: Tensor, counts: Tensor | None, num_keep: int, num_mask: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ids = torch.sort(noise.contiguous(), dim=1, stable=True).indices
     # The inverse of a permutation is a scatter of the positions: no second sort.
     positions = torch.arange(noise.shape[1], device=noise.device).expand_as(ids)
@@ -362,7 +364,9 @@ def _masking_eager(noise, counts, num_keep, num_mask):
     return ids_keep, ids_mask, ids_restore, ids_restore >= num_keep
 
 
-def _masking_fake(noise, counts, num_keep, num_mask):
+def _masking_fake(
+    noise: Tensor, counts: Tensor | None, num_keep: int, num_mask: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, num_patches = noise.shape
     return (
         noise.new_empty((n, num_keep), dtype=torch.int64),

@@ -17,7 +17,7 @@ names, and calls its ``MaskedPatchEmbed`` ``patch_embed``, has the published sta
     loss = self.loss(pred, images, mask=m.mask)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -47,16 +47,19 @@ class _ReadsPixels(nn.Module):
     They lie beside the parameters, so that no call copies them to a GPU, and are not part of the state dict.
     """
 
+    pixel_mean: Tensor | None
+    pixel_std: Tensor | None
+
     def __init__(
         self,
         patch_size: Sizes,
         pixel_mean: Sequence[float] | Tensor | None,
         pixel_std: Sequence[float] | Tensor | None,
-    ):
+    ) -> None:
         super().__init__()
         op = type(self).__name__
         checks.sizes(op, "patch_size", patch_size, 2)
-        self.patch_size = patch_size if isinstance(patch_size, int) else tuple(patch_size)
+        self.patch_size: Sizes = patch_size if isinstance(patch_size, int) else tuple(patch_size)
         if (pixel_mean is None) != (pixel_std is None):
             given, missing = ("pixel_mean", "pixel_std") if pixel_std is None else ("pixel_std", "pixel_mean")
             raise ValueError(f"{op}: {given} was given without {missing}; pass both or neither")
@@ -75,31 +78,33 @@ class _ReadsPixels(nn.Module):
             buffer = None if values is None else torch.tensor(values, dtype=torch.float32)
             self.register_buffer(name, buffer, persistent=False)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_ReadsPixels":
         before = self.pixel_mean, self.pixel_std
         super()._apply(fn, recurse)
-        if self._pixel_stats is not None:
+        if self.pixel_mean is not None:
             self._write_statistics(self.pixel_mean, before)
         return self
 
-    def _write_statistics(self, like: Tensor, before: Sequence[Tensor] = (None, None)) -> None:
+    def _write_statistics(self, like: Tensor, before: Sequence[Tensor | None] = (None, None)) -> None:
         """Means and deviations anew, where ``like`` is: half() rounds such buffers, and to_empty() loses them.
 
         Of those ``before`` the values count that somebody has set in place of the given ones.
         """
-        options = {"dtype": accumulation_dtype(like.dtype), "device": like.device}
+        dtype = accumulation_dtype(like.dtype)
         self.pixel_mean, self.pixel_std = (
-            torch.tensor(_own_values(old, values) or values, **options)
-            for old, values in zip(before, self._pixel_stats, strict=True)
+            torch.tensor(_own_values(old, values) or values, dtype=dtype, device=like.device)
+            for old, values in zip(before, self._pixel_stats or (), strict=True)
         )
 
     def normalization(self, images: Tensor) -> dict[str, Tensor]:
         """Arguments ``mean`` and ``std`` of the ops for such images: floating ones are normalised already."""
-        if self._pixel_stats is None or images.is_floating_point():
+        mean, std = (None, None) if images.is_floating_point() else (self.pixel_mean, self.pixel_std)
+        if mean is None or std is None:
             return {}
-        if self.pixel_mean.is_meta and not images.is_meta:  # load_state_dict(assign=True) fills only parameters
+        if mean.is_meta and not images.is_meta:  # load_state_dict(assign=True) fills only parameters
             self._write_statistics(torch.empty(0, device=images.device))
-        return {"mean": self.pixel_mean, "std": self.pixel_std}
+            return self.normalization(images)
+        return {"mean": mean, "std": std}
 
     def floating_pixels(self, images: Tensor) -> Tensor:
         """Images as the ops read them: uint8 as ``x / 255``, normalised where there are mean and standard deviation."""
@@ -143,6 +148,11 @@ class MaskedPatchEmbed(_ReadsPixels):
     values: xavier-uniform of the weight seen as a matrix ``[D, E]``.
     """
 
+    patch_size: tuple[int, ...]
+    embed_dim: int
+    out_dtype: torch.dtype | None
+    proj: nn.Conv2d | nn.Conv3d
+
     def __init__(
         self,
         patch_size: Sizes = 16,
@@ -153,7 +163,7 @@ class MaskedPatchEmbed(_ReadsPixels):
         pixel_mean: Sequence[float] | Tensor | None = None,
         pixel_std: Sequence[float] | Tensor | None = None,
         out_dtype: torch.dtype | None = None,
-    ):
+    ) -> None:
         super().__init__(patch_size, pixel_mean, pixel_std)
         if self._pixel_stats is not None and len(self._pixel_stats[0]) != in_chans:
             raise ValueError(
@@ -161,7 +171,7 @@ class MaskedPatchEmbed(_ReadsPixels):
             )
         self.embed_dim, self.out_dtype = embed_dim, out_dtype
         self.patch_size = checks.sizes("MaskedPatchEmbed", "patch_size", patch_size, 2)
-        convolution = nn.Conv3d if len(self.patch_size) == 3 else nn.Conv2d
+        convolution: Callable[..., nn.Conv2d | nn.Conv3d] = nn.Conv3d if len(self.patch_size) == 3 else nn.Conv2d
         self.proj = convolution(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
         self.reset_parameters()
 
@@ -180,17 +190,19 @@ class MaskedPatchEmbed(_ReadsPixels):
         """``[N, R + K, D]``; arguments as of the op, and a pos_embed of ``[R + L, D]`` has rows for the prefix too."""
         if prefix is not None and pos_embed is not None:
             prefix, pos_embed = self._split_positions(images, prefix, pos_embed)
-        proj, options = self.proj, {"prefix": prefix, "out_dtype": self.out_dtype}
+        proj, out_dtype = self.proj, self.out_dtype
         if projects_patches(proj):
-            stats = self.normalization(images)
-            return patch_embed(images, proj.weight, proj.bias, pos_embed, ids_keep, **options, **stats)
+            return patch_embed(
+                images, proj.weight, proj.bias, pos_embed, ids_keep, prefix=prefix, out_dtype=out_dtype,
+                **self.normalization(images),
+            )  # fmt: skip
         pixels = self.floating_pixels(images)
         if len(self.patch_size) == 3:
             pixels = as_video(pixels)
         elif pixels.ndim == 5:  # each frame is an image
             pixels = pixels.transpose(1, 2).flatten(0, 1)
         tokens = proj(pixels).flatten(2).transpose(1, 2).reshape(images.shape[0], -1, self.embed_dim)
-        return _assemble(tokens, pos_embed, ids_keep, **options)
+        return _assemble(tokens, pos_embed, ids_keep, prefix, out_dtype)
 
     def _split_positions(self, images: Tensor, prefix: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
         op, embed_dim = "MaskedPatchEmbed", self.embed_dim
@@ -211,7 +223,10 @@ class MaskedPatchEmbed(_ReadsPixels):
         return super().extra_repr() + ("" if self.out_dtype is None else f", out_dtype={self.out_dtype}")
 
 
-def _assemble(tokens, pos_embed, ids_keep, prefix, out_dtype):
+def _assemble(
+    tokens: Tensor, pos_embed: Tensor | None, ids_keep: Tensor | None, prefix: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
     # What the op does behind the projection, for projections that have to be called, such as one with a LoRA adapter.
     x = tokens if pos_embed is None else tokens + pos_embed
     x = x if ids_keep is None else gather_tokens(x, ids_keep)
@@ -223,7 +238,10 @@ def _assemble(tokens, pos_embed, ids_keep, prefix, out_dtype):
 class MaskTokenScatter(nn.Module):
     """Assemble the decoder's input from visible tokens: :func:`mae_kernels.scatter_mask_tokens`, with its arguments."""
 
-    def __init__(self, num_prefix: int = 1, *, out_dtype: torch.dtype | None = None):
+    num_prefix: int
+    out_dtype: torch.dtype | None
+
+    def __init__(self, num_prefix: int = 1, *, out_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.num_prefix, self.out_dtype = num_prefix, out_dtype
 
@@ -245,6 +263,10 @@ class MaskedMSELoss(_ReadsPixels):
     ``pixel_mean`` and ``pixel_std``: as of :class:`MaskedPatchEmbed`.
     """
 
+    norm_pix: NormPix
+    eps: float
+    layout: Layout
+
     def __init__(
         self,
         patch_size: Sizes = 16,
@@ -254,7 +276,7 @@ class MaskedMSELoss(_ReadsPixels):
         pixel_std: Sequence[float] | Tensor | None = None,
         eps: float = 1e-6,
         layout: Layout = "channels_last",
-    ):
+    ) -> None:
         super().__init__(patch_size, pixel_mean, pixel_std)
         checks.layout("MaskedMSELoss", layout)
         checks.norm_pix("MaskedMSELoss", norm_pix)
@@ -265,8 +287,10 @@ class MaskedMSELoss(_ReadsPixels):
         self, pred: Tensor, images: Tensor, *, mask: Tensor | None = None, ids_mask: Tensor | None = None
     ) -> Tensor:
         """Scalar float32 (float64 for a float64 pred); arguments as of the op."""
-        options = {"norm_pix": self.norm_pix, "eps": self.eps, "layout": self.layout, **self.normalization(images)}
-        return masked_mse(pred, images, patch_size=self.patch_size, mask=mask, ids_mask=ids_mask, **options)
+        return masked_mse(
+            pred, images, patch_size=self.patch_size, mask=mask, ids_mask=ids_mask,
+            norm_pix=self.norm_pix, eps=self.eps, layout=self.layout, **self.normalization(images),
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, norm_pix={self.norm_pix}, eps={self.eps:g}, layout={self.layout!r}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,13 +129,13 @@ class Saved(NamedTuple):
     needs: list[bool]  # of images, weight, bias, pos_embed and prefix
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     images, weight, _, _, ids_keep, prefix, statistics, ctx.compute_dtype, _ = inputs
     ctx.save_for_backward(images, weight, ids_keep, statistics)
     ctx.num_prefix = 0 if prefix is None else prefix.shape[0]
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_images, needs_weight, needs_bias, needs_pos, _, needs_prefix = ctx.needs_input_grad[:6]
     needs = [needs_images, needs_weight, needs_bias, needs_pos, needs_prefix]
     saved = *ctx.saved_tensors, ctx.num_prefix, ctx.compute_dtype, needs
@@ -148,7 +148,9 @@ def _grid(images: Tensor, weight: Tensor) -> PatchGrid:
     return PatchGrid.inside(images.shape[2:], weight.shape[2:], images.shape[1])
 
 
-def _check(images, weight, bias, pos_embed, ids_keep, *_):
+def _check(
+    images: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, ids_keep: Tensor | None, *_: Any
+) -> None:
     if ids_keep is not None:
         checks.id_values("patch_embed", "ids_keep", ids_keep, _grid(images, weight).num_patches)
 
@@ -156,12 +158,14 @@ def _check(images, weight, bias, pos_embed, ids_keep, *_):
 class Steps(NamedTuple):
     """What implementations do each in their own way; its two methods are the op and its backward around them."""
 
-    gather: Callable  # images, ids_keep, grid, statistics, dtype -> visible patches [N K, E], normalised
-    assemble: Callable  # tokens [N, K, D], pos_embed, ids_keep, prefix, dtype -> [N, R + K, D]
-    spread: Callable  # rows [N, K, E], ids_keep, L -> [N, L, E], zero where no row belongs
-    sum_positions: Callable  # rows [N, K, D], ids_keep, L, dtype -> [L, D], the sum of those of the same patch
+    gather: Callable[..., Any]  # images, ids_keep, grid, statistics, dtype -> visible patches [N K, E], normalised
+    assemble: Callable[..., Any]  # tokens [N, K, D], pos_embed, ids_keep, prefix, dtype -> [N, R + K, D]
+    spread: Callable[..., Any]  # rows [N, K, E], ids_keep, L -> [N, L, E], zero where no row belongs
+    sum_positions: Callable[
+        ..., Any
+    ]  # rows [N, K, D], ids_keep, L, dtype -> [L, D], the sum of those of the same patch
 
-    def embed(self, *inputs):
+    def embed(self, *inputs: Any) -> Tensor:
         x = Inputs(*inputs)
         patches = self.gather(x.images, x.ids_keep, _grid(x.images, x.weight), x.statistics, x.compute_dtype)
         bias = None if x.bias is None else x.bias.to(x.compute_dtype)
@@ -172,7 +176,7 @@ class Steps(NamedTuple):
             return tokens
         return self.assemble(tokens, x.pos_embed, x.ids_keep, x.prefix, x.out_dtype)
 
-    def gradients(self, grad, *saved):
+    def gradients(self, grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:
         x = Saved(*saved)
         needs_images, needs_weight, needs_bias, needs_pos, needs_prefix = x.needs
         grid, images = _grid(x.images, x.weight), x.images
@@ -209,7 +213,9 @@ def _gradient_rows(grad: Tensor, ids: Tensor | None, dtype: torch.dtype) -> Tens
     return (rows if padding is None else torch.where(padding, 0, rows)).reshape(-1, grad.shape[2])
 
 
-def _assemble(tokens, pos_embed, ids_keep, prefix, out_dtype):
+def _assemble(
+    tokens: Tensor, pos_embed: Tensor | None, ids_keep: Tensor | None, prefix: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
     num_prefix = 0 if prefix is None else prefix.shape[0]
     out = tokens.new_empty((tokens.shape[0], num_prefix + tokens.shape[1], tokens.shape[2]), dtype=out_dtype)
     if prefix is not None:
@@ -226,27 +232,29 @@ def _assemble(tokens, pos_embed, ids_keep, prefix, out_dtype):
     return out
 
 
-def _fake(*inputs):
+def _fake(*inputs: Any) -> Tensor:
     x = Inputs(*inputs)
     num_prefix = 0 if x.prefix is None else x.prefix.shape[0]
     visible = _grid(x.images, x.weight).num_patches if x.ids_keep is None else x.ids_keep.shape[1]
     return x.images.new_empty((x.images.shape[0], num_prefix + visible, x.weight.shape[0]), dtype=x.out_dtype)
 
 
-def _sum_positions(grad, ids_keep, num_patches, sum_dtype):
+def _sum_positions(grad: Tensor, ids_keep: Tensor, num_patches: int, sum_dtype: torch.dtype) -> Tensor:
     rows = grad.reshape(-1, grad.shape[2]).to(sum_dtype)
     no_position = -1
     return torch.ops.aten.embedding_dense_backward(rows, ids_keep.flatten(), num_patches, no_position, False)
 
 
-def _backward_fake(grad, *saved):
+def _backward_fake(grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:
     x, sum_dtype = Saved(*saved), accumulation_dtype(grad.dtype)
     d, num_patches = x.weight.shape[0], _grid(x.images, x.weight).num_patches
     shapes = [x.images.shape, x.weight.shape, (d,), (num_patches, d), (x.num_prefix, d)]
     return only_needed(grad, x.needs, shapes, [x.images.dtype] + [sum_dtype] * 4)
 
 
-def _gather(images, ids_keep, grid, statistics, dtype):
+def _gather(
+    images: Tensor, ids_keep: Tensor | None, grid: PatchGrid, statistics: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     ids_keep, padding = without_padding(ids_keep)
     flat_ids = None if ids_keep is None else row_ids(ids_keep, grid.num_patches)
     patches = normalize_pixels(gather_patches(images, flat_ids, grid, "channels_first"), statistics, dtype)

@@ -65,9 +65,10 @@ class PatchGrid(NamedTuple):
         return cls((pt, ph, pw), (t // pt, h // ph, w // pw), channels)
 
 
-def three_sides(sides: Sequence[int]) -> tuple[int, ...]:
+def three_sides(sides: Sequence[int]) -> tuple[int, int, int]:
     """Frames, height and width of two or three sides."""
-    return (1, *sides) if len(sides) == 2 else tuple(sides)
+    frames, height, width = (1, *sides) if len(sides) == 2 else sides
+    return frames, height, width
 
 
 def as_video(images: Tensor) -> Tensor:

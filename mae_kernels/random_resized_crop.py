@@ -46,7 +46,10 @@ class PackedImages(NamedTuple):
 
 
 def random_resized_crop(
-    images: Tensor | Sequence[Tensor] | PackedImages, boxes: Tensor, flips: Tensor, size: int | tuple[int, int]
+    images: Tensor | list[Tensor] | tuple[Tensor, ...] | PackedImages,
+    boxes: Tensor,
+    flips: Tensor,
+    size: int | tuple[int, int],
 ) -> Tensor:
     """Cut a box out of each image, resize it, bicubic and antialiased, and flip it: ``[N, C, h, w]`` uint8.
 
@@ -165,23 +168,27 @@ def random_crop_boxes(
     return torch.cat([corners, sides], dim=1)
 
 
-def _random_resized_crop_check(images, starts, sizes, boxes, flips, size):
+def _random_resized_crop_check(
+    images: Tensor, starts: Tensor | None, sizes: Tensor | None, boxes: Tensor, flips: Tensor, size: list[int]
+) -> None:
     op = "random_resized_crop"
-    if sizes is not None:
+    if starts is not None and sizes is not None:
         checks.packed_values(op, starts, sizes, images.shape[1])
     checks.box_values(op, "boxes", boxes, images.shape[2:] if sizes is None else sizes)
 
 
-def _random_resized_crop_eager(images, starts, sizes, boxes, flips, size):
+def _random_resized_crop_eager(
+    images: Tensor, starts: Tensor | None, sizes: Tensor | None, boxes: Tensor, flips: Tensor, size: list[int]
+) -> Tensor:
     """Products with blocks of the weights: on a CPU half the time of F.interpolate, which adds tap by tap."""
-    if sizes is not None:
-        begins = starts.tolist()
-        images = [
+    pictures: Tensor | list[Tensor] = images
+    if starts is not None and sizes is not None:
+        pictures = [
             images[:, begin : begin + height * width].unflatten(1, (height, width))
-            for begin, (height, width) in zip(begins, sizes.tolist(), strict=True)
+            for begin, (height, width) in zip(starts.tolist(), sizes.tolist(), strict=True)
         ]
-    channels = images[0].shape[0]
-    out = images[0].new_empty((len(images), channels, *size))
+    channels = pictures[0].shape[0]
+    out = images.new_empty((len(pictures), channels, *size))
     # One piece of memory for all images: a new one for each would cost as much as the products.
     most_pixels = channels * int((boxes[:, 2] * boxes[:, 3]).max())
     most_rows = channels * int(boxes[:, 2].max())
@@ -193,7 +200,7 @@ def _random_resized_crop_eager(images, starts, sizes, boxes, flips, size):
     resized = result.view(channels, *size)
     for n, (top, left, height, width) in enumerate(boxes.tolist()):
         crop, narrow = _first(pixels, channels, height, width), _first(rows, channels, height, size[1])
-        crop.copy_(images[n][:, top : top + height, left : left + width])
+        crop.copy_(pictures[n][:, top : top + height, left : left + width])
         crop, outputs = crop.view(-1, width), narrow.view(-1, size[1]).split(_BLOCK, dim=1)
         for output, (weights, begin, length) in zip(outputs, _bands(filters_x, n, width), strict=True):
             torch.mm(crop.narrow(1, begin, length), weights, out=output)
@@ -247,7 +254,9 @@ def _bands(filters: _Filters, n: int, length: int) -> Iterator[tuple[Tensor, int
         yield block.narrow(0, begin, stop - begin), begin, stop - begin
 
 
-def _random_resized_crop_fake(images, starts, sizes, boxes, flips, size):
+def _random_resized_crop_fake(
+    images: Tensor, starts: Tensor | None, sizes: Tensor | None, boxes: Tensor, flips: Tensor, size: list[int]
+) -> Tensor:
     channels = images.shape[1] if sizes is None else images.shape[0]
     return images.new_empty((boxes.shape[0], channels, *size))
 

@@ -6,17 +6,33 @@ Same signatures as the ops, any floating dtype, any device. Each step is written
 the tests hold the ops against this file in float64, and the benchmarks measure what the ops save.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from torch import Tensor
 
+from .checks import Values
+from .masked_mse import NormPix
 from .masking import Masking
+from .patch_grid import Sizes
+from .patchify import Layout
 
 # A patch has r frames, p rows and q columns; an image is a video of one frame.
 _VALUES = {"channels_last": "(r p q c)", "channels_first": "(c r p q)"}
 
 
-def random_masking(batch_size, num_patches, mask_ratio=0.75, *, noise=None, generator=None, device=None):
+def random_masking(
+    batch_size: int,
+    num_patches: int,
+    mask_ratio: float = 0.75,
+    *,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Masking:
     """Section 3, "Masking": shuffle the patches by noise [N, L], keep the first ones, remember the way back."""
     if noise is None:
         noise = torch.rand(batch_size, num_patches, generator=generator, device=device, dtype=torch.float32)
@@ -29,18 +45,28 @@ def random_masking(batch_size, num_patches, mask_ratio=0.75, *, noise=None, gene
     return Masking(ids_shuffle[:, :num_keep], ids_shuffle[:, num_keep:], ids_restore, mask.bool())
 
 
-def random_resized_crop(images, boxes, flips, size, *, dtype=torch.float32, rounded=True):
+def random_resized_crop(
+    images: Tensor | Sequence[Tensor],
+    boxes: Tensor,
+    flips: Tensor,
+    size: int | tuple[int, int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    rounded: bool = True,
+) -> Tensor:
     """Appendix A.1, "random resized cropping", image by image: cut the box out, resize it, flip it."""
-    crops = []
+    crops: list[Tensor] = []
     for image, (top, left, height, width), flip in zip(images, boxes.tolist(), flips.tolist(), strict=True):
         crop = image[None, :, top : top + height, left : left + width].to(dtype)
         crop = F.interpolate(crop, size, mode="bicubic", antialias=True, align_corners=False)
         crops.append(crop.flip(-1) if flip else crop)
-    crops = torch.cat(crops)
-    return crops.round().clamp(0, 255).to(torch.uint8) if rounded else crops
+    out = torch.cat(crops)
+    return out.round().clamp(0, 255).to(torch.uint8) if rounded else out
 
 
-def normalize(images, mean=None, std=None, dtype=None):
+def normalize(
+    images: Tensor, mean: Values | None = None, std: Values | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """uint8 pixels to [0, 1], uint16 as they are, then ``(x - mean[c]) / std[c]``."""
     if not images.is_floating_point():
         images = images.to(dtype or torch.get_default_dtype()) / (255 if images.dtype == torch.uint8 else 1)
@@ -51,7 +77,17 @@ def normalize(images, mean=None, std=None, dtype=None):
     return images
 
 
-def patch_embed(images, weight, bias=None, pos_embed=None, ids_keep=None, *, prefix=None, mean=None, std=None):
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pos_embed: Tensor | None = None,
+    ids_keep: Tensor | None = None,
+    *,
+    prefix: Tensor | None = None,
+    mean: Values | None = None,
+    std: Values | None = None,
+) -> Tensor:
     """Section 3, "MAE encoder": embed all patches, add positions, keep the visible ones, prepend the class token."""
     images = normalize(images, mean, std, weight.dtype)
     weight = weight[:, :, None] if weight.ndim < images.ndim else weight
@@ -67,13 +103,15 @@ def patch_embed(images, weight, bias=None, pos_embed=None, ids_keep=None, *, pre
     return tokens
 
 
-def gather_tokens(tokens, ids):
+def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     """The tokens [N, L, D] at ids [N, K]; zeros for an id of -1."""
     index = repeat(ids.clamp(min=0), "n k -> n k d", d=tokens.shape[2]).contiguous()
     return torch.gather(tokens, 1, index).masked_fill((ids < 0)[:, :, None], 0)
 
 
-def scatter_mask_tokens(tokens, mask_token, ids_restore, pos_embed=None, *, num_prefix=1):
+def scatter_mask_tokens(
+    tokens: Tensor, mask_token: Tensor, ids_restore: Tensor, pos_embed: Tensor | None = None, *, num_prefix: int = 1
+) -> Tensor:
     """Section 3, "MAE decoder": append mask tokens, un-shuffle, add positions to the full set."""
     prefix, visible = tokens[:, :num_prefix], tokens[:, num_prefix:]
     num_masked = max(ids_restore.shape[1] - visible.shape[1], 1)
@@ -88,14 +126,16 @@ def scatter_mask_tokens(tokens, mask_token, ids_restore, pos_embed=None, *, num_
     return full
 
 
-def patchify(images, patch_size, layout="channels_last"):
+def patchify(images: Tensor, patch_size: Sizes, layout: Layout = "channels_last") -> Tensor:
     """Images [N, C, H, W] or [N, C, T, H, W] as patches [N, L, E]."""
     r, p, q = _patch(patch_size, images.ndim - 2)
     images = images[:, :, None] if images.ndim == 4 else images
     return rearrange(images, f"n c (t r) (h p) (w q) -> n (t h w) {_VALUES[layout]}", r=r, p=p, q=q)
 
 
-def unpatchify(patches, patch_size, image_size, layout="channels_last"):
+def unpatchify(
+    patches: Tensor, patch_size: Sizes, image_size: tuple[int, ...], layout: Layout = "channels_last"
+) -> Tensor:
     """Patches [N, L, E] as images [N, C, H, W], or [N, C, T, H, W] for three sizes."""
     (t, h, _), (r, p, q) = (1, *image_size)[-3:], _patch(patch_size, len(image_size))
     sizes = {"t": t // r, "h": h // p, "r": r, "p": p, "q": q}
@@ -103,12 +143,14 @@ def unpatchify(patches, patch_size, image_size, layout="channels_last"):
     return images if len(image_size) == 3 else images[:, :, 0]
 
 
-def _patch(patch_size, sides):
+def _patch(patch_size: Sizes, sides: int) -> tuple[int, ...]:
     patch = (patch_size,) * sides if isinstance(patch_size, int) else patch_size
     return (1, *patch)[-3:]
 
 
-def pixel_target(images, patch_size, norm_pix=True, eps=1e-6, layout="channels_last"):
+def pixel_target(
+    images: Tensor, patch_size: Sizes, norm_pix: NormPix = True, eps: float = 1e-6, layout: Layout = "channels_last"
+) -> Tensor:
     """Section 3, "Reconstruction target": the pixels of every patch, normalised by its own mean and variance."""
     target = patchify(images, patch_size, layout)
     if norm_pix != "channel":
@@ -119,7 +161,7 @@ def pixel_target(images, patch_size, norm_pix=True, eps=1e-6, layout="channels_l
     return rearrange(target, f"n l c e -> {by_channel}")
 
 
-def normalize_target(target, norm_pix=True, eps=1e-6):
+def normalize_target(target: Tensor, norm_pix: NormPix | None = True, eps: float = 1e-6) -> Tensor:
     """Every token of [N, L, E] by its own mean and variance."""
     if norm_pix:
         patch_mean = target.mean(dim=-1, keepdim=True)
@@ -129,9 +171,19 @@ def normalize_target(target, norm_pix=True, eps=1e-6):
 
 
 def masked_mse(
-    pred, images=None, *, patch_size=None, mask=None, ids_mask=None, target=None, norm_pix=None, mean=None, std=None,
-    eps=1e-6, layout="channels_last",
-):  # fmt: skip
+    pred: Tensor,
+    images: Tensor | None = None,
+    *,
+    patch_size: Sizes | None = None,
+    mask: Tensor | None = None,
+    ids_mask: Tensor | None = None,
+    target: Tensor | None = None,
+    norm_pix: NormPix | None = None,
+    mean: Values | None = None,
+    std: Values | None = None,
+    eps: float = 1e-6,
+    layout: Layout = "channels_last",
+) -> Tensor:
     """Section 3, "Reconstruction target": squared error per patch, averaged over the masked patches."""
     if target is not None:
         target = normalize_target(target, norm_pix, eps)
@@ -146,19 +198,23 @@ def masked_mse(
     return (loss * mask).sum() / mask.sum()
 
 
-def linear_masked_mse(hidden, weight, bias, images, ids_mask, **options):
+def linear_masked_mse(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, images: Tensor, ids_mask: Tensor, **options: Any
+) -> Tensor:
     """The decoder's last layer, a linear projection to pixels, and the reconstruction loss on its output."""
     pred = F.linear(hidden, weight, bias)
     return masked_mse(pred, images, ids_mask=ids_mask, **options)
 
 
-def attention(q, k, v):
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of [N, heads, T, d], every score in memory."""
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
     return scores.softmax(dim=3) @ v
 
 
-def transformer_block(x, block, attention=attention):
+def transformer_block(
+    x: Tensor, block: Any, attention: Callable[[Tensor, Tensor, Tensor], Tensor] = attention
+) -> Tensor:
     """The pre-norm block of the Vision Transformer on [N, T, D], with the parameters of ``block``."""
     qkv = block.attn.qkv(block.norm1(x))
     q, k, v = rearrange(qkv, "n t (three heads d) -> three n heads t d", three=3, heads=block.attn.num_heads)
@@ -166,9 +222,16 @@ def transformer_block(x, block, attention=attention):
     return x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
 
 
-def pretraining_loss(model, images, noise, mask_ratio=0.75, attention=attention):
+def pretraining_loss(
+    model: Any,
+    images: Tensor,
+    noise: Tensor,
+    mask_ratio: float = 0.75,
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor] = attention,
+) -> Tensor:
     """The whole pass, section 3, of any model whose parts have the published names; positions include the class row."""
-    masking = random_masking(*noise.shape, mask_ratio, noise=noise)
+    n, num_patches = noise.shape
+    masking = random_masking(n, num_patches, mask_ratio, noise=noise)
     proj = model.patch_embed.proj
     prefix = model.cls_token + model.pos_embed[:, :1]
     x = patch_embed(images, proj.weight, proj.bias, model.pos_embed[:, 1:], masking.ids_keep, prefix=prefix)

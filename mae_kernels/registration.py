@@ -1,7 +1,8 @@
 """How an op reaches PyTorch's dispatcher: one schema, an eager and a Triton implementation, one fake, one gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import Parameter, Signature
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,7 +16,12 @@ _LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
 
 
 def register_op(
-    schema: str, *, eager: Callable, fake: Callable, check: Callable | None = None, has_kernels: bool = True
+    schema: str,
+    *,
+    eager: Callable[..., Any],
+    fake: Callable[..., Any],
+    check: Callable[..., Any] | None = None,
+    has_kernels: bool = True,
 ) -> torch._ops.OpOverload:
     """Register ``<the package>::<name>`` and return its overload.
 
@@ -28,7 +34,7 @@ def register_op(
     """
     name = schema.partition("(")[0]
 
-    def run(first: Tensor, *rest):
+    def run(first: Tensor, *rest: Any) -> Any:
         if first.shape[0] == 0:
             return tree_map(Tensor.zero_, fake(first, *rest))
         if check is not None and (first.is_cpu or backend.DEBUG):
@@ -48,13 +54,13 @@ def overload(name: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops, _NAMESPACE), name).default
 
 
-def implementation(name: str, eager: Callable) -> Callable:
+def implementation(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
     """Runs the function of that name in ``mae_kernels.kernels`` where a call takes Triton, and the eager one elsewhere.
 
     For ops that are made of another one, without its checks and the dispatcher.
     """
 
-    def run(first: Tensor, *rest):
+    def run(first: Tensor, *rest: Any) -> Any:
         if backend.takes_triton(name, first, *rest):
             return _run_kernels(name, first, *rest)
         return _outside_autocast(eager, first, *rest)
@@ -62,7 +68,9 @@ def implementation(name: str, eager: Callable) -> Callable:
     return run
 
 
-def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> Callable:
+def differentiable(
+    op: torch._ops.OpOverload, setup_context: Callable[..., Any], backward: Callable[..., Any]
+) -> Callable[..., Any]:
     """Give the op a gradient and return the function that calls it.
 
     ``backward`` returns the gradients of the op's first arguments; the rest have none. Calls go through a Function,
@@ -72,23 +80,24 @@ def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward:
     names = [argument.name for argument in op._schema.arguments]
     nothing = [None] * len(names)
 
-    def forward(*args):
+    def forward(*args: Any) -> Any:
         return op(*args)
 
     # torch.compile counts the parameters to know whether forward takes a context.
-    forward.__signature__ = Signature(Parameter(name, Parameter.POSITIONAL_ONLY) for name in names)
+    parameters = [Parameter(name, Parameter.POSITIONAL_ONLY) for name in names]
+    forward.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # what inspect looks for
 
-    def padded(ctx, *grads):
+    def padded(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         found = backward(ctx, *grads)
         return *found, *nothing[len(found) :]
 
     members = {"forward": forward, "setup_context": setup_context, "backward": padded}
     members = {name: staticmethod(member) for name, member in members.items()}
-    base = torch.autograd.Function
+    base: Any = torch.autograd.Function
     function = type(base)(op._opname, (base,), {**members, "generate_vmap_rule": True})
     torch.library.register_autograd(op, padded, setup_context=setup_context, lib=_LIBRARY)
 
-    def call(*args):
+    def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return decomposed(op, *args) if in_onnx_export() else apply(function, *args)
         # Function.apply without two things that only torch.func and torch.compile need, at a third of its cost: it
@@ -99,7 +108,7 @@ def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward:
     return call
 
 
-def apply(function: type[torch.autograd.Function], *args):
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)``, whose ctx.needs_input_grad says the truth under torch.compile of torch.func too."""
     return function.apply(*(map(_seen_anew, args) if _is_compiled_in_a_transform() else args))
 
@@ -108,7 +117,7 @@ def _is_compiled_in_a_transform() -> bool:
     return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def _seen_anew(x):
+def _seen_anew(x: Any) -> Any:
     """A view of a tensor, whatever else as it is.
 
     When torch.func.grad wraps what it differentiates, Dynamo (torch 2.13) notes that it wants no gradient, and the mark
@@ -121,19 +130,21 @@ def in_onnx_export() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
-def decomposed(op: torch._ops.OpOverload, *args):
+def decomposed(op: torch._ops.OpOverload, *args: Any) -> Any:
     """The op's result by PyTorch's own ops, which other runtimes know."""
     from . import decompositions
 
     return decompositions.BY_NAME[op._opname](*args)
 
 
-def once_differentiable(op: torch._ops.OpOverload, *args) -> Tensor | tuple[Tensor, ...]:
+def once_differentiable(op: torch._ops.OpOverload, *args: Any) -> Any:
     """Call a backward op; differentiating its result, a second derivative, is refused."""
     return _Once.apply(op, *args) if torch.is_grad_enabled() else op(*args)
 
 
-def only_needed(like: Tensor, needs: list[bool], shapes: list, dtypes: list[torch.dtype]) -> tuple[Tensor, ...]:
+def only_needed(
+    like: Tensor, needs: list[bool], shapes: Sequence[Sequence[int]], dtypes: list[torch.dtype]
+) -> tuple[Tensor, ...]:
     """Memory for each result; of what is not needed an empty tensor, since ops cannot return None."""
     each = zip(needs, shapes, dtypes, strict=True)
     return tuple(like.new_empty(shape, dtype=dtype) if need else like.new_empty(0) for need, shape, dtype in each)
@@ -152,19 +163,19 @@ class _Once(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(op, *args):
+    def forward(op: torch._ops.OpOverload, *args: Any) -> Any:
         return op(*args)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.op = inputs[0]
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(f"{ctx.op.name()} cannot be differentiated: second derivatives are not supported")
 
 
-def _run_kernels(name: str, first: Tensor, *rest):
+def _run_kernels(name: str, first: Tensor, *rest: Any) -> Any:
     from . import kernels  # needs Triton, which machines without a GPU need not have
 
     implementation = getattr(kernels, name)
@@ -174,7 +185,7 @@ def _run_kernels(name: str, first: Tensor, *rest):
         return _outside_autocast(implementation, first, *rest)
 
 
-def _outside_autocast(implementation: Callable, first: Tensor, *rest):
+def _outside_autocast(implementation: Callable[..., Any], first: Tensor, *rest: Any) -> Any:
     # The public functions decide the dtypes; without this, autocast would cast again inside the implementation.
     device_type = first.device.type
     if not torch.is_autocast_enabled(device_type):

@@ -1,7 +1,11 @@
 """Token sequences as one table of rows, so that every selection is a single ``index_select``."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+_Ids = TypeVar("_Ids", Tensor, Tensor | None)
 
 
 def as_rows(tokens: Tensor) -> tuple[Tensor, int]:
@@ -24,7 +28,7 @@ def row_ids(ids: Tensor, step: int, first: int = 0) -> Tensor:
     return (ids + starts[:, None]).flatten()
 
 
-def without_padding(ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def without_padding(ids: _Ids) -> tuple[_Ids, Tensor | None]:
     """The ids with 0 in place of each -1, and where those stood, ``[N, K, 1]``; None where none is -1.
 
     On a device that would have to be waited for nobody looks, and the second result is never None.

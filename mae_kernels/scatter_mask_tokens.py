@@ -1,5 +1,7 @@
 """Put visible tokens back in their places, mask tokens in the others, and add positions."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,7 +81,7 @@ def _promoted(tokens: Tensor, mask_token: Tensor, pos_embed: Tensor | None) -> t
     return dtype if pos_embed is None else torch.promote_types(dtype, pos_embed.dtype)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     tokens, _, ids_restore, pos_embed, ctx.num_prefix, _ = inputs
     ctx.save_for_backward(ids_restore)
     ctx.num_tokens = tokens.shape[1]
@@ -87,7 +89,7 @@ def _setup_context(ctx, inputs, output):
     ctx.dtype = tokens.dtype
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (ids_restore,) = ctx.saved_tensors
     needs_tokens, needs_mask_token, _, needs_pos = ctx.needs_input_grad[:4]
     needs = [needs_tokens, needs_mask_token, needs_pos]
@@ -97,11 +99,17 @@ def _backward(ctx, grad):
     return g_tokens, g_mask_token, None, g_pos
 
 
-def _check(tokens, mask_token, ids_restore, pos_embed, num_prefix, out_dtype):
+def _check(
+    tokens: Tensor, mask_token: Tensor, ids_restore: Tensor, pos_embed: Tensor | None, num_prefix: int,
+    out_dtype: torch.dtype,
+) -> None:  # fmt: skip
     checks.restore_values("scatter_mask_tokens", "ids_restore", ids_restore, tokens.shape[1] - num_prefix)
 
 
-def _scatter_mask_tokens_eager(tokens, mask_token, ids_restore, pos_embed, num_prefix, out_dtype):
+def _scatter_mask_tokens_eager(
+    tokens: Tensor, mask_token: Tensor, ids_restore: Tensor, pos_embed: Tensor | None, num_prefix: int,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     n, num_tokens, d = tokens.shape
     num_patches = ids_restore.shape[1]
     # One table of all tokens and, behind them, the mask token: each row of the result is a row of it.
@@ -119,12 +127,18 @@ def _scatter_mask_tokens_eager(tokens, mask_token, ids_restore, pos_embed, num_p
     return out.to(out_dtype)
 
 
-def _scatter_mask_tokens_fake(tokens, mask_token, ids_restore, pos_embed, num_prefix, out_dtype):
+def _scatter_mask_tokens_fake(
+    tokens: Tensor, mask_token: Tensor, ids_restore: Tensor, pos_embed: Tensor | None, num_prefix: int,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     n, _, d = tokens.shape
     return tokens.new_empty((n, num_prefix + ids_restore.shape[1], d), dtype=out_dtype)
 
 
-def _scatter_mask_tokens_backward_eager(grad, ids_restore, num_tokens, num_prefix, pos_rows, dtype, needs):
+def _scatter_mask_tokens_backward_eager(
+    grad: Tensor, ids_restore: Tensor, num_tokens: int, num_prefix: int, pos_rows: int, dtype: torch.dtype,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     needs_tokens, needs_mask_token, needs_pos = needs
     n, d = grad.shape[0], grad.shape[2]
     num_keep = num_tokens - num_prefix
@@ -157,7 +171,10 @@ def _scatter_mask_tokens_backward_eager(grad, ids_restore, num_tokens, num_prefi
     return g_tokens, g_mask_token, g_pos
 
 
-def _scatter_mask_tokens_backward_fake(grad, ids_restore, num_tokens, num_prefix, pos_rows, dtype, needs):
+def _scatter_mask_tokens_backward_fake(
+    grad: Tensor, ids_restore: Tensor, num_tokens: int, num_prefix: int, pos_rows: int, dtype: torch.dtype,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     n, d = grad.shape[0], grad.shape[2]
     sum_dtype = accumulation_dtype(grad.dtype)
     return only_needed(grad, needs, [(n, num_tokens, d), (d,), (pos_rows, d)], [dtype, sum_dtype, sum_dtype])

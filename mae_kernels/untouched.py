@@ -1,10 +1,14 @@
 """Which modules a fused path may pass over, and which it must call."""
 
+from typing import TypeGuard, TypeVar
+
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as of_all
 from torch.utils.module_tracker import ModuleTracker
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 # torch.func hands plain tensors in, torch.export the next two. DTensors, quantised tensors and other subclasses have
 # products of their own.
@@ -18,7 +22,7 @@ _OF_EVERY_MODULE = (
 _METHODS = ("forward", "_conv_forward")  # that somebody may set on an instance
 
 
-def untouched(module: nn.Module, cls: type[nn.Module]) -> bool:
+def untouched(module: nn.Module, cls: type[_Module]) -> TypeGuard[_Module]:
     """Whether nobody would notice that the module, a ``cls`` by its making, is not called, and its parts used instead.
 
     An adapter, a parametrisation, a subclass, a pruned, quantised or sharded layer, and one with a hook have to be
@@ -47,10 +51,10 @@ def _every_call_is_watched() -> bool:
     return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
-def projects_patches(layer: nn.Module) -> bool:
+def projects_patches(layer: nn.Module) -> TypeGuard[nn.Conv2d | nn.Conv3d]:
     """Whether the layer is a :func:`quiet` convolution, without padding, of patches that lie side by side."""
     return (
-        type(layer) in (nn.Conv2d, nn.Conv3d)
+        (type(layer) is nn.Conv2d or type(layer) is nn.Conv3d)
         and quiet(layer)
         and layer.stride == layer.kernel_size
         and layer.padding == (0,) * len(layer.stride)

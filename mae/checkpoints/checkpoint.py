@@ -67,7 +67,7 @@ def save_weights(state: dict[str, Tensor], description: dict[str, Any], folder: 
 
 
 def load_checkpoint(
-    path: str | Path, model: str | None = None, *, ema: bool = False, image_size: Sizes | None = None, **overrides
+    path: str | Path, model: str | None = None, *, ema: bool = False, image_size: Sizes | None = None, **overrides: Any
 ) -> VisionTransformer:
     """Build the model of a checkpoint and load its weights, every key and shape checked.
 
@@ -93,7 +93,7 @@ def load_checkpoint(
 
 
 def read_checkpoint(
-    path: str | Path, model: str | None = None, *, ema: bool = False, image_size: Sizes | None = None, **overrides
+    path: str | Path, model: str | None = None, *, ema: bool = False, image_size: Sizes | None = None, **overrides: Any
 ) -> Checkpoint:
     """The weights of a checkpoint under their published names, and the configuration of their model.
 
@@ -203,7 +203,7 @@ def _others(folder: Path) -> str:
     return f"; the folder holds {listed(names)}: name one of them" if names else ""
 
 
-def _read_json(file: Path) -> dict:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -214,7 +214,9 @@ def _read_json(file: Path) -> dict:
     return values
 
 
-def _fields(description: dict, preprocessor: Path, encoder_only: bool) -> tuple[dict, float, list[str]]:
+def _fields(
+    description: dict[str, Any], preprocessor: Path, encoder_only: bool
+) -> tuple[dict[str, Any], float, list[str]]:
     """Fields of a ``config.json`` of ours, Hugging Face's or timm's, and the mask ratio of the training."""
     if "model_type" in description:
         fields, notes = from_hugging_face_config(description, encoder_only)
@@ -226,7 +228,7 @@ def _fields(description: dict, preprocessor: Path, encoder_only: bool) -> tuple[
     return {name: x for name, x in description.items() if name != "head"}, 0.75, []
 
 
-def _config(fields: dict) -> tuple[MAEConfig, list[str]]:
+def _config(fields: dict[str, Any]) -> tuple[MAEConfig, list[str]]:
     notes = []
     channels = fields.get("in_chans", 3)
     if channels != 3 and "pixel_mean" not in fields:

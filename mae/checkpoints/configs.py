@@ -6,10 +6,12 @@ What our model cannot be is refused; what changes a result is said.
 
 import math
 import re
+from typing import Any
 
 from mae.checkpoints.layouts import CheckpointError
 from mae.fields import RULES, SHARE, WIDTH, check, is_number
 from mae.model import HeadConfig, MAEConfig
+from mae.model.classifier import Pool
 
 _LAYER_NORM_EPS = 1e-6  # of every norm of our model
 
@@ -54,7 +56,7 @@ _HUGGING_FACE_RULES = {theirs: RULES[ours] for ours, theirs in _HUGGING_FACE_FIE
 }
 
 
-def to_hugging_face_config(config: MAEConfig, mask_ratio: float = 0.75) -> dict:
+def to_hugging_face_config(config: MAEConfig, mask_ratio: float = 0.75) -> dict[str, Any]:
     """Arguments of ``transformers.ViTMAEConfig``, 4.x and 5.x, for the same model.
 
     Raises:
@@ -70,7 +72,7 @@ def to_hugging_face_config(config: MAEConfig, mask_ratio: float = 0.75) -> dict:
     }
 
 
-def to_encoder_config(config: MAEConfig, kind: str) -> dict:
+def to_encoder_config(config: MAEConfig, kind: str) -> dict[str, Any]:
     """What all configurations of Hugging Face's Vision Transformers say of the encoder.
 
     Raises:
@@ -95,7 +97,7 @@ def to_encoder_config(config: MAEConfig, kind: str) -> dict:
     }
 
 
-def to_preprocessor_config(config: MAEConfig) -> dict:
+def to_preprocessor_config(config: MAEConfig) -> dict[str, Any]:
     """A ``preprocessor_config.json`` for images resized and normalised as ours are, with Hugging Face's own resize."""
     height, width = config.image_size
     return {
@@ -111,7 +113,7 @@ def to_preprocessor_config(config: MAEConfig) -> dict:
     }
 
 
-def from_hugging_face_config(values: dict, encoder_only: bool = False) -> tuple[dict, list[str]]:
+def from_hugging_face_config(values: dict[str, Any], encoder_only: bool = False) -> tuple[dict[str, Any], list[str]]:
     """Fields of :class:`MAEConfig` for the contents of a ``config.json``, and a sentence for each changed result.
 
     ``mask_ratio`` is not among them: our model takes it in each call. With encoder_only the decoder is not held to the
@@ -143,7 +145,7 @@ def from_hugging_face_config(values: dict, encoder_only: bool = False) -> tuple[
     return fields | {"mlp_ratio": mlp_ratio(values, encoder_only)}, notes
 
 
-def mlp_ratio(values: dict, encoder_only: bool) -> float:
+def mlp_ratio(values: dict[str, Any], encoder_only: bool) -> float:
     """One ratio for encoder and decoder whose products, cut to whole numbers, are their widths."""
     prefixes = ("",) if encoder_only else ("", "decoder_")
     widths = [(values[f"{prefix}hidden_size"], values[f"{prefix}intermediate_size"]) for prefix in prefixes]
@@ -169,10 +171,10 @@ _TIMM_ARGUMENTS = {
 }
 
 
-TIMM_POOLS = {"avg": "mean", "token": "token"}  # theirs -> ours
+TIMM_POOLS: dict[str, Pool] = {"avg": "mean", "token": "token"}  # theirs -> ours
 
 
-def to_timm_config(config: MAEConfig, head: HeadConfig | None = None) -> dict:
+def to_timm_config(config: MAEConfig, head: HeadConfig | None = None) -> dict[str, Any]:
     """A ``config.json`` with which ``timm.create_model("local-dir:FOLDER")`` builds the encoder, or the classifier.
 
     Without a head, ``num_classes=10`` there puts one on the class token.
@@ -209,7 +211,7 @@ def to_timm_config(config: MAEConfig, head: HeadConfig | None = None) -> dict:
 _TIMM_HEAD = ("num_classes", "global_pool", "fc_norm")
 
 
-def from_timm_config(values: dict) -> dict:
+def from_timm_config(values: dict[str, Any]) -> dict[str, Any]:
     """Fields of :class:`MAEConfig` for the contents of a ``config.json`` of timm's; the decoder keeps its defaults.
 
     Raises:

@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Conversion(NamedTuple):
 
 
 def convert_checkpoint(
-    source: str | Path, to: str, out: str | Path, model: str | None = None, *, ema: bool = False, **options
+    source: str | Path, to: str, out: str | Path, model: str | None = None, *, ema: bool = False, **options: Any
 ) -> Conversion:
     """Write a checkpoint as another system lays it out; tensors keep their dtype and every bit.
 
@@ -87,7 +87,7 @@ def convert_checkpoint(
     return Conversion(files, left_out, encoder_only, classes, layout.endswith("BEiT"))
 
 
-def _descriptions(checkpoint: Checkpoint, to: str) -> dict[str, dict]:
+def _descriptions(checkpoint: Checkpoint, to: str) -> dict[str, dict[str, Any]]:
     config, head = checkpoint.config, checkpoint.head
     if to == "mae":
         with torch.device("meta"):
@@ -106,7 +106,11 @@ def _descriptions(checkpoint: Checkpoint, to: str) -> dict[str, dict]:
 
 
 def _write(
-    out: Path, state: dict[str, Tensor], descriptions: dict[str, dict], settings: dict[str, dict], under_model: bool
+    out: Path,
+    state: dict[str, Tensor],
+    descriptions: dict[str, dict[str, Any]],
+    settings: dict[str, dict[str, Any]],
+    under_model: bool,
 ) -> list[Path]:
     if descriptions:
         write_folder(out, state, descriptions)

@@ -128,7 +128,7 @@ def _check_zip(file: Path) -> None:
         raise CheckpointError(f"it is a zip archive of {listed(names, 4) or 'nothing'}; unpack it")
 
 
-def _harmless() -> list:
+def _harmless() -> list[Any]:
     """What a command line or a record of training holds, none of which can run code; names are those in pickles."""
     pure = {"Posix": pathlib.PurePosixPath, "Windows": pathlib.PureWindowsPath}  # either system reads both
     paths = [
@@ -137,11 +137,11 @@ def _harmless() -> list:
         for system, kind in pure.items()
         for name in (f"{system}Path", f"Pure{system}Path")
     ]
-    scalar, array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+    functions: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]]
     arrays = [
         (function, f"numpy.{core}.multiarray.{function.__name__}")
         for core in ("core", "_core")
-        for function in (scalar, array)
+        for function in functions
     ]
     dtypes = [type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"]
     dates = [datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone]

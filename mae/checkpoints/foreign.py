@@ -112,7 +112,7 @@ def _taken_apart(names: Iterable[str]) -> str | None:
     return None
 
 
-def _settings(dictionaries: list, place: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def _settings(dictionaries: list[Any], place: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """Plain values around the weights, and those of dictionaries beside them whose names say that they are settings."""
     result = {}
     for where, values in dictionaries:
@@ -124,7 +124,8 @@ def _settings(dictionaries: list, place: tuple[str, ...]) -> dict[str, dict[str,
 
 def _dictionaries(content: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     """All that are in a file, the outermost first, with the names of those around them; a namespace counts as one."""
-    waiting, seen = deque([((), content)]), set()  # some hold themselves
+    waiting: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
+    seen = set()  # some hold themselves
     while waiting:
         place, x = waiting.popleft()
         if id(x) in seen:
@@ -169,14 +170,14 @@ def _is_average(place: tuple[str, ...], prefix: str, counters: list[str]) -> boo
     return bool(_AVERAGE.search(words)) or any(prefix.startswith(counter) for counter in counters)
 
 
-def _nameless_averages(dictionaries: list) -> Iterator[str]:
+def _nameless_averages(dictionaries: list[Any]) -> Iterator[str]:
     for place, values in dictionaries:
         for name, x in values.items():
             if isinstance(x, (list, tuple)) and any(map(_is_array, x)) and _is_average((*place, name), "", []):
                 yield ".".join((*place, name))
 
 
-def _unprefixed(file: Path, content: Any, dictionaries: list) -> _Model:
+def _unprefixed(file: Path, content: Any, dictionaries: list[Any]) -> _Model:
     """The largest state dict of a file in which no model was recognised: its keys make the error."""
     tables = [(len(place), place, {k: x for k, x in values.items() if _is_array(x)}) for place, values in dictionaries]
     tables = [(depth, place, table) for depth, place, table in tables if table]

@@ -17,9 +17,10 @@ from mae.checkpoints.files import listed
 from mae.checkpoints.layouts import CheckpointError
 from mae.fields import are_all, is_whole
 from mae.model import HeadConfig, MAEConfig
+from mae.model.classifier import Pool
 
 
-def says_classifier(description: dict) -> bool:
+def says_classifier(description: dict[str, Any]) -> bool:
     """Whether a ``config.json`` of ours, Hugging Face's or timm's is of a classifier."""
     if "model_type" in description:
         return "ForImageClassification" in str(description.get("architectures"))
@@ -28,7 +29,7 @@ def says_classifier(description: dict) -> bool:
     return "head" in description
 
 
-def find_head(description: dict, state: dict[str, Tensor]) -> tuple[HeadConfig | None, list[str]]:
+def find_head(description: dict[str, Any], state: dict[str, Tensor]) -> tuple[HeadConfig | None, list[str]]:
     """The head of a model, None for no classifier, and a clause for each choice.
 
     Args:
@@ -44,7 +45,8 @@ def find_head(description: dict, state: dict[str, Tensor]) -> tuple[HeadConfig |
     weight = state.get("head.weight")
     if weight is None or weight.ndim != 2:
         return None, []
-    labels, pool, fc_norm, notes = None, "mean", True, []
+    pool: Pool = "mean"
+    labels, fc_norm, notes = None, True, []
     if "model_type" in description:
         labels, is_vit = description.get("id2label"), description["model_type"] == "vit"
         pool, fc_norm = ("token", False) if is_vit else ("mean", True)
@@ -66,13 +68,13 @@ def _from_ours(values: Any) -> HeadConfig:
     return HeadConfig(**values)
 
 
-def _timm(values: dict, name: str, default: Any = None) -> Any:
+def _timm(values: dict[str, Any], name: str, default: Any = None) -> Any:
     """What builds the model there: its arguments, and behind them what the file says of it."""
     arguments = values.get("model_args")
     return (arguments if isinstance(arguments, dict) else {}).get(name, values.get(name, default))
 
 
-def _from_timm(values: dict) -> tuple[Any, str, bool]:
+def _from_timm(values: dict[str, Any]) -> tuple[Any, Pool, bool]:
     pool, fc_norm = _timm(values, "global_pool", "token"), _timm(values, "fc_norm")
     if not isinstance(pool, str) or pool not in TIMM_POOLS:
         raise CheckpointError(f"global_pool {pool!r} cannot be converted")
@@ -102,7 +104,7 @@ def _names(labels: Any, count: int) -> tuple[tuple[str, ...], list[str]]:
     return tuple(names), notes
 
 
-def to_classifier_config(config: MAEConfig, head: HeadConfig) -> dict:
+def to_classifier_config(config: MAEConfig, head: HeadConfig) -> dict[str, Any]:
     """A ``config.json`` for Hugging Face's ViT, or its BEiT for a mean.
 
     Raises:

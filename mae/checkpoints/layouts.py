@@ -17,6 +17,8 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be used; the message says why and what would help."""
 
 
+Table = dict[str, tuple[str, ...]]
+
 # Modules and parameters outside the blocks, and within a block. Three names are q, k and v: one matrix in ours.
 _ENCODER = {
     "cls_token": "embeddings.cls_token",
@@ -26,7 +28,7 @@ _ENCODER = {
 }
 _DECODER = ("decoder_embed", "mask_token", "decoder_pos_embed", "decoder_norm", "decoder_pred")
 _HEAD = ("fc_norm", "head")  # of a classifier
-_PUBLISHED_BLOCK = {x: (x,) for x in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")}
+_PUBLISHED_BLOCK: Table = {x: (x,) for x in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")}
 _BLOCK_4 = {
     "norm1": ("layernorm_before",),
     "attn.qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
@@ -48,9 +50,6 @@ _BLOCK_5 = {
 def is_decoder(name: str) -> bool:
     """Whether a published key belongs to the decoder."""
     return name.startswith("decoder_") or name == "mask_token"
-
-
-Table = dict[str, tuple[str, ...]]
 
 
 def _table(encoder: dict[str, str], decoder: dict[str, str], blocks: str, decoder_blocks: str, block: Table) -> Table:

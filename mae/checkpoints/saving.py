@@ -8,7 +8,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ _TEMPORARY = re.compile(r"\.tmp\w{6}|(model\.safetensors|(preprocessor_)?config\
 _MINUTE, _DAY = 60.0, 86400.0
 
 
-def write_folder(folder: Path, state: dict[str, Tensor], descriptions: dict[str, dict]) -> None:
+def write_folder(folder: Path, state: dict[str, Tensor], descriptions: dict[str, dict[str, Any]]) -> None:
     """``model.safetensors`` and JSON files by their names, put in place when all of them are whole.
 
     Raises:
@@ -51,10 +51,10 @@ def write_json(folder: Path, descriptions: dict[str, Any]) -> None:
 
 
 def _json_writers(descriptions: dict[str, Any]) -> dict[str, Callable[[Path], object]]:
-    return {
-        name: lambda path, values=values: path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        for name, values in descriptions.items()
-    }
+    def writer(values: Any) -> Callable[[Path], object]:
+        return lambda path: path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    return {name: writer(values) for name, values in descriptions.items()}
 
 
 def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
@@ -67,7 +67,7 @@ def write_pickle(path: Path, content: Any) -> None:
         torch.save(content, file)
 
 
-def write_files(folder: Path, writers: dict[str, Callable[[Path], object]]) -> None:
+def write_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Let each writer write beside its place, and put the files there when all of them are whole.
 
     Raises:

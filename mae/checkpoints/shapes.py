@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -28,7 +29,7 @@ _SETTINGS = {
 _HEADS = ("num_heads", "decoder_num_heads")
 
 
-def from_settings(places: dict[str, dict]) -> tuple[dict, list[str]]:
+def from_settings(places: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
     """What the settings of a training say of its model, as plain values, and a clause for each that is not taken.
 
     Args:
@@ -81,8 +82,12 @@ _READ = {
 
 
 def from_weights(
-    state: dict[str, Tensor], settings: dict, model: str | None, overrides: dict, image_size: Sizes | None = None
-) -> tuple[dict, list[str]]:
+    state: dict[str, Tensor],
+    settings: dict[str, Any],
+    model: str | None,
+    overrides: dict[str, Any],
+    image_size: Sizes | None = None,
+) -> tuple[dict[str, Any], list[str]]:
     """Fields of :class:`MAEConfig` for weights without a configuration.
 
     What the caller names comes first, then the shapes, then the settings, and last the published model of that width.
@@ -151,15 +156,15 @@ def _text(value: Any) -> str:
 
 
 @functools.cache
-def _factory(name: str) -> dict:
+def _factory(name: str) -> dict[str, Any]:
     with torch.device("meta"):
         return asdict(MODELS[name]().config)
 
 
-def _shapes(state: dict[str, Tensor]) -> dict:
+def _shapes(state: dict[str, Tensor]) -> dict[str, Any]:
     """Fields that the shapes of weights fix, and ``tokens``, the rows of the position embedding."""
     shape = {name: tuple(x.shape) for name, x in state.items()}
-    result = {}
+    result: dict[str, Any] = {}
     if len(shape.get("patch_embed.proj.weight", ())) in (4, 5):
         dim, channels, *patch = shape["patch_embed.proj.weight"]
         result |= {"embed_dim": dim, "in_chans": channels, "patch_size": tuple(patch)}
@@ -184,12 +189,12 @@ def blocks_in(state: dict[str, Tensor], blocks: str) -> int:
     return len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
 
 
-def _is_like(model: dict, shapes: dict) -> bool:
+def _is_like(model: dict[str, Any], shapes: dict[str, Any]) -> bool:
     return model["embed_dim"] == shapes["embed_dim"] and len(model["patch_size"]) == len(shapes["patch_size"])
 
 
 def _image_size(
-    known: dict, tokens: int | None, settings: dict, asked: Sizes | None
+    known: dict[str, Any], tokens: int | None, settings: dict[str, Any], asked: Sizes | None
 ) -> tuple[tuple[int, ...], list[str]]:
     """Of the settings if as many patches fit as there are positions, else a square or cube of them, else as asked."""
     said, usual, patch = settings.get("image_size"), known.get("image_size"), known["patch_size"]
@@ -213,7 +218,7 @@ def _image_size(
     raise CheckpointError(f"its {tokens - 1} positions are those of no {kind}; pass the image_size of its training")
 
 
-def _patches(size: tuple[int, ...], patch: tuple[int, ...]) -> int | None:
+def _patches(size: Sequence[int], patch: Sequence[int]) -> int | None:
     """How many patches fit, None where some are cut."""
     if len(size) != len(patch) or any(x % p for x, p in zip(size, patch, strict=True)):
         return None

@@ -17,7 +17,7 @@ class ConvertConfig:
 
     checkpoint: Path
     """Folder or file in any of these layouts, found by its keys."""
-    to: Literal[TARGETS]
+    to: Literal[TARGETS]  # type: ignore[valid-type]  # choices, which no checker evaluates
     """huggingface-4 loads with transformers 4 and 5, huggingface-5 with 5 alone; timm gets encoders and classifiers."""
     out: Path
     """Folder to write, or a file that ends in .safetensors or .pth, which holds the weights alone."""

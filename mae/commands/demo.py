@@ -16,12 +16,12 @@ from mae.commands.pictures import put_picture
 from mae.data import TensorImages
 from mae.evaluation.features import extract_features
 from mae.evaluation.probe import linear_probe
-from mae.model import mae_vit_demo_patch7
+from mae.model import MaskedAutoencoder, mae_vit_demo_patch7
 from mae.report.page import write_report
 from mae.run_files import RESULTS
 from mae.training.loop import train
 from mae.training.recipe import Recipe, TrainConfig
-from mae.training.run import refuse_run
+from mae.training.run import Mode, refuse_run
 
 _CLASSES, _SIDE, _PER_ROW = 10, 28, 50
 
@@ -68,10 +68,11 @@ def run_demo(config: DemoConfig) -> dict[str, float]:
     untrained = extract_features(model, images.split(500)), extract_features(model, test_images.split(500))
     options = {"model": mae_vit_demo_patch7.__name__} | asdict(training)
     recipe = Recipe(options, {"images": len(images)}, training.schedule(len(images)))
-    mode = "overwrite" if config.overwrite else "new"
+    mode: Mode = "overwrite" if config.overwrite else "new"
     train(model, TensorImages(images, config.seed), training, config.out, mode, recipe=recipe)
 
     model = load_checkpoint(config.out)
+    assert isinstance(model, MaskedAutoencoder)
     shown = test_images[:: len(test_images) // 18][:18]
     noise = torch.rand(len(shown), model.config.num_patches, generator=torch.Generator().manual_seed(0))
     picture = put_picture(model.reconstruct(shown, noise=noise), config.out, config.steps)

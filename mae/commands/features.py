@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -102,7 +102,8 @@ def _write_parquet(path: Path, batches: Iterator[Tensor], names: list[str]) -> N
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    writer, count = None, 0
+    writer: Any = None
+    count = 0
     for batch in batches:
         kind = pa.float32()
         for length in reversed(batch.shape[1:]):

@@ -59,7 +59,8 @@ class FrozenFeatures:
     def features(self, pool: Pool, batch_size: int, workers: int) -> tuple[LabelledFeatures, LabelledFeatures]:
         """Of the pictures to learn from, and of those to test."""
         models, options = [*self.encoders.values()], {"batch_size": batch_size, "workers": usable_workers(workers)}
-        return tuple(labelled_features(models, x, self.reading, pool, **options) for x in (self.data, self.test))
+        fit, test = (labelled_features(models, x, self.reading, pool, **options) for x in (self.data, self.test))
+        return fit, test
 
     def write(self, table: Table, predictions: Predictions, **conditions: Any) -> None:
         self.results.write(table, predictions, self.test, self.reading, self.config.where | conditions)

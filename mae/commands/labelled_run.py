@@ -64,7 +64,7 @@ class LabelledRun:
     out: Path
     conditions: dict[str, Any]  # which stand beside its accuracies
     make_model: Callable[[VisionTransformer, tuple[str, ...]], Classifier]  # of the encoder and the classes
-    make_task: Callable[[Classifier, LabelledConfig, torch.Tensor, Processes], Classification]  # of the labels
+    make_task: Callable[..., Classification]  # of the classifier, the training, the labels and the processes
 
 
 def run_labelled(asked: LabelledRun) -> None:
@@ -169,8 +169,7 @@ def _prepare(asked: LabelledRun, device: torch.device, processes: Processes) -> 
     reading = config.reading.reading(model.config)
     for labelled in (data, test):
         refuse_unreadable(labelled.source, reading)
-    crops = {"least_area": training.least_area, "flips": training.flips}
-    images = TrainingImages(data.source, reading, training.seed, **crops)
+    images = TrainingImages(data.source, reading, training.seed, least_area=training.least_area, flips=training.flips)
     held = {"images": len(data), "fingerprint": data.source.fingerprint(), "labels": data.fingerprint()}
     options = {name: x for name, x in flat(config).items() if name not in HOW_STARTED}
     recipe = Recipe({"command": asked.command, **options}, held, training.schedule(len(data)))

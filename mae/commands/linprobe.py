@@ -43,7 +43,7 @@ class LinprobeConfig(LabelledOptions):
 
 def linprobe(config: LinprobeConfig) -> None:
     config.reading.reading()
-    solver = config.solver
+    solver: Literal["auto", "lbfgs", "sgd", "lars"] = config.solver
     if solver == "auto":
         data, _ = open_train_and_test(config.data, config.test)
         solver = "lbfgs" if len(data) <= _SMALL else "sgd"

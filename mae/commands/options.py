@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -12,7 +12,10 @@ from mae.fields import unknown_statistics
 from mae.model import MODELS, MAEConfig, VisionTransformer
 from mae.training.run import Mode
 
-ModelName = Literal[tuple(MODELS)]
+if TYPE_CHECKING:
+    ModelName = str
+else:  # choices, which no checker evaluates
+    ModelName = Literal[tuple(MODELS)]
 Sizes = int | tuple[int, int] | tuple[int, int, int]
 
 
@@ -57,7 +60,7 @@ class ReadingOptions:
 
     def reading(self, model: MAEConfig | None = None) -> Reading:
         """For that model; without one the options are only checked."""
-        taken = {} if model is None else {"channels": model.in_chans, "image_size": model.image_size}
+        taken: dict[str, Any] = {} if model is None else {"channels": model.in_chans, "image_size": model.image_size}
         return Reading(**taken, **vars(self))
 
 
@@ -75,7 +78,7 @@ class SizeOptions:
     """Channels of the images. Other numbers than 1 and 3 come from multi-band TIFFs and NumPy files, and are normalised
     with mean 0.5 and standard deviation 0.5; sound has one."""
 
-    def config(self, model: ModelName, **fields) -> MAEConfig:
+    def config(self, model: ModelName, **fields: Any) -> MAEConfig:
         """The configuration of the model of that name with these sizes, and other fields that are not None."""
         with torch.device("meta"):
             own = MODELS[model]().config
@@ -98,7 +101,7 @@ class RunOptions:
     dry_run: bool = False
     """Say what would be done, and do nothing."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them")
 
@@ -118,7 +121,7 @@ def flat(config: Any) -> dict[str, Any]:
     return own | {name: x for part in inner.values() for name, x in flat(part).items()}
 
 
-def from_flat(cls: type, values: dict[str, Any]) -> Any:
+def from_flat(cls: Any, values: dict[str, Any]) -> Any:
     """The inverse of :func:`flat`; what values do not say is as it is by default.
 
     Raises:
@@ -137,12 +140,12 @@ def from_flat(cls: type, values: dict[str, Any]) -> Any:
     return cls(**arguments)
 
 
-def given(**options) -> dict:
+def given(**options: Any) -> dict[str, Any]:
     """Those that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _channels(in_chans: int | None) -> dict:
+def _channels(in_chans: int | None) -> dict[str, Any]:
     """Arguments of a model with that many channels."""
     if in_chans is None:
         return {}

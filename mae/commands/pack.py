@@ -53,8 +53,8 @@ def run_pack(config: PackConfig) -> None:
     reading = Reading(config.in_chans, **vars(config.reading))
     refuse_filled(config.out, config.overwrite)
     if config.labels:
-        files, *labels = find_labelled_images(config.data)
-        source = ImageFiles(files, Path(config.data))
+        files, numbers, names = find_labelled_images(config.data)
+        source, labels = ImageFiles(files, Path(config.data)), (numbers, names)
     else:
         source, labels = open_source(config.data), None
     refuse_unreadable(source, reading)

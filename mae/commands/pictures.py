@@ -71,7 +71,7 @@ def view_of(source: Source, numbers: Iterable[int], otherwise: View = "frames") 
 class Drawing:
     """Callable: reconstructions of the same images under the same masks, as the picture of a step."""
 
-    def __init__(self, source: Source, reading: Reading, strategy: MaskStrategy, run: Path):
+    def __init__(self, source: Source, reading: Reading, strategy: MaskStrategy, run: Path) -> None:
         self._source, self._reading, self._strategy, self._run = source, reading, strategy, run
         self._shown: tuple[Tensor, View | Literal["sound"]] | None = None
 

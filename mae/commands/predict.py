@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,7 @@ def predict(config: PredictConfig) -> None:
     classes, counts = model.head_config.classes, Counter()
     refuse_unreadable(source, reading)
 
-    def lines() -> Iterator[list]:
+    def lines() -> Iterator[list[Any]]:
         yield ["file", "label", "probability", *classes]
         workers = usable_workers(config.workers)
         for images, numbers in whole_batches(source, reading, config.batch_size, workers=workers):

@@ -159,8 +159,9 @@ class _Job:
         )
         if self.validation is not None:
             words += f"; {counted(len(self.validation), 'image')} held out"
-        if at_once := self.recipe.data.get("open_at_once"):
-            groups = int((self.images.source.blocks.sizes > 0).sum())
+        at_once, blocks = self.recipe.data.get("open_at_once"), self.images.source.blocks
+        if at_once and blocks is not None:
+            groups = int((blocks.sizes > 0).sum())
             words += f". The stream mixes {min(at_once, groups)} of its {groups} row groups at a time"
         if others := unpublished(flat(config)):
             words += f"\nNot the published method: {', '.join(others)}"
@@ -175,11 +176,9 @@ class _Job:
         words += ". It ends earlier with fewer --steps"
         if self.config.recipe is None and self.device.type == "cpu":
             words += "; --recipe cpu is for a first look"
-        shorter = {"decoder_depth": 1, "decoder_embed_dim": 128, "decoder_num_heads": 1}
-        whole, part = (
-            training_flops(x, self.config.train.mask_ratio)
-            for x in (self.model.config, replace(self.model.config, **shorter))
-        )
+        config: MAEConfig = self.model.config
+        shorter = replace(config, decoder_depth=1, decoder_embed_dim=128, decoder_num_heads=1)
+        whole, part = (training_flops(x, self.config.train.mask_ratio) for x in (config, shorter))
         if part > 0.5 * whole:
             return words
         return (
@@ -229,10 +228,11 @@ class _Job:
 def _prepare(config: PretrainConfig, device: torch.device, processes: Processes) -> _Job:
     if processes.leads and not config.data_benchmark:
         refuse_run(config.out, config.start.mode != "new")
-    decoder = {"decoder_depth": config.decoder_depth, "decoder_embed_dim": config.decoder_width}
+    decoder: dict[str, Any] = {"decoder_depth": config.decoder_depth, "decoder_embed_dim": config.decoder_width}
     decoder |= {"decoder": config.decoder, "predicted_share": config.predicted_share}
     if config.train.masking == "grid" and config.predicted_share < 1:
         raise ValueError("masking grid has so few masks that with a predicted_share some patches are never predicted")
+    assert config.model is not None
     sizes = config.sizes.config(config.model, norm_pix_loss=config.norm_pix_loss, **decoder)
     config.train.strategy(0, sizes.grid.grid)  # refuses a ratio that this grid cannot have
     source, validation = _without(config.out, open_source(config.data)), None
@@ -261,7 +261,9 @@ def _prepare(config: PretrainConfig, device: torch.device, processes: Processes)
 
 def _without(out: Path, source: Source) -> Source:
     """Pictures that a run has drawn into its own folder are not of the images that it is trained on."""
-    if not isinstance(source, ImageFiles) or not out.resolve().is_relative_to(source.root.resolve()):
+    if not isinstance(source, ImageFiles) or source.root is None:
+        return source
+    if not out.resolve().is_relative_to(source.root.resolve()):
         return source
     return ImageFiles([file for file in source.files if not file.resolve().is_relative_to(out.resolve())], source.root)
 

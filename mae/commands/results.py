@@ -25,7 +25,7 @@ _WIDTH = 32  # characters of a name in a table
 class Table:
     """Accuracies, printed line by line in percent: top-1, and top-5 from ten classes on."""
 
-    def __init__(self, classes: int, labels: np.ndarray, first: str = "features"):
+    def __init__(self, classes: int, labels: np.ndarray, first: str = "features") -> None:
         self.measures, self.accuracies = measures(classes), {}
         print(f"  {first:<{_WIDTH}}" + "".join(f"{f'top-{k}':>9}" for k in self.measures))
         self._line("largest class alone", {"top1": float(np.bincount(labels).max() / len(labels))})
@@ -51,7 +51,7 @@ class Results:
     command: str
     folder: Path | None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._earlier()  # what cannot be written is better known before minutes of work
 
     def _earlier(self) -> list[dict[str, Any]]:

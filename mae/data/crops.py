@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, tee
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Sample(NamedTuple):
     pixels: Tensor | None  # [T * C, h, w] uint8
     flip: bool
     problems: list[str]  # of the files that were passed over, or why there is no picture
-    index: int = 0  # of the picture
+    index: int = 0  # type: ignore[assignment]  # of the picture; it hides a method of tuples
     note: str = ""  # how values of more than 8 bits became these, see mae.data.levels
 
 
@@ -74,7 +74,8 @@ class Crops:
         if torch.device(device).type == "cuda":
             crops = self._each(lambda x: x.to(device, non_blocking=non_blocking))
         boxes = torch.cat([torch.zeros_like(crops.images.sizes), crops.images.sizes], dim=1)  # the whole of each
-        planes = random_resized_crop(crops.images, boxes, crops.flips, self.image_size[-2:])
+        height, width = self.image_size[-2:]
+        planes = random_resized_crop(crops.images, boxes, crops.flips, (height, width))
         return arranged(planes.to(device, non_blocking=non_blocking), self.image_size)
 
     def _each(self, f: Callable[[Tensor], Tensor]) -> "Crops":
@@ -95,7 +96,7 @@ class Collated(NamedTuple):
     notes: Sequence[tuple[int, str]] = ()
 
 
-class TrainingImages(Dataset):
+class TrainingImages(Dataset[Any]):
     """Random boxes of images, cut out and not yet resized; in place of one that cannot be read stands another.
 
     Frames of a clip have their box and flip in common, and a random start; of sound a random part is taken, as it is.
@@ -107,7 +108,9 @@ class TrainingImages(Dataset):
         flips: whether half of the boxes are mirrored.
     """
 
-    def __init__(self, source: Source, reading: Reading, seed: int = 0, *, least_area: float = 0.2, flips: bool = True):
+    def __init__(
+        self, source: Source, reading: Reading, seed: int = 0, *, least_area: float = 0.2, flips: bool = True
+    ) -> None:
         self.source, self.reading, self.seed = source, reading, seed
         self.least_area, self.flips = least_area, flips
 
@@ -125,7 +128,8 @@ class TrainingImages(Dataset):
             yield from steps
             return
         steps, again = tee(steps)
-        contents = self.source.contents([key[1] for key in keys] for keys in again)
+        source: Any = self.source  # one with blocks has contents too
+        contents = source.contents([key[1] for key in keys] for keys in again)
         for keys, files in ahead(zip(steps, contents, strict=True), _AHEAD):
             yield [(*key, file) for key, file in zip(keys, files, strict=True)]
 
@@ -135,7 +139,8 @@ class TrainingImages(Dataset):
         Source: He et al. 2021, appendix A.1; in pre-training boxes of 20 to 100 % of the area, half of them flipped.
         """
         problems = []
-        epoch, index, file = (*key, None)[:3]
+        epoch, index = key[:2]
+        file = key[2] if len(key) == 3 else None
         start, *box, flip = uniform("sample", self.seed, (epoch, index), 24).tolist()
         wanted = Wanted(self._shrink_whole, lambda places: int(start * places))
         for other in self._others(index):
@@ -191,16 +196,17 @@ class TrainingImages(Dataset):
         if samples[-1].pixels is None:
             return Collated(None, problems=samples[-1].problems)
         flips = torch.tensor([sample.flip for sample in samples])
-        crops = Crops(PackedImages.pack([sample.pixels for sample in samples]), flips, self.reading.image_size)
+        pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+        crops = Crops(PackedImages.pack(pixels), flips, self.reading.image_size)
         notes = [(sample.index, sample.note) for sample in samples if sample.note]
         numbers = [sample.index for sample in samples]
         return Collated(crops.to("cpu") if resize else crops, numbers, problems, notes)
 
 
-class TensorImages(Dataset):
+class TensorImages(Dataset[Any]):
     """Images ``[N, C, H, W]`` in memory, as they are, half of them flipped. They are numbered from 0 on."""
 
-    def __init__(self, images: Tensor, seed: int = 0):
+    def __init__(self, images: Tensor, seed: int = 0) -> None:
         self.images, self.seed = images, seed
 
     def __len__(self) -> int:
@@ -214,9 +220,9 @@ class TensorImages(Dataset):
 
     def __getitems__(self, keys: list[Key]) -> tuple[Tensor, list[int]]:
         # In NumPy: waking PyTorch's threads takes longer than copying a batch.
-        numbers = [index for _, index in keys]
+        numbers = [key[1] for key in keys]
         batch = self.images.numpy()[numbers]
-        flips = [_flips(self.seed, epoch, len(self))[index] for epoch, index in keys]
+        flips = [_flips(self.seed, key[0], len(self))[key[1]] for key in keys]
         batch[flips] = batch[flips, ..., ::-1]
         return torch.from_numpy(batch), numbers
 

@@ -89,7 +89,10 @@ def open_labelled_dataset(name: str) -> tuple[Table, np.ndarray, tuple[str, ...]
 def _options(name: str, known: set[str]) -> tuple[str, dict[str, str]]:
     """The place, and what is said behind it, of these and of streaming."""
     place, *options = _parts(name)
-    chosen = dict(x.split("=", 1) if "=" in x else (x if x == _STREAMING else "split", x) for x in options)
+    chosen = {}
+    for x in options:
+        option, equals, value = x.partition("=")
+        chosen[option if equals or x == _STREAMING else "split"] = value if equals else x
     if not place:
         raise DataError(f"{printable(f'hf:{name}')} names no dataset")
     if unknown := chosen.keys() - known - {_STREAMING}:

@@ -115,7 +115,7 @@ def _extent(x: np.ndarray) -> tuple[float, float]:
 
 
 def _levels(pixels: np.ndarray) -> int:
-    return np.count_nonzero(np.bincount(pixels.ravel(), minlength=256))
+    return int(np.count_nonzero(np.bincount(pixels.ravel(), minlength=256)))
 
 
 def _scaled(x: np.ndarray, ends: tuple[float, float]) -> np.ndarray:

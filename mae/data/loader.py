@@ -1,15 +1,15 @@
 """Batches on a device, which worker processes make."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mae.data.crops import Crops, TensorImages, TrainingImages
+from mae.data.crops import TensorImages, TrainingImages
 from mae.data.errors import DataError
 from mae.data.notes import Notes
 from mae.data.order import Key, Order
@@ -19,7 +19,7 @@ from mae.data.workers import ignore_signals, loaded
 class Batch(NamedTuple):
     """Pictures, and their numbers in the source: in place of one that cannot be read stands another, with its own."""
 
-    images: Crops | Tensor  # on the device [N, C, H, W] or [N, C, T, H, W] uint8
+    images: Any  # Crops or a Tensor, on the device always a Tensor [N, C, H, W] or [N, C, T, H, W] uint8
     numbers: Tensor  # [N] int64
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
@@ -47,10 +47,11 @@ class Batches:
         *,
         rows: slice = slice(None),
         workers: int = 0,
-    ):
+    ) -> None:
         self.unreadable: dict[str, None] = {}  # problem by problem, in order, each once
         self.images = images
-        self.notes = Notes(getattr(images, "source", ()))
+        source: Any = getattr(images, "source", ())
+        self.notes = Notes(source)
         self.order = images.order(batch_size)
         self._steps = _Steps(images, self.order, steps, rows)
         with warnings.catch_warnings():
@@ -82,7 +83,7 @@ class _Steps:
 
     problem: DataError | None = None
 
-    def __init__(self, images: TrainingImages | TensorImages, order: Order, steps: range, rows: slice):
+    def __init__(self, images: TrainingImages | TensorImages, order: Order, steps: range, rows: slice) -> None:
         self._images, self._order, self._steps, self._rows = images, order, steps, rows
 
     def __len__(self) -> int:
@@ -96,7 +97,7 @@ class _Steps:
             self.problem = error
 
 
-def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+def on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch, None, None]:
     """Each batch on the device. On CUDA it is copied on a stream of its own, while the step before it still runs."""
     if device.type != "cuda":
         for batch in batches:

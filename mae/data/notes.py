@@ -16,7 +16,7 @@ _NOTES = {
 class Notes:
     """Counts the pictures whose values were not plainly taken, each once."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source) -> None:
         self._source = source
         self._noted: dict[str, set[int]] = {note: set() for note in _NOTES}
         self._told = dict.fromkeys(_NOTES, 0)

@@ -34,15 +34,15 @@ class Blocks(NamedTuple):
 class Order:
     """Each epoch is a permutation of all pictures, and epochs follow each other without a seam."""
 
-    def __init__(self, count: int, batch_size: int, seed: int = 0):
+    def __init__(self, count: int, batch_size: int, seed: int = 0) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self._kept = lru_cache(maxsize=2)(self.epoch)
 
-    def keys(self, step: int, rows: slice = slice(None)) -> list[tuple[int, int]]:
+    def keys(self, step: int, rows: slice = slice(None)) -> list[Key]:
         """(epoch, index) of each picture of a step, counted from 0; of the batch only these rows."""
         places = range(step * self.batch_size, (step + 1) * self.batch_size)[rows]
         epochs, places = np.divmod(np.arange(places.start, places.stop), self.count)
-        keys: list[tuple[int, int]] = []
+        keys: list[Key] = []
         for epoch in dict.fromkeys(epochs.tolist()):
             order = self._kept(epoch)
             keys += [(epoch, index) for index in order[places[epochs == epoch]].tolist()]
@@ -61,7 +61,7 @@ class StreamOrder(Order):
     rows, opens few blocks that others open too.
     """
 
-    def __init__(self, blocks: Blocks, batch_size: int, seed: int = 0):
+    def __init__(self, blocks: Blocks, batch_size: int, seed: int = 0) -> None:
         super().__init__(int(blocks.sizes.sum()), batch_size, seed)
         self._sizes, self.open_at_once = blocks.sizes, blocks.open_at_once(batch_size)
 

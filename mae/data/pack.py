@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -93,7 +93,8 @@ def pack(
     columns = {"image": datasets.Image(), "path": datasets.Value("string")}
     features = datasets.Features(columns | ({"label": datasets.ClassLabel(names=labels[1])} if labels else {}))
     prefix = source.prefix if isinstance(source, ImageFiles) else ""
-    problems, notes, rows, held, images, files = [], Notes(source), [], 0, 0, []
+    problems, notes, held, images, files = [], Notes(source), 0, 0, []
+    rows: list[dict[str, Any]] = []
     with _staged(out) as stage, _no_progress_bars(datasets):
 
         def write() -> None:
@@ -145,10 +146,10 @@ def refuse_filled(out: Path, overwrite: bool) -> None:
         )
 
 
-class _Encoded(Dataset):
+class _Encoded(Dataset[Any]):
     """The bytes of each image and what :class:`Notes` says of it, or None and why there are none."""
 
-    def __init__(self, source: Source, packing: Packing, reading: Reading):
+    def __init__(self, source: Source, packing: Packing, reading: Reading) -> None:
         self._source, self._packing, self._reading = source, packing, reading
 
     def __len__(self) -> int:
@@ -226,7 +227,7 @@ def _staged(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _no_progress_bars(datasets) -> Iterator[None]:
+def _no_progress_bars(datasets: Any) -> Iterator[None]:
     """One for each file would interrupt the one of all images."""
     were_off = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()

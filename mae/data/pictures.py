@@ -35,7 +35,7 @@ class Picture(NamedTuple):
     def width(self) -> int:
         return _size(self.images[0])[1]
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         """``[H, W]`` of one plane, else ``[H, W, T * C]``: uint8, as of an image of Pillow."""
         planes = np.concatenate([planes_of(image) for image in self.images])
         return (planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0)).astype(dtype or np.uint8)
@@ -91,7 +91,7 @@ def _picture(stored: Sequence[Frame] | Values, reading: Reading) -> Picture:
     if not isinstance(stored, Values):
         frames = [_plain(image, reading) for image in stored]
         if reading.value_range is None:
-            bands = [(frame,) if reading.channels in (1, 3) else frame.split() for frame in frames]
+            bands = [(frame,) if reading.channels in (1, 3) else _image(frame).split() for frame in frames]
             return Picture(sum(bands, ()))
         stored = Values(np.stack([planes_of(frame) for frame in frames], axis=1))
     channels, *_, height, width = stored.values.shape
@@ -144,7 +144,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _levels(image: Image.Image, where: Image.Image | None = None) -> int:
     """How many of 256 its colours take, of an RGBA image."""
-    return np.count_nonzero(np.reshape(image.histogram(where)[: 3 * 256], (3, 256)).any(axis=0))
+    return int(np.count_nonzero(np.reshape(image.histogram(where)[: 3 * 256], (3, 256)).any(axis=0)))
 
 
 def _size(frame: Frame) -> tuple[int, int]:

@@ -21,7 +21,10 @@ class Rows:
     """Files as they are stored, one in each row: :class:`Table`, and :class:`mae.data.streaming.Stream`."""
 
     where: str  # as it was asked for
-    blocks: Blocks | None = None
+
+    @property
+    def blocks(self) -> Blocks | None:
+        return None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -55,9 +58,9 @@ class Rows:
             Unreadable: there is none.
         """
         content, path = held_in(value)
-        if content is None and not path:
+        held = content if content is not None else Path(path) if path else None
+        if held is None:
             raise Unreadable(f"cannot read {printable(self._row(index))}: it holds no file")
-        held = Path(path) if content is None else content
         return Stored(held, f"{self._row(index)}, {path}" if path else self._row(index))
 
     def _row(self, index: int) -> str:

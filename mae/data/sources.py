@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -145,7 +145,8 @@ class Part:
         return self.source.blocks._replace(sizes=np.diff(borders))
 
     def contents(self, steps: Iterable[list[int]]) -> Iterator[list[Stored | None]]:
-        return self.source.contents([self.numbers[i] for i in indices] for indices in steps)
+        source: Any = self.source  # one with blocks has contents too
+        return source.contents([self.numbers[i] for i in indices] for indices in steps)
 
     def name(self, index: int) -> str:
         return self.source.name(self.numbers[index])
@@ -218,7 +219,7 @@ def find_labelled_images(folder: str | Path) -> tuple[list[Path], list[int], lis
     return [file for files in found for file in files], labels, classes
 
 
-def _walk(folder: Path, left_out: Counter) -> Iterator[Path]:
+def _walk(folder: Path, left_out: Counter[Any]) -> Iterator[Path]:
     known, seen = suffixes(), set()
 
     def entries(path: str) -> Iterator[Path]:
@@ -244,7 +245,7 @@ def _walk(folder: Path, left_out: Counter) -> Iterator[Path]:
     return entries(str(folder))
 
 
-def _kind(entry: os.DirEntry, known: frozenset[str]) -> str:
+def _kind(entry: os.DirEntry[str], known: frozenset[str]) -> str:
     """An image, a folder, or else the suffix or kind by which it is counted."""
     try:
         if entry.is_file():
@@ -259,13 +260,13 @@ def _kind(entry: os.DirEntry, known: frozenset[str]) -> str:
     return _BROKEN_LINK if entry.is_symlink() and not os.path.exists(entry.path) else _SPECIAL
 
 
-def _looked_for(left_out: Counter) -> str:
+def _looked_for(left_out: Counter[Any]) -> str:
     examples = [s for s in (".jpg", ".png", ".webp", ".avif", ".jp2", ".tif", ".npy") if s in suffixes()]
     looked = f"looked for {', '.join(examples)} and {len(suffixes()) - len(examples)} other suffixes"
     return f"{looked}; {_listed(left_out)}" if left_out else looked
 
 
-def _listed(left_out: Counter) -> str:
+def _listed(left_out: Counter[Any]) -> str:
     kinds = sorted(left_out.items(), key=lambda kind: (kind[0] in _WORDS, -kind[1], kind[0]))
     parts = [counted(count, *_WORDS.get(kind, (f"{kind} file",))) for kind, count in kinds[:_MOST_KINDS]]
     if rest := kinds[_MOST_KINDS:]:
@@ -275,6 +276,6 @@ def _listed(left_out: Counter) -> str:
     return "; ".join([f"left out {listed}", *(f"some need {package}" for package in missing)])
 
 
-def _warn(folder: Path, left_out: Counter) -> None:
+def _warn(folder: Path, left_out: Counter[Any]) -> None:
     if left_out:
         warnings.warn(f"{printable(folder)}: {_listed(left_out)}", DataWarning, stacklevel=3)

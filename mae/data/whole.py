@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,10 +57,10 @@ def read_pictures(source: Source, reading: Reading, most: int | None = None) -> 
     warn_unreadable(problems, tried)
 
 
-class WholePictures(Dataset):
+class WholePictures(Dataset[Any]):
     """The central part of each picture of a source, by its number."""
 
-    def __init__(self, source: Source, reading: Reading):
+    def __init__(self, source: Source, reading: Reading) -> None:
         self.source, self.reading = source, reading
 
     def __len__(self) -> int:
@@ -76,7 +77,7 @@ class WholePictures(Dataset):
     def collate(samples: list[Sample]) -> Collated:
         read = [sample for sample in samples if sample.pixels is not None]
         return Collated(
-            torch.stack([sample.pixels for sample in read]) if read else None,
+            torch.stack([sample.pixels for sample in read if sample.pixels is not None]) if read else None,
             [sample.index for sample in read],
             [problem for sample in samples for problem in sample.problems],
             [(sample.index, sample.note) for sample in read if sample.note],
@@ -128,7 +129,8 @@ def whole_batches(
 
 
 def _central(picture: Picture, reading: Reading) -> Tensor:
-    return arranged(to_tensor(resize_and_crop(picture, reading.image_size[-2:])), reading.image_size)
+    height, width = reading.image_size[-2:]
+    return arranged(to_tensor(resize_and_crop(picture, (height, width))), reading.image_size)
 
 
 def warn_unreadable(problems: list[str], tried: int) -> None:

@@ -47,7 +47,7 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def loaded(loader: DataLoader, remedy: str = "take fewer --workers") -> Iterator[Any]:
+def loaded(loader: DataLoader[Any], remedy: str = "take fewer --workers") -> Iterator[Any]:
     """Everything from a loader, whose workers end with the iteration.
 
     Raises:

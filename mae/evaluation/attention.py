@@ -1,5 +1,7 @@
 """Where a model looks: attention of the class token."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,8 @@ def attention_maps(model: VisionTransformer, images: Tensor, block: int = -1) ->
     x = model.embed(images)
     for earlier in model.blocks[:block]:
         x = earlier(x)
-    norm, attn = model.blocks[block].norm1, model.blocks[block].attn
+    chosen: Any = model.blocks[block]
+    norm, attn = chosen.norm1, chosen.attn
     queries, keys, _ = torch.unflatten(attn.qkv(norm(x)), 2, (3, attn.num_heads, -1)).unbind(2)  # [N, 1 + L, heads, d]
     scores = torch.einsum("nhd,nlhd->nhl", queries[:, 0], keys) * keys.shape[3] ** -0.5
     shares = scores.softmax(2, dtype=torch.promote_types(scores.dtype, torch.float32))  # [N, heads, 1 + L]

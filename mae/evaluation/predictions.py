@@ -77,7 +77,7 @@ class Evaluation:
         batch_size: int = 64,
         autocast: torch.dtype | None = None,
         workers: int = 0,
-    ):
+    ) -> None:
         self._labelled, self._reading, self._processes = labelled, reading, processes
         self._batch_size, self._autocast, self._workers = batch_size, autocast, workers
         self._is_first = True
@@ -123,6 +123,12 @@ class Evaluation:
     def _batches(self) -> Iterator[Batch]:
         count, processes = len(self._labelled), self._processes
         numbers = range(count * processes.rank // processes.count, count * (processes.rank + 1) // processes.count)
-        options = {"numbers": numbers, "workers": self._workers, "warn": self._is_first}
-        options["problems"] = self._problems
-        return whole_batches(self._labelled.source, self._reading, self._batch_size, **options)
+        return whole_batches(
+            self._labelled.source,
+            self._reading,
+            self._batch_size,
+            numbers=numbers,
+            workers=self._workers,
+            warn=self._is_first,
+            problems=self._problems,
+        )

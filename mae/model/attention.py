@@ -1,5 +1,8 @@
 """Softmax attention: PyTorch's fused kernels, but for their backward in half precision on CPUs."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,7 +38,7 @@ def _fused(packed: Tensor, queries: Tensor | None, keys: Tensor | None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, keys).transpose(1, 2)
 
 
-def _split(packed: Tensor, queries: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _split(packed: Tensor, queries: Tensor | None) -> tuple[Tensor, ...]:
     return packed.unbind(2) if queries is None else (queries, *packed.unbind(2))
 
 
@@ -47,12 +50,11 @@ def _tokens_first(x: Tensor, heads: int) -> Tensor:  # [N heads, T, d] -> [N, T,
     return x.unflatten(0, (-1, heads)).transpose(1, 2)
 
 
-def _chunks(*tensors: Tensor | None):
+def _chunks(q: Tensor, k: Tensor, *others: Tensor | None) -> Iterator[list[Any]]:
     """The tensors ``[N heads, ...]``, queries and keys first, as many heads at a time as fit."""
-    q, k = tensors[:2]
     step = max(1, CHUNK_BYTES // (q.shape[1] * k.shape[1] * q.element_size()))
     for start in range(0, len(q), step):
-        yield [None if x is None else x[start : start + step] for x in tensors]
+        yield [None if x is None else x[start : start + step] for x in (q, k, *others)]
 
 
 def _product(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
@@ -65,7 +67,7 @@ def _attention(packed: Tensor, queries: Tensor | None, keys: Tensor | None) -> T
 
 
 @_attention.register_fake
-def _(packed, queries, keys):
+def _(packed: Tensor, queries: Tensor | None, keys: Tensor | None) -> Tensor:
     rows = packed[:, :, 0] if queries is None else queries
     return rows.new_empty(rows.shape)
 
@@ -93,7 +95,7 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(grad, packed, queries, keys):
+def _(grad: Tensor, packed: Tensor, queries: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor]:
     return packed.new_empty(packed.shape), packed.new_empty(0) if queries is None else queries.new_empty(queries.shape)
 
 
@@ -103,15 +105,15 @@ class _Attention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(packed, queries, keys):
+    def forward(packed: Tensor, queries: Tensor | None, keys: Tensor | None) -> Tensor:
         return torch.ops.mae.attention(packed, queries, keys)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         packed, queries, keys = ctx.saved_tensors
         g_packed, g_queries = once_differentiable(torch.ops.mae.attention_backward.default, grad, packed, queries, keys)
         return g_packed, None if queries is None else g_queries, None

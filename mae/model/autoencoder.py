@@ -4,7 +4,7 @@ State-dict keys are those of the published code, so its checkpoints load with ``
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -51,7 +51,15 @@ class MaskedAutoencoder(VisionTransformer):
     Images and arguments: as of :class:`VisionTransformer`.
     """
 
-    def __init__(self, config: MAEConfig, residual_dtype: torch.dtype | None = None):
+    decoder_embed: nn.Linear
+    mask_token: nn.Parameter
+    mask_token_scatter: MaskTokenScatter
+    decoder_pos_embed: nn.Parameter
+    decoder_blocks: nn.ModuleList
+    decoder_norm: nn.LayerNorm
+    decoder_pred: nn.Linear
+
+    def __init__(self, config: MAEConfig, residual_dtype: torch.dtype | None = None) -> None:
         super().__init__(config, residual_dtype)
         dim = config.decoder_embed_dim
         self.decoder_embed = nn.Linear(config.embed_dim, dim)
@@ -75,7 +83,7 @@ class MaskedAutoencoder(VisionTransformer):
         nn.init.normal_(self.mask_token, std=0.02)
         fill_positions(self.decoder_pos_embed, self.config)
 
-    def forward(
+    def forward(  # type: ignore[override]  # of a subclass with a task of its own
         self,
         images: Tensor,
         mask_ratio: float = 0.75,
@@ -187,8 +195,10 @@ class MaskedAutoencoder(VisionTransformer):
         """
         config, embed, grid = self.config, self.patch_embed, self.patch_grid(images)
         masking = _masking(images, grid.num_patches, mask_ratio, noise, masking)
-        patches = self.forward(images, masking=masking, return_pred=True).pred.float()  # [N, L, E]
-        mean, std = (x.view(-1, *[1] * (images.ndim - 2)) for x in (embed.pixel_mean, embed.pixel_std))
+        pred = self.forward(images, masking=masking, return_pred=True).pred
+        assert pred is not None
+        patches = pred.float()  # [N, L, E]
+        mean, std = (x.view(-1, *[1] * (images.ndim - 2)) for x in (embed.pixel_mean, embed.pixel_std) if x is not None)
         pixels = embed.floating_pixels(images).float()  # [N, C, (T,) H, W]
         sizes = config.patch_size, tuple(images.shape[2:])
         if config.norm_pix_loss:
@@ -206,7 +216,7 @@ class MaskedAutoencoder(VisionTransformer):
             uses_true_statistics=bool(config.norm_pix_loss),
         )
 
-    def _target(self, images: Tensor) -> dict:
+    def _target(self, images: Tensor) -> dict[str, Any]:
         config = self.config
         normalization = self.patch_embed.normalization(images)
         return {"patch_size": config.patch_size, "norm_pix": config.norm_pix_loss, **normalization}

@@ -1,5 +1,7 @@
 """The transformer block. What is cheap to compute again, norms and gelu, is not saved for the backward."""
 
+from typing import Any, TypeVar
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -11,13 +13,15 @@ from mae_kernels.precision import autocast_dtype
 from mae_kernels.registration import apply
 from mae_kernels.untouched import untouched
 
+_Part = TypeVar("_Part", Tensor, Tensor | None)
+
 
 class Heads(nn.Module):
     """Attention to what a subclass projects, and the projection ``proj`` of all heads behind it."""
 
     proj: nn.Module
 
-    def __init__(self, num_heads: int):
+    def __init__(self, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
 
@@ -35,7 +39,7 @@ class Attention(Heads):
 
     takes_ids = True  # as a Block does, see of_some
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__(num_heads)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -52,7 +56,7 @@ class Attention(Heads):
 class Mlp(nn.Module):
     """Two layers with gelu in between; of these too :class:`Block` makes fewer passes."""
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
@@ -68,7 +72,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     takes_ids = True  # wrappers pass the attribute on; a module without it is given all tokens
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
@@ -88,7 +92,8 @@ class Block(nn.Module):
         if untouched(attn, Attention) and untouched(norm, nn.LayerNorm) and untouched(qkv := attn.qkv, nn.Linear):
             weight, bias, queries = qkv.weight, qkv.bias, None
             if ids is not None:
-                (weight_q, weight), (bias_q, bias) = (_queries_and_rest(p) for p in (weight, bias))
+                weight_q, weight = _queries_and_rest(weight)
+                bias_q, bias = _queries_and_rest(bias)
                 queries = norm_linear(rows, norm, weight_q, bias_q)
             attended = attn.attend(norm_linear(x, norm, weight, bias), queries, keys)
         else:
@@ -108,7 +113,7 @@ def feed_forward(x: Tensor, norm: nn.Module, mlp: nn.Module, keep: Tensor | None
     return x + (added if keep is None else added * keep)
 
 
-def of_some(module: nn.Module, x: Tensor, ids: Tensor | None, keys: Tensor | None = None, **options) -> Tensor:
+def of_some(module: nn.Module, x: Tensor, ids: Tensor | None, keys: Tensor | None = None, **options: Any) -> Tensor:
     """The module's result for the tokens at ids ``[N, S]``, or for all: ``[N, T, D] -> [N, S, D]``.
 
     A module that stands in the place of one of ours may know no ids: it computes all tokens, of which some are taken.
@@ -121,7 +126,7 @@ def of_some(module: nn.Module, x: Tensor, ids: Tensor | None, keys: Tensor | Non
     return x if ids is None else gather_tokens(x, ids)
 
 
-def _queries_and_rest(p: Tensor | None) -> tuple[Tensor | None, Tensor | None]:  # [3 D, ...] -> [D, ...], [2 D, ...]
+def _queries_and_rest(p: _Part) -> tuple[_Part, _Part]:  # [3 D, ...] -> [D, ...], [2 D, ...]
     return (None, None) if p is None else (p[: len(p) // 3], p[len(p) // 3 :])
 
 
@@ -169,18 +174,20 @@ class _NormLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, norm_weight, norm_bias, eps, weight, bias):
+    def forward(
+        x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
         # Mean and variance in the precision of the norm's parameters: x may be a bfloat16 residual stream.
         normed = F.layer_norm(x.to(norm_weight.dtype), norm_weight.shape, norm_weight, norm_bias, eps)
         return products.linear(normed.to(weight.dtype), weight, bias)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, norm_weight, norm_bias, ctx.eps, weight, _ = inputs
         ctx.save_for_backward(x, norm_weight, norm_bias, weight)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight = ctx.saved_tensors
         *needs_norm, _, needs_weight, needs_bias = ctx.needs_input_grad
         x_dtype, shape = x.dtype, list(norm_weight.shape)
@@ -194,7 +201,7 @@ class _NormLinear(torch.autograd.Function):
             g_x, g_norm_weight, g_norm_bias = torch.ops.aten.native_layer_norm_backward(
                 g_normed, x, shape, mean, rstd, norm_weight, norm_bias, needs_norm
             )
-        g_x = g_x.to(x_dtype) if needs_norm[0] else None
+        g_x = g_x.to(x_dtype) if g_x is not None and needs_norm[0] else None
         return g_x, g_norm_weight, g_norm_bias, None, g_weight, grad.sum((0, 1)) if needs_bias else None
 
 
@@ -202,15 +209,15 @@ class _Linear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, bias):
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return products.linear(x, weight, bias)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         g_x = products.input_gradient(grad, weight) if needs_x else None
@@ -220,11 +227,11 @@ class _Linear(torch.autograd.Function):
 
 class _GeluLinear(_Linear):
     @staticmethod
-    def forward(x, weight, bias):
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return products.linear(F.gelu(x).to(weight.dtype), weight, bias)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         active = F.gelu(x).to(weight.dtype)

@@ -22,7 +22,7 @@ class HeadConfig:
     # Published for fine-tuning with the mean: a norm of its own behind the mean, in place of the encoder's before it.
     fc_norm: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))
         if not self.classes or not all(isinstance(name, str) for name in self.classes):
             raise ValueError("HeadConfig: classes must be names, at least one")
@@ -47,6 +47,11 @@ class Classifier(VisionTransformer):
             before it less, in equal steps from 0. Source: Huang et al. 2016, "Deep Networks with Stochastic Depth".
     """
 
+    head_config: HeadConfig
+    drop_path: float
+    fc_norm: nn.Module
+    head: Any  # a linear layer, before which a probe puts a normalisation
+
     def __init__(
         self,
         config: MAEConfig,
@@ -54,7 +59,7 @@ class Classifier(VisionTransformer):
         residual_dtype: torch.dtype | None = None,
         *,
         drop_path: float = 0.0,
-    ):
+    ) -> None:
         super().__init__(config, residual_dtype)
         if not 0 <= drop_path < 1:
             raise ValueError(f"Classifier: drop_path must be from 0 to below 1, got {drop_path}")

@@ -1,5 +1,7 @@
 """Blocks of CrossMAE's decoder, and which hidden patches are predicted where not all are."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from mae_kernels.untouched import untouched
 class CrossAttention(Heads):
     """Attention of some tokens to others, the memory; :class:`CrossBlock` makes fewer passes."""
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__(num_heads)
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
@@ -30,7 +32,7 @@ class CrossBlock(nn.Module):
     the encoder's last layer.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         # Named as a Block's parts, so that whoever looks for those of blocks finds these.
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -83,7 +85,10 @@ def predicted_count(hidden: int, share: float) -> int:
     return max(1, _part(hidden, share))
 
 
-def _part(count: int | Tensor, share: float) -> int | Tensor:
+_Count = TypeVar("_Count", int, Tensor)
+
+
+def _part(count: _Count, share: float) -> _Count:
     # In whole numbers, so that a shape and a count on any device are rounded alike.
     return (count * round(share * 2**20) + 2**19) // 2**20
 

@@ -1,10 +1,10 @@
 """What fixes a model: its sizes, and the meaning of its pixels."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mae.fields import check_fields
-from mae_kernels.patch_grid import PatchGrid, Sizes
+from mae_kernels.patch_grid import PatchGrid
 
 _MOST_PATCHES = 2**20  # whose positions alone take gigabytes, and their attention years
 
@@ -17,8 +17,9 @@ class MAEConfig:
     along all three, and a pair is a patch of one frame.
     """
 
-    image_size: Sizes = 224  # pixels, H = W, (H, W) or (T, H, W); the model takes other sizes too
-    patch_size: Sizes = 16  # pixels, one number for all sides, (ph, pw) or (pt, ph, pw)
+    # Both are Sizes in pixels, and held as two or three numbers.
+    image_size: Any = 224  # H = W, (H, W) or (T, H, W); the model takes other sizes too
+    patch_size: Any = 16  # one number for all sides, (ph, pw) or (pt, ph, pw)
     in_chans: int = 3
     embed_dim: int = 768
     depth: int = 12
@@ -38,7 +39,7 @@ class MAEConfig:
     decoder: Literal["self", "cross"] = "self"
     predicted_share: float = 1.0  # of the hidden patches, in the loss: see mae.model.cross.predicted
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             check_fields(vars(self))
         except ValueError as error:

@@ -33,7 +33,15 @@ class VisionTransformer(nn.Module):
             not exact.
     """
 
-    def __init__(self, config: MAEConfig, residual_dtype: torch.dtype | None = None):
+    config: MAEConfig
+    residual_dtype: torch.dtype | None
+    patch_embed: MaskedPatchEmbed
+    cls_token: nn.Parameter
+    pos_embed: nn.Parameter
+    blocks: nn.ModuleList
+    norm: nn.Module
+
+    def __init__(self, config: MAEConfig, residual_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config, self.residual_dtype = config, residual_dtype
         dim = config.embed_dim
@@ -98,7 +106,7 @@ class VisionTransformer(nn.Module):
         stop_early: bool = False,
         output_fmt: Literal["NCHW", "NLC"] = "NCHW",
         intermediates_only: bool = False,
-    ) -> tuple[Tensor, list] | list:
+    ) -> tuple[Tensor, list[Any]] | list[Any]:
         """Feature maps of several depths, nothing masked, for segmentation and detection; gradients pass.
 
         Args:

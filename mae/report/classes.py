@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mae.data.errors import counted
 from mae.report.embedding import embedded, is_whole
@@ -113,7 +114,7 @@ def _section(file: Path, command: str) -> list[str]:
     return [*parts, "</section>"]
 
 
-def _accuracies(counts: Counter) -> list[str]:
+def _accuracies(counts: Counter[Any]) -> list[str]:
     """Classes from the worst on; of very many the worst stand open and others unfold."""
     pictures, right, others = Counter(), Counter(), {}
     for (label, predicted), count in counts.items():
@@ -144,7 +145,7 @@ def _accuracies(counts: Counter) -> list[str]:
     return parts
 
 
-def _matrix(counts: Counter, names: list[str]) -> list[str]:
+def _matrix(counts: Counter[Any], names: list[str]) -> list[str]:
     """Counts of true class by predicted class, coloured by their share of the row."""
     caption = (
         "Rows are what the pictures show, columns what they were taken for. A cell counts pictures; the stronger its "
@@ -175,7 +176,7 @@ def _cell(count: int, total: int, is_right: bool) -> str:
     return f'<td class="{"right" if is_right else "wrong"}" style="--heat:{heat:.2f}">{count:,}</td>'
 
 
-def _list(counts: Counter) -> list[str]:
+def _list(counts: Counter[Any]) -> list[str]:
     """The most frequent confusions, where a matrix would be too large."""
     pictures = Counter()
     for (label, _), count in counts.items():

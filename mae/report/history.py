@@ -6,6 +6,7 @@ from array import array
 from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def read_history(file: Path) -> History:
     return History({name: np.array(column) for name, column in columns.items()}, tuple(problems))
 
 
-def _entry(line: str) -> dict | None:
+def _entry(line: str) -> dict[str, Any] | None:
     """The object of a line, with a step that has a place on an axis."""
     try:
         entry = json.loads(line)

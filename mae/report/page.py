@@ -82,17 +82,18 @@ def _page(run: Path) -> str:
     return "\n".join([head, "<body>", *filter(None, sections), "</body>\n</html>\n"])
 
 
-def _part(recipe: dict, name: str, kind: type) -> Any:
+def _part(recipe: dict[str, Any], name: str, kind: type) -> Any:
     return recipe[name] if isinstance(recipe.get(name), kind) else kind()
 
 
-def _state(run: Path, history: History | None, options: dict) -> str:
+def _state(run: Path, history: History | None, options: dict[str, Any]) -> str:
     """Where the run stands, in one line."""
     if history is None:
         return "There is no metrics.jsonl, so no step is known."
     if not len(history):
         return "No step has been recorded yet."
-    step, epoch, asked = history.last("step"), history.last("epoch"), options.get("steps")
+    step, epoch = history.last("step"), history.last("epoch")
+    asked: Any = options.get("steps")
     unit, done = "step", step
     if not _is_amount(asked) and not math.isnan(epoch):
         unit, done, asked = "epoch", epoch, options.get("epochs")
@@ -196,7 +197,7 @@ def _numbered(folder: Path, pattern: str) -> list[tuple[Path, int]]:
     return sorted(found, key=lambda each: each[1])
 
 
-def _facts(run: Path, history: History | None, data: dict) -> dict[str, str]:
+def _facts(run: Path, history: History | None, data: dict[str, Any]) -> dict[str, str]:
     facts = {f"{name} of the data": value for name, value in data.items()}
     if history is not None and len(history):
         facts["epochs"] = figure(history.last("epoch"))

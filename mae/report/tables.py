@@ -48,7 +48,7 @@ def figure(value: float) -> str:
     return f"{value:,.4g}" if is_long else f"{value:,.0f}"
 
 
-def section(title: str, values: dict, problem: str = "") -> list[str]:
+def section(title: str, values: dict[str, Any], problem: str = "") -> list[str]:
     """A table of names and values, or why there is none."""
     heading = f"<section><h2>{title}</h2>"
     if not values:
@@ -74,7 +74,7 @@ def evaluations(file: Path) -> list[str]:
     return [heading, *notes, start, *rows, "</tbody></table></div>"]
 
 
-def _rows(entry: dict, measures: list[str]) -> list[str]:
+def _rows(entry: dict[str, Any], measures: list[str]) -> list[str]:
     """Of one evaluation, whose name and conditions stand beside all its kinds of features."""
     measured = _measures(entry)
     kinds = list(dict.fromkeys(kind for values in measured.values() for kind in values)) or [""]
@@ -89,7 +89,7 @@ def _rows(entry: dict, measures: list[str]) -> list[str]:
     return [f"<tr>{row}</tr>" for row in rows]
 
 
-def _measures(entry: dict) -> dict[str, dict]:
+def _measures(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Shares by kind of features; a share alone is of no kind."""
     found = {name: value for name, value in entry.items() if name.startswith("top")}
     return {name: value if isinstance(value, dict) else {"": value} for name, value in found.items()}

@@ -44,7 +44,7 @@ def draw_mix(seed: int, step: int, mixup: float, cutmix: float, size: tuple[int,
         half, middle = int(length * math.sqrt(1 - share)) // 2, int(place * length)
         box.append(slice(max(0, middle - half), min(length, middle + half)))
     cut = math.prod(part.stop - part.start for part in box)
-    return Mix(1 - cut / math.prod(size), tuple(box))
+    return Mix(1 - cut / math.prod(size), (box[0], box[1]))
 
 
 def neighbours(x: Tensor) -> Tensor:

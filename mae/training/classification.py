@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,7 @@ class LabelledConfig(RunConfig):
     erase: ClassVar[float] = 0.0
     ema_decay: ClassVar[float | None] = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check(vars(self), _RULES)
 
@@ -65,15 +65,15 @@ class FinetuneTraining(LabelledConfig):
     drop_path: float = 0.1
     """Stochastic depth: share of images for which the last block is passed over, less for those before, in equal steps.
     Published: 0.1, ViT-L 0.2."""
-    smoothing: float = 0.1
+    smoothing: float = 0.1  # type: ignore[misc]  # a field here
     """Label smoothing: share of the target that is spread over all classes."""
-    mixup: float = 0.8
+    mixup: float = 0.8  # type: ignore[misc]  # a field here
     """Parameter of the Beta distribution of mixup; 0 for none."""
-    cutmix: float = 1.0
+    cutmix: float = 1.0  # type: ignore[misc]  # a field here
     """The same of cutmix. With both, each has half of the steps."""
-    erase: float = 0.0
+    erase: float = 0.0  # type: ignore[misc]  # a field here
     """Random erasing (reprob): share of images of which a box gets a random colour; the published code has 0.25."""
-    ema_decay: float | None = None
+    ema_decay: float | None = None  # type: ignore[misc]  # a field here
     """Decay of averaged weights, such as 0.9999, which are then those that are tested and saved."""
 
     usual: ClassVar[dict[str, float]] = {"epochs": 100}
@@ -118,7 +118,7 @@ class Classification:
         labels: Tensor,
         make_optimizer: Callable[[nn.Module, float], torch.optim.Optimizer],
         processes: Processes = Processes(),
-    ):
+    ) -> None:
         if (config.mixup or config.cutmix) and config.batch_size % (2 * processes.count):
             raise ValueError(
                 f"mixup and cutmix take images in pairs, and batch_size {config.batch_size} is no multiple of "
@@ -197,7 +197,11 @@ class BatchNorm(nn.BatchNorm1d):
     finite leave them as they are, as they leave the weights.
     """
 
-    def __init__(self, features: int, **options):
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, features: int, **options: Any) -> None:
         super().__init__(features, **options)
         self.num_batches_tracked = self.num_batches_tracked.float()  # a checkpoint's averages are of floats
 

@@ -17,7 +17,7 @@ from mae.model import MaskedAutoencoder, VisionTransformer
 from mae.run_files import WEIGHTS
 from mae.training.metrics import TrainingStopped, Watch
 from mae.training.parallel import Processes, ProcessLost, distribute, plain, whole_state
-from mae.training.recipe import Recipe, RunConfig, Schedule
+from mae.training.recipe import Recipe, RunConfig, Schedule, TrainConfig
 from mae.training.run import Mode, RunError, open_run
 from mae.training.signals import StopRequest, stop_requests
 from mae.training.state import Average, TrainingState, load_state, path_of, save_state, steps_on_disk
@@ -114,7 +114,10 @@ def train(
             f"{config.micro_batches} micro_batches"
         )
     recipe = recipe or Recipe(asdict(config), {"images": len(images)}, config.schedule(len(images)))
-    schedule, task = recipe.schedule, task or Pretraining(config, model.config.patch_size, processes)
+    if task is None:
+        assert isinstance(config, TrainConfig)
+        task = Pretraining(config, model.config.patch_size, processes)
+    schedule = recipe.schedule
     model.to(device).train()
     fsdp_dtype = torch.bfloat16 if config.fsdp_dtype == "bfloat16" else None
     distributed = distribute(model, config.parallel, processes, fsdp_dtype)
@@ -185,7 +188,7 @@ class _Run:
                     batch, problem = _next(batches)
                 # Without it the other processes would wait for the gradients of one that has no batch.
                 end = self.processes.most(_NO_DATA if problem is not None else _ASKED if asked else _GO_ON)
-                if end == _NO_DATA or (end == _ASKED and watch.step > first):
+                if batch is None or end == _NO_DATA or (end == _ASKED and watch.step > first):
                     break
                 if watch.step == first and self.processes.leads:
                     self.recipe.write(self.folder)
@@ -260,10 +263,10 @@ class _Run:
         bad = self.watch.longest_row
         if len(bad) < self.config.max_skipped:
             return
-        names = [self._name(index) for _, index in self.batches.order.keys(bad[0] - 1)]
+        names = [self._name(key[1]) for key in self.batches.order.keys(bad[0] - 1)]
         listed = "non-finite.txt"
         if self.processes.leads:
-            text = "".join(f"{self._name(i)}\n" for step in bad for _, i in self.batches.order.keys(step - 1))
+            text = "".join(f"{self._name(key[1])}\n" for step in bad for key in self.batches.order.keys(step - 1))
             write_files(self.folder, {listed: lambda path: path.write_text(text, encoding="utf-8")})
         raise TrainingStopped(
             f"stopped: {len(bad)} losses in a row were not finite, the first of these at step {bad[0]}, "
@@ -310,15 +313,15 @@ class _Run:
         if self.looks.draw is not None:
             weights = whole_state(self.step.model)
             if self.processes.leads:
-                self._draw(weights)
+                self._draw(self.looks.draw, weights)
         self.watch.pause(time.perf_counter() - start)
         return scalars
 
-    def _draw(self, weights: dict[str, Tensor]) -> None:
+    def _draw(self, draw: Callable[[MaskedAutoencoder, int], Path], weights: dict[str, Tensor]) -> None:
         model = MaskedAutoencoder(plain(self.step.model).config)
         model.load_state_dict(weights)
         try:
-            self.watch.picture(self.looks.draw(model.to(self.step.skipped.device).eval(), self.watch.step))
+            self.watch.picture(draw(model.to(self.step.skipped.device).eval(), self.watch.step))
         except (OSError, DataError) as error:  # a picture is not worth a month of training
             self._warn(f"no picture of step {self.watch.step}: {error}")
 

@@ -41,7 +41,7 @@ class Watch:
         seconds: that they took.
     """
 
-    def __init__(self, run: Path, steps: int, first: int, seconds: float, processes: Processes):
+    def __init__(self, run: Path, steps: int, first: int, seconds: float, processes: Processes) -> None:
         self.history = cut_back(run, first) if processes.leads else []
         self.seconds_before = seconds
         self.step, self.lr, self.first = first, 0.0, first
@@ -57,7 +57,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         if self._bar is not None:
             self._bar.close()
         if events := vars(self).get("_events"):
@@ -131,6 +131,7 @@ class Watch:
         if self._processes.leads:
             self.history.append(entry)
             self._write(entry)
+        if self._bar is not None:
             self._bar.show(entry)
         self._losses, self._images, self._waited, self._last = [], 0, 0.0, now
         return bad
@@ -181,7 +182,7 @@ class Watch:
 class _Bar:
     """On a terminal a bar that fits its width; elsewhere a line a minute."""
 
-    def __init__(self, steps: int, first: int):
+    def __init__(self, steps: int, first: int) -> None:
         self._steps, self._first, self._done = steps, first, first
         self._live = sys.stderr.isatty()
         self._start = self._said = time.perf_counter()

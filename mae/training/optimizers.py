@@ -35,7 +35,7 @@ def layerwise_adamw(
         block = _block(name)
         before_head = layers + 1 if is_first else 0 if block is None else layers - block
         groups.setdefault((before_head, p.ndim > 1 and name not in _TOKENS), []).append(p)
-    described = [
+    described: list[dict[str, Any]] = [
         {"params": params, "weight_decay": weight_decay if decays else 0.0, "lr_scale": layer_decay**before_head}
         for (before_head, decays), params in groups.items()
     ]
@@ -94,7 +94,7 @@ class Lars(Sgd):
         decays = [group["weight_decay"] for group in self.param_groups]
         loss_scale = getattr(self, "grad_scale", None)
         if loss_scale is not None:  # GradScaler leaves the gradients of fused optimizers to them
-            torch._foreach_div_([p.grad for p in self._with_gradient()], loss_scale)
+            torch._foreach_div_([p.grad for p in self._with_gradient() if p.grad is not None], loss_scale)
             self.grad_scale = None
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None and p.ndim > 1):
@@ -145,7 +145,7 @@ def _adamw(groups: list[dict[str, Any]], lr: float = 0.0) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-def _muon(groups: list[dict[str, Any]], **options: float) -> torch.optim.Muon:
+def _muon(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Muon:
     return torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw", **options)
 
 
@@ -161,8 +161,9 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     found_inf: torch.Tensor | None = None
+    _adamw: Any  # it takes found_inf, and declares no such attribute
 
-    def __init__(self, groups: list[dict[str, Any]]):
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {})
         self._make_parts()
 
@@ -204,5 +205,8 @@ class MuonAdamW(torch.optim.Optimizer):
                     x.copy_(torch.where(found_inf.bool(), old, x))
 
 
-OPTIMIZERS = {"adamw": adamw, "muon": muon}
-OptimizerName = Literal[tuple(OPTIMIZERS)]
+OptimizerName = Literal["adamw", "muon"]
+OPTIMIZERS: dict[OptimizerName, Callable[[nn.Module, float, float], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "muon": muon,
+}

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPr
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mae.model import Block, CrossBlock, MaskedAutoencoder
+from mae.model import Block, CrossBlock
 
 Parallel = Literal["ddp", "fsdp"]
 
@@ -122,7 +122,7 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def distribute(
-    model: MaskedAutoencoder, parallel: Parallel, processes: Processes, param_dtype: torch.dtype | None = None
+    model: nn.Module, parallel: Parallel, processes: Processes, param_dtype: torch.dtype | None = None
 ) -> nn.Module:
     """The model as all processes train it; of one process it is the model itself.
 
@@ -139,23 +139,27 @@ def distribute(
             warnings.simplefilter("ignore", FutureWarning)  # the option's new name is not known to torch 2.11
             return DistributedDataParallel(model, device_ids=own, broadcast_buffers=False, gradient_as_bucket_view=True)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    options = {"mesh": init_device_mesh(device.type, (processes.count,)), "mp_policy": policy}
+    mesh = init_device_mesh(device.type, (processes.count,))
     for block in (m for m in model.modules() if isinstance(m, (Block, CrossBlock))):
-        fully_shard(block, **options)
-    return fully_shard(model, **options)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
 
 
-def plain(model: nn.Module) -> MaskedAutoencoder:
+def plain(model: nn.Module) -> Any:
     """The autoencoder that was distributed, whose parameters may be sharded."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the model itself, on the CPU: whole in the leading process, which all have to help."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return state
 
 
-def accumulating(model: nn.Module, last: bool) -> AbstractContextManager:
+def accumulating(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
     """Around a backward: gradients of several processes are only summed once they are complete."""
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
@@ -176,7 +180,7 @@ def in_any_process(flag: Tensor, model: nn.Module) -> Tensor:
     return flag
 
 
-def _groups_of(model: nn.Module) -> list[dist.ProcessGroup]:
+def _groups_of(model: nn.Module) -> Sequence[dist.ProcessGroup | None]:
     if isinstance(model, (DistributedDataParallel, FullyShardedDataParallel)):
         return [model.process_group]
     p = next(model.parameters())

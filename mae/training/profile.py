@@ -3,9 +3,10 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,12 +42,14 @@ class LaunchCounter(TorchDispatchMode):
             waits for nothing.
     """
 
-    def __init__(self, *host: Tensor):
+    def __init__(self, *host: Tensor) -> None:
         super().__init__()
         self._host = {x.data_ptr() for x in host}
         self.launches = self.syncs = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         leaves = torch.utils._pytree.tree_leaves(out)
@@ -157,7 +160,15 @@ def profile_step(
     return dict(phases)
 
 
-def _cut_step(model, images, optimizer, mask_ratio, autocast, meter, inputs: list[Tensor]) -> None:
+def _cut_step(
+    model: MaskedAutoencoder,
+    images: Tensor,
+    optimizer: torch.optim.Optimizer,
+    mask_ratio: float,
+    autocast: torch.autocast,
+    meter: Callable[[str, str], AbstractContextManager[None]],
+    inputs: list[Tensor],
+) -> None:
     """One step; ``meter(phase, direction)`` surrounds each piece. ``inputs`` receives what the phases start from."""
     device = next(model.parameters()).device
     with meter("input", "forward"):
@@ -167,7 +178,8 @@ def _cut_step(model, images, optimizer, mask_ratio, autocast, meter, inputs: lis
         masking = random_masking(len(images), grid.num_patches, mask_ratio, device=device)
     scored = predicted(masking, model.config.predicted_share)
     inputs[:] = [images, *masking, scored.ids_mask]
-    x, ends = None, []
+    x: Any = None
+    ends: list[tuple[str, Tensor | None, Tensor]] = []
     for name, run in {
         "embed": lambda x: model.embed(images, masking.ids_keep),
         "encoder": model.encode,

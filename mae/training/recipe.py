@@ -80,7 +80,7 @@ class RunConfig:
 
     usual: ClassVar[dict[str, float]] = {"steps": 10_000}  # where neither steps nor epochs are given
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(vars(self), _RULES)
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps {self.steps} and epochs {self.epochs:g} say the same thing; give one of them")
@@ -90,7 +90,7 @@ class RunConfig:
     def schedule(self, images: int) -> "Schedule":
         """Of a run on that many images."""
         per_epoch = images / self.batch_size
-        length = self.usual if self.steps is None and self.epochs is None else vars(self)
+        length: dict[str, Any] = self.usual if self.steps is None and self.epochs is None else vars(self)
         steps = length.get("steps") or max(1, round(length["epochs"] * per_epoch))
         warmup = self.warmup * steps if self.warmup_epochs is None else self.warmup_epochs * per_epoch
         if warmup > steps:

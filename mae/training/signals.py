@@ -16,7 +16,7 @@ _ECHO = 1.0  # seconds within which a second signal is the first one, which torc
 class StopRequest:
     """Whether somebody asked the run to stop."""
 
-    def __init__(self, speaks: bool = True):
+    def __init__(self, speaks: bool = True) -> None:
         self.name = ""  # of the first signal
         self._speaks, self._at, self._held = speaks, 0.0, False
 

@@ -42,9 +42,10 @@ class Average:
     Early ones count less: the decay of a step, counted from 0, is at most (1 + step) / (10 + step).
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float) -> None:
         self._decay = decay
-        self._weights = {name: x for name, x in get_model_state_dict(model).items() if x.is_floating_point()}
+        state: dict[str, Any] = get_model_state_dict(model)
+        self._weights = {name: x for name, x in state.items() if x.is_floating_point()}
         self.values = {name: x.clone() for name, x in self._weights.items()}
 
     @torch.no_grad()
@@ -74,7 +75,7 @@ class TrainingState:
 
     def tensors(self) -> dict[str, Tensor]:
         """What the model and the optimizer use, not copies; the learning rate and other settings are the recipe's."""
-        model = get_model_state_dict(self.model)
+        model: dict[str, Any] = get_model_state_dict(self.model)
         optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=_FLAT)
         moments = {f"optimizer.{name}": x for name, x in optimizer.items() if isinstance(x, Tensor)}
         averages = {} if self.average is None else {f"average.{name}": x for name, x in self.average.values.items()}
@@ -231,7 +232,7 @@ def _load(path: Path, state: TrainingState) -> None:
     tensors = state.tensors()  # which are read into, in place
     try:
         reader = dcp.HuggingFaceStorageReader(str(path))
-        held = reader.read_metadata().state_dict_metadata
+        held: dict[str, Any] = reader.read_metadata().state_dict_metadata
         _check(path, {name: tuple(x.size) for name, x in held.items()}, {n: tuple(x.shape) for n, x in tensors.items()})
         with _plainly_raised():
             dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
@@ -256,7 +257,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {_STATE} cannot be read ({reason_of(error)})") from error
 
 
-def _check(path: Path, held: dict[str, tuple], expected: dict[str, tuple]) -> None:
+def _check(path: Path, held: dict[str, tuple[Any, ...]], expected: dict[str, tuple[Any, ...]]) -> None:
     for name in dict.fromkeys([*expected, *held]):
         if name not in held or name not in expected:
             raise CheckpointError(f"{path} is of another model: {name} is {'not in it' if name in expected else 'new'}")

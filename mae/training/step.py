@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch._functorch.config
@@ -25,14 +25,14 @@ _RECOMPUTE = {
 }
 
 
-def _random(batch_size: int, grid: tuple[int, ...], mask_ratio: float, **options) -> Masking:
+def _random(batch_size: int, grid: tuple[int, ...], mask_ratio: float, **options: Any) -> Masking:
     return random_masking(batch_size, math.prod(grid), mask_ratio, **options)
 
 
-_STRATEGIES = {
+StrategyName = Literal["random", "block", "grid", "tube", "axis"]
+_STRATEGIES: dict[StrategyName, Callable[..., Masking]] = {
     "random": _random, "block": block_masking, "grid": grid_masking, "tube": tube_masking, "axis": axis_masking,
 }  # fmt: skip
-StrategyName = Literal[tuple(_STRATEGIES)]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class MaskStrategy:
     name: StrategyName = "random"
     ratio: float = 0.75
 
-    def __call__(self, batch_size: int, grid: tuple[int, ...], **options) -> Masking:
+    def __call__(self, batch_size: int, grid: tuple[int, ...], **options: Any) -> Masking:
         """Masks of a grid of patches; options are ``generator`` and ``device``.
 
         ``"random"`` draws what the published code draws and nothing else, so a seed gives its masks.
@@ -71,6 +71,15 @@ class Step:
         ValueError: CUDA graphs asked for elsewhere.
     """
 
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[..., Tensor]
+    micro_batches: int
+    clip_grad: float | None
+    scaler: torch.amp.GradScaler | None
+    autocast: torch.dtype | None
+    skipped: Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -82,7 +91,7 @@ class Step:
         micro_batches: int = 1,
         clip_grad: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
-    ):
+    ) -> None:
         self.model, self.optimizer, self._loss = model, optimizer, loss
         self.micro_batches, self.clip_grad, self.scaler = micro_batches, clip_grad, scaler
         self.autocast = torch.float16 if scaler is not None else torch.bfloat16 if bfloat16 else None
@@ -113,25 +122,27 @@ class Step:
         return loss
 
     def _update(self, loss: Tensor) -> None:
-        if self.scaler is not None:
+        scaler: Any = self.scaler  # whose _scale is declared as one that may be None
+        if scaler is not None:
             if self.clip_grad is not None:
-                self.scaler.unscale_(self.optimizer)
-                self._clip()
-            before = self.scaler._scale.clone()  # update changes it in place; get_scale would wait for the device
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.skipped += (self.scaler._scale < before).float()
+                scaler.unscale_(self.optimizer)
+                self._clip(self.clip_grad)
+            before = scaler._scale.clone()  # update changes it in place; get_scale would wait for the device
+            scaler.step(self.optimizer)
+            scaler.update()
+            self.skipped += (scaler._scale < before).float()
             return
         finite = loss.isfinite()
         if self.clip_grad is not None:
-            finite &= self._clip().isfinite()
-        if hasattr(self.optimizer, "found_inf") or getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            self.optimizer.found_inf = in_any_process((~finite).float(), self.model)
-            self.skipped += self.optimizer.found_inf
-        self.optimizer.step()
+            finite &= self._clip(self.clip_grad).isfinite()
+        optimizer: Any = self.optimizer
+        if hasattr(optimizer, "found_inf") or getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = in_any_process((~finite).float(), self.model)
+            self.skipped += optimizer.found_inf
+        optimizer.step()
 
-    def _clip(self) -> Tensor:
-        return local(torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_grad))
+    def _clip(self, most: float) -> Tensor:
+        return local(torch.nn.utils.clip_grad_norm_(self._parameters, most))
 
     def _backward(self, inputs: tuple[Tensor, ...], last: bool) -> Tensor:
         with accumulating(self.model, last):
@@ -174,13 +185,22 @@ class TrainingStep(Step):
         optimizer, options: as of :class:`Step`.
     """
 
+    strategy: MaskStrategy
+
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, strategy: MaskStrategy = MaskStrategy(), **options
-    ):
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        strategy: MaskStrategy = MaskStrategy(),
+        **options: Any,
+    ) -> None:
         super().__init__(model, optimizer, pretraining_loss, **options)
         self.strategy, self._patch_size = strategy, plain(model).config.patch_size
 
-    def __call__(self, images: Tensor, masking: Masking | None = None) -> Tensor:
+    def __call__(  # type: ignore[override]  # of a subclass that draws what is missing
+        self, images: Tensor, masking: Masking | None = None
+    ) -> Tensor:
         """Train on images ``[N, C, H, W]`` or clips ``[N, C, T, H, W]``.
 
         Args:

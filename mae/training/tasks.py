@@ -18,8 +18,11 @@ from mae_kernels.patch_grid import PatchGrid, Sizes
 class Task(Protocol):
     """The model is distributed where there are several processes; tensors are on its device."""
 
-    loss: Callable[..., Tensor]  # of the model and what inputs gives, a mean over the batch
     ema_decay: float | None  # of the averaged weights that the run leaves in place of the trained ones
+
+    @property
+    def loss(self) -> Callable[..., Tensor]:
+        """Of the model and what inputs gives, a mean over the batch."""
 
     def optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         """A group with an ``lr_scale`` gets that share of the learning rate of each step."""
@@ -35,9 +38,9 @@ class Pretraining:
     """Masks, and the squared error of what they hide."""
 
     loss = staticmethod(pretraining_loss)
-    ema_decay = None
+    ema_decay: float | None = None
 
-    def __init__(self, config: TrainConfig, patch_size: Sizes, processes: Processes = Processes()):
+    def __init__(self, config: TrainConfig, patch_size: Sizes, processes: Processes = Processes()) -> None:
         self._config, self._patch_size, self._processes = config, patch_size, processes
 
     def optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:

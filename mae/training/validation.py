@@ -38,7 +38,7 @@ class Validation:
         seed: int = 0,
         batch_size: int = 64,
         autocast: torch.dtype | None = None,
-    ):
+    ) -> None:
         count = min(len(source), _MOST)
         self._source = Part(source, [len(source) * i // count for i in range(count)])
         self._reading, self._strategy, self._processes = reading, strategy, processes

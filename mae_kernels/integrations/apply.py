@@ -162,7 +162,9 @@ class _Trial(NamedTuple):
 
 
 @torch.no_grad()
-def _try(module: nn.Module, method: Callable, example: Callable[[], tuple], training: bool) -> _Trial:
+def _try(
+    module: nn.Module, method: Callable[..., Any], example: Callable[[], tuple[Any, ...]], training: bool
+) -> _Trial:
     """Call the method; then everything is as it was: random streams, modes, attributes, buffers. No hook sees it."""
     parts = list(module.modules())
     before = [(vars(part).copy(), part._buffers.copy()) for part in parts]

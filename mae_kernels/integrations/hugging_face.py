@@ -1,8 +1,9 @@
 """Hugging Face's ViTMAE, of transformers 4 and 5."""
 
 import sys
+from collections.abc import Callable
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +50,11 @@ class _Shape(NamedTuple):
     channels: int
 
     @classmethod
-    def of(cls, config) -> "_Shape":
-        sizes = (
+    def of(cls, config: Any) -> "_Shape":
+        image, patch = (
             (size, size) if isinstance(size, int) else tuple(size) for size in (config.image_size, config.patch_size)
         )
-        return cls(*sizes, config.num_channels)
+        return cls(image, patch, config.num_channels)
 
     @property
     def num_patches(self) -> int:
@@ -63,14 +64,14 @@ class _Shape(NamedTuple):
         return example_images(like.new_empty(1, self.channels, *self.patch), self.image)
 
 
-def _options(config) -> str:
+def _options(config: Any) -> str:
     return "" if _is_hiding(config) else f"a mask ratio of {config.mask_ratio} hides none of the patches, or all"
 
 
-def _of_embeddings(module: nn.Module) -> list[Replacement]:
+def _of_embeddings(module: Any) -> list[Replacement]:
     shape, options = _Shape.of(module.config), _options(module.config)
 
-    def masking_example():
+    def masking_example() -> tuple[Tensor, ...]:
         like = module.cls_token
         return (torch.randn(3, shape.num_patches, 5, dtype=like.dtype, device=like.device),)
 
@@ -85,8 +86,8 @@ def _of_embeddings(module: nn.Module) -> list[Replacement]:
     ]  # fmt: skip
 
 
-def _of_decoder(module: nn.Module) -> list[Replacement]:
-    def example():
+def _of_decoder(module: Any) -> list[Replacement]:
+    def example() -> tuple[Tensor, ...]:
         table, num_patches = module.decoder_pos_embed, module.decoder_pos_embed.shape[1] - 1
         like = {"dtype": table.dtype, "device": table.device}
         tokens = torch.randn(2, 1 + int(num_patches * 0.25), module.decoder_embed.in_features, **like)
@@ -96,10 +97,10 @@ def _of_decoder(module: nn.Module) -> list[Replacement]:
     return [Replacement("forward", _decode, ("scatter_mask_tokens",), example, tensors=tensors)]
 
 
-def _of_model(module: nn.Module) -> list[Replacement]:
+def _of_model(module: Any) -> list[Replacement]:
     shape = _Shape.of(module.config)
 
-    def loss_example():
+    def loss_example() -> tuple[Tensor, ...]:
         like = module.vit.embeddings.cls_token
         images = shape.images(like).to(torch.promote_types(like.dtype, torch.float32))
         values = shape.channels * prod(shape.patch)
@@ -111,11 +112,12 @@ def _of_model(module: nn.Module) -> list[Replacement]:
         method, function, example = "forward_loss", _forward_loss, loss_example
     else:
         method, function, example = "forward", _forward, lambda: (shape.images(module.vit.embeddings.cls_token),)
-    options = {"methods": ("patchify",), "options": _options(module.config)}
-    return [Replacement(method, function, ("masked_mse",), example, **options)]
+    options = _options(module.config)
+    return [Replacement(method, function, ("masked_mse",), example, methods=("patchify",), options=options)]
 
 
-def _random_masking(self, *args, **kwargs):  # [N, L, D] -> [N, K, D], [N, L] with 1 = removed, [N, L]
+def _random_masking(self: Any, *args: Any, **kwargs: Any) -> Any:
+    # [N, L, D] -> [N, K, D], [N, L] with 1 = removed, [N, L]
     call = given(args, kwargs, "sequence", noise=None)
     if call is None or not hides_some(call[0].shape[1], self.config.mask_ratio):
         return NotImplemented
@@ -125,7 +127,7 @@ def _random_masking(self, *args, **kwargs):  # [N, L, D] -> [N, K, D], [N, L] wi
     return keep_some(x, self.config.mask_ratio, noise)
 
 
-def _embed(self, *args, **kwargs):  # [N, C, H, W] -> [N, 1 + K, D], [N, L], [N, L]
+def _embed(self: Any, *args: Any, **kwargs: Any) -> Any:  # [N, C, H, W] -> [N, 1 + K, D], [N, L], [N, L]
     call = given(args, kwargs, "pixel_values", noise=None, interpolate_pos_encoding=False)
     embed = self.patch_embeddings
     if call is None or call[2]:
@@ -144,7 +146,7 @@ def _embed(self, *args, **kwargs):  # [N, C, H, W] -> [N, 1 + K, D], [N, L], [N,
     return tokens, mask, ids_restore
 
 
-def _decode(self, *args, **kwargs):  # [N, 1 + K, D], [N, L] -> [N, L, E]
+def _decode(self: Any, *args: Any, **kwargs: Any) -> Any:  # [N, 1 + K, D], [N, L] -> [N, L, E]
     call = given(args, kwargs, "hidden_states", "ids_restore", interpolate_pos_encoding=False)
     # Until transformers 4.52 the decoder itself, not its layers, did the checkpointing.
     checkpoints = self.gradient_checkpointing and not hasattr(self.decoder_layers[0], "gradient_checkpointing")
@@ -162,14 +164,21 @@ def _decode(self, *args, **kwargs):  # [N, 1 + K, D], [N, L] -> [N, L, E]
     return sys.modules[_MODULE].ViTMAEDecoderOutput(logits=logits)
 
 
-def _forward_loss(self, *args, **kwargs):  # [N, C, H, W], [N, L, E], [N, L] -> scalar
+def _forward_loss(self: Any, *args: Any, **kwargs: Any) -> Any:  # [N, C, H, W], [N, L, E], [N, L] -> scalar
     call = given(args, kwargs, "pixel_values", "pred", "mask", interpolate_pos_encoding=False)
     if call is None or call[3] or not _is_hiding(self.config) or not scores(*call[:3]):
         return NotImplemented
     return _loss(masked_mse, self.config, *call[:3])
 
 
-def _forward(self, pixel_values=None, noise=None, interpolate_pos_encoding=None, *args, **kwargs):
+def _forward(
+    self: Any,
+    pixel_values: Tensor | None = None,
+    noise: Tensor | None = None,
+    interpolate_pos_encoding: bool | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     as_tuple = not kwargs.get("return_dict", self.config.return_dict)
     if args or pixel_values is None or pixel_values.requires_grad or interpolate_pos_encoding or as_tuple:
         return NotImplemented
@@ -189,9 +198,9 @@ def _forward(self, pixel_values=None, noise=None, interpolate_pos_encoding=None,
     )
 
 
-def _is_hiding(config) -> bool:
+def _is_hiding(config: Any) -> bool:
     return hides_some(_Shape.of(config).num_patches, config.mask_ratio)
 
 
-def _loss(loss, config, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+def _loss(loss: Callable[..., Tensor], config: Any, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
     return loss(pred, images, patch_size=config.patch_size, mask=mask, norm_pix=config.norm_pix_loss)

@@ -1,9 +1,9 @@
 """lightly's MaskedVisionTransformerTIMM: the encoder of its masked autoencoders, around one of timm's."""
 
 import sys
+from typing import Any
 
 import torch
-from torch import nn
 
 from .pieces import example_images, given
 from .replacement import Replacement
@@ -12,25 +12,27 @@ from .timm import PARTS, covers, embed_visible, why_not
 LOOKED_FOR = "MaskedVisionTransformerTIMM of lightly"
 
 
-def replacements(module: nn.Module) -> list[Replacement]:
+def replacements(module: Any) -> list[Replacement]:
     theirs = sys.modules.get("lightly.models.modules.masked_vision_transformer_timm")
     if theirs is None or not isinstance(module, theirs.MaskedVisionTransformerTIMM):
         return []
 
-    def example():
+    def example() -> tuple[Any, ...]:
         embed = module.vit.patch_embed
         images = example_images(embed.proj.weight, embed.img_size)
         shuffled = torch.rand(2, embed.num_patches, device=images.device).argsort(1)
         idx_keep = torch.cat([shuffled.new_zeros(2, 1), 1 + shuffled[:, : embed.num_patches // 4]], dim=1)
         return images, None, idx_keep
 
-    parts = {name: tuple(f"vit.{path}" for path in PARTS[name]) for name in ("passed_over", "tensors", "methods")}
+    parts: dict[str, Any] = {
+        name: tuple(f"vit.{path}" for path in PARTS[name]) for name in ("passed_over", "tensors", "methods")
+    }
     parts["methods"] += ("images_to_tokens", "prepend_prefix_tokens", "add_pos_embed")
     parts["projection"] = f"vit.{PARTS['projection']}"
     return [Replacement("preprocess", _preprocess, ("patch_embed",), example, **parts, options=why_not(module.vit))]
 
 
-def _preprocess(self, *args, **kwargs):  # [N, C, H, W], [N, 1 + K] -> [N, 1 + K, D]
+def _preprocess(self: Any, *args: Any, **kwargs: Any) -> Any:  # [N, C, H, W], [N, 1 + K] -> [N, 1 + K, D]
     call = given(args, kwargs, "images", idx_mask=None, idx_keep=None, mask=None)
     if call is None or call[1] is not None or call[2] is None or call[3] is not None:
         return NotImplemented

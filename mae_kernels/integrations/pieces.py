@@ -1,5 +1,7 @@
 """What the families share: which calls the ops cover, masking by any strategy, and input to try methods on."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from ..precision import accumulation_dtype
 from ..registration import in_onnx_export
 
 
-def given(args: tuple, kwargs: dict, *names: str, **defaults) -> tuple | None:
+def given(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str, **defaults: Any) -> tuple[Any, ...] | None:
     """The values of ``names``, then ``defaults``, when a call gives those and no others; None otherwise."""
     names = (*names, *defaults)
     values = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}

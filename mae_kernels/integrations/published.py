@@ -1,12 +1,14 @@
 """Models that follow the published class: recognised by their parts, whatever they are called and derive from."""
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..masked_mse import masked_mse
 from ..patch_embed import patch_embed
+from ..patchify import Layout
 from ..scatter_mask_tokens import scatter_mask_tokens
 from .pieces import (
     embeds,
@@ -33,7 +35,7 @@ def missing(module: nn.Module) -> list[str]:
     return lacking + [name for name in METHODS if not hasattr(type(module), name)]
 
 
-def replacements(module: nn.Module) -> list[Replacement]:
+def replacements(module: Any) -> list[Replacement]:
     if missing(module):
         return []
 
@@ -44,17 +46,17 @@ def replacements(module: nn.Module) -> list[Replacement]:
         like = module.mask_token
         return torch.randn(shape, dtype=like.dtype, device=like.device)
 
-    def masking_example():
+    def masking_example() -> tuple[Any, ...]:
         return tokens(3, num_patches(), 5), 0.75
 
-    def encoder_example():
+    def encoder_example() -> tuple[Any, ...]:
         return example_images(module.patch_embed.proj.weight, image_size(module)), 0.75
 
-    def decoder_example():
+    def decoder_example() -> tuple[Any, ...]:
         x = tokens(2, 1 + int(num_patches() * 0.25), module.cls_token.shape[2])
         return x, torch.rand(2, num_patches(), device=x.device).argsort(1)
 
-    def loss_example():
+    def loss_example() -> tuple[Any, ...]:
         weight = module.patch_embed.proj.weight
         images = example_images(weight, image_size(module)).to(torch.promote_types(weight.dtype, torch.float32))
         pred = torch.randn(2, num_patches(), prod(weight.shape[1:]), dtype=images.dtype, device=images.device)
@@ -78,7 +80,7 @@ def replacements(module: nn.Module) -> list[Replacement]:
     ]  # fmt: skip
 
 
-def image_size(module: nn.Module) -> tuple[int, ...]:
+def image_size(module: Any) -> tuple[int, ...]:
     """(Frames,) height and width, as the patch embedding states them; else of as many patches along each side."""
     num_patches, patch = module.pos_embed.shape[1] - 1, module.patch_embed.proj.kernel_size
     side = round(num_patches ** (1 / len(patch)))
@@ -88,14 +90,15 @@ def image_size(module: nn.Module) -> tuple[int, ...]:
     return size if len(size) == len(patch) else (frames, *size)
 
 
-def _random_masking(self, *args, **kwargs):  # [N, L, D] -> [N, K, D], [N, L] with 1 = removed, [N, L]
+def _random_masking(self: Any, *args: Any, **kwargs: Any) -> Any:
+    # [N, L, D] -> [N, K, D], [N, L] with 1 = removed, [N, L]
     call = given(args, kwargs, "x", "mask_ratio")
     if call is None or not hides_some(call[0].shape[1], call[1]):
         return NotImplemented
     return keep_some(*call)
 
 
-def _forward_encoder(self, *args, **kwargs):  # [N, C, (T,) H, W] -> [N, 1 + K, D], [N, L], [N, L]
+def _forward_encoder(self: Any, *args: Any, **kwargs: Any) -> Any:  # [N, C, (T,) H, W] -> [N, 1 + K, D], [N, L], [N, L]
     call = given(args, kwargs, "x", "mask_ratio")
     if call is None or call[0].shape[2:] != image_size(self):
         return NotImplemented
@@ -111,7 +114,7 @@ def _forward_encoder(self, *args, **kwargs):  # [N, C, (T,) H, W] -> [N, 1 + K, 
     return self.norm(x), mask, ids_restore
 
 
-def _forward_decoder(self, *args, **kwargs):  # [N, 1 + K, D], [N, L] -> [N, L, E]
+def _forward_decoder(self: Any, *args: Any, **kwargs: Any) -> Any:  # [N, 1 + K, D], [N, L] -> [N, L, E]
     call = given(args, kwargs, "x", "ids_restore")
     if call is None:
         return NotImplemented
@@ -125,15 +128,16 @@ def _forward_decoder(self, *args, **kwargs):  # [N, 1 + K, D], [N, L] -> [N, L, 
     return self.decoder_pred(self.decoder_norm(x))[:, 1:, :]
 
 
-def _loss_channels_last(self, *args, **kwargs):
+def _loss_channels_last(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _loss(self, "channels_last", args, kwargs)
 
 
-def _loss_channels_first(self, *args, **kwargs):  # SatMAE's
+def _loss_channels_first(self: Any, *args: Any, **kwargs: Any) -> Any:  # SatMAE's
     return _loss(self, "channels_first", args, kwargs)
 
 
-def _loss(self, layout, args, kwargs):  # [N, C, (T,) H, W], [N, L, E], [N, L] -> scalar
+def _loss(self: Any, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # [N, C, (T,) H, W], [N, L, E], [N, L] -> scalar
     call = given(args, kwargs, "imgs", "pred", "mask")
     if call is None or not scores(*call):
         return NotImplemented

@@ -54,16 +54,16 @@ class Replacement:
 class Guarded(NamedTuple):
     """A function in a method's place, called while nobody would notice; the original method at all other times."""
 
-    function: Callable
+    function: Callable[..., Any]
     stands_for: tuple[tuple[str, type, str], ...]  # paths of modules, their classes, and methods that it does not call
     projection: str
     tensors: tuple[str, ...]
 
-    def replaced(self) -> tuple[Callable, ...]:
+    def replaced(self) -> tuple[Callable[..., Any] | None, ...]:
         """The functions that it stands for, as the classes define them now."""
         return tuple(getattr(cls, name, None) for _, cls, name in self.stands_for)
 
-    def fits(self, module: nn.Module, replaced: tuple[Callable, ...]) -> bool:
+    def fits(self, module: nn.Module, replaced: tuple[Callable[..., Any] | None, ...]) -> bool:
         """Whether no part and no method was exchanged, hooked or emptied since those were replaced."""
         for (path, _, name), function in zip(self.stands_for, replaced, strict=True):
             part = reach(module, path)
@@ -78,14 +78,14 @@ class Guarded(NamedTuple):
         return True
 
 
-def reach(module: nn.Module, path: str) -> Any:
+def reach(module: Any, path: str) -> Any:
     """The attribute of an attribute, None where one is missing; the module itself for no path."""
     for name in path.split(".") if path else ():
         module = getattr(module, name, None)
     return module
 
 
-def _defined(owner: nn.Module | None, name: str) -> Callable | None:
+def _defined(owner: nn.Module | None, name: str) -> Callable[..., Any] | None:
     """The function that its class defines under this name, seen through ours; None where the instance has its own."""
     if owner is None or name in vars(owner):
         return None
@@ -105,8 +105,8 @@ def original_class(module: nn.Module) -> type | None:
 
 
 @cache
-def _fused_class(cls: type, *functions: tuple[str, Guarded, tuple[Callable, ...]]) -> type:
-    def reduce(self, protocol):
+def _fused_class(cls: type, *functions: tuple[str, Guarded, tuple[Callable[..., Any] | None, ...]]) -> type:
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         # The class cannot be found by its name: pickle would take the original, which has the same.
         make, arguments, *state = super(fused, self).__reduce_ex__(protocol)
         plain = tuple(cls if x is fused else x for x in arguments)
@@ -114,21 +114,24 @@ def _fused_class(cls: type, *functions: tuple[str, Guarded, tuple[Callable, ...]
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     methods = {name: _method(cls, name, guarded, replaced) for name, guarded, replaced in functions}
-    fused = type(cls.__name__, (cls,), {**names, **methods, "__reduce_ex__": reduce, "mae_kernels_original": cls})
+    fused: Any = type(cls.__name__, (cls,), {**names, **methods, "__reduce_ex__": reduce, "mae_kernels_original": cls})
     return fused
 
 
-def _made(cls: type, functions: dict[str, Guarded], make: Callable, arguments: tuple) -> nn.Module:
+def _made(cls: type, functions: dict[str, Guarded], make: Callable[..., Any], arguments: tuple[Any, ...]) -> nn.Module:
     module = make(*arguments)
     module.__class__ = fused_class(cls, functions)
     return module
 
 
-def _method(cls: type, name: str, guarded: Guarded, replaced: tuple[Callable, ...]) -> Callable:
-    @functools.wraps(getattr(cls, name))  # with its signature, by which trainers choose the columns of a data set
-    def run(self, *args, **kwargs):
+def _method(
+    cls: type, name: str, guarded: Guarded, replaced: tuple[Callable[..., Any] | None, ...]
+) -> Callable[..., Any]:
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = guarded.function(self, *args, **kwargs) if guarded.fits(self, replaced) else NotImplemented
         return getattr(cls, name)(self, *args, **kwargs) if result is NotImplemented else result
 
-    run.mae_kernels_original = cls
-    return run
+    # With the signature of the original, by which trainers choose the columns of a data set.
+    fused: Any = functools.wraps(getattr(cls, name))(run)
+    fused.mae_kernels_original = cls
+    return fused

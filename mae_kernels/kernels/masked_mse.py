@@ -1,6 +1,7 @@
 """The loss: targets are read from the images into registers, and at most their difference from pred is written."""
 
 from math import gcd
+from typing import Any
 
 import torch
 import triton
@@ -187,7 +188,7 @@ def backward_tiles() -> BlockTiles:
 
 
 def masked_mse(
-    pred: Tensor, images: Tensor, selected: Tensor, statistics: Tensor | None, keep_residual: bool, *target
+    pred: Tensor, images: Tensor, selected: Tensor, statistics: Tensor | None, keep_residual: bool, *target: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     residual = pred.new_empty(pred.shape if keep_residual else 0)
     out = residual if keep_residual else None
@@ -201,14 +202,17 @@ def masked_mse(
 
 
 def masked_mse_recomputed_backward(
-    pred: Tensor, images: Tensor, selected: Tensor, statistics: Tensor | None, grad: Tensor, scale: Tensor, *target
+    pred: Tensor, images: Tensor, selected: Tensor, statistics: Tensor | None, grad: Tensor, scale: Tensor, *target: Any
 ) -> Tensor:
     out = pred.new_empty(pred.shape)
     _residuals(pred, images, selected, statistics, grad, scale, out, Target(*target))
     return out
 
 
-def _residuals(pred, images, selected, statistics, grad, scale, out, target):
+def _residuals(
+    pred: Tensor, images: Tensor, selected: Tensor, statistics: Tensor | None, grad: Tensor | None,
+    scale: Tensor | None, out: Tensor | None, target: Target,
+) -> tuple[Any, Any, int]:  # fmt: skip
     # Launches the kernel: partial sums and counts of the loss, or, where grad and scale are given, the gradient alone.
     statistics = None if statistics is None else statistics.contiguous()  # read without strides
     (n, rows, values), grid = pred.shape, target.grid(images)

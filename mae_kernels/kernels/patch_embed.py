@@ -1,9 +1,14 @@
 """What surrounds the vendor's matrix product of the patch embedding: patches read from the images, positions added."""
 
+from collections.abc import Callable
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..patch_embed import Steps
+from ..patch_grid import PatchGrid
 from .gather_tokens import gather_tokens_backward, id_block, inverse_ids
 from .host import cdiv, strides
 from .numerics import rounded
@@ -100,7 +105,9 @@ def position_gradient_kernel(
     tl.store(p_pos_embed + o_out[:, None] + d[None, :], acc, mask=(i < num_patches)[:, None] & m_d[None, :])
 
 
-def _gather_patches(images, ids, grid, statistics, dtype):
+def _gather_patches(
+    images: Tensor, ids: Tensor | None, grid: PatchGrid, statistics: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     visible = grid.num_patches if ids is None else ids.shape[1]
     statistics = None if statistics is None else statistics.contiguous()  # read without strides
     out = images.new_empty((len(images) * visible, grid.patch_values), dtype=dtype)
@@ -114,7 +121,9 @@ def _gather_patches(images, ids, grid, statistics, dtype):
     return out
 
 
-def _add_positions(tokens, pos_embed, ids, prefix, dtype):
+def _add_positions(
+    tokens: Tensor, pos_embed: Tensor | None, ids: Tensor | None, prefix: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     n, k, d = tokens.shape
     num_prefix = 0 if prefix is None else prefix.shape[0]
     out = tokens.new_empty((n, num_prefix + k, d), dtype=dtype)
@@ -128,7 +137,7 @@ def _add_positions(tokens, pos_embed, ids, prefix, dtype):
     return out
 
 
-def _position_gradient(grad, ids, num_patches, dtype):
+def _position_gradient(grad: Tensor, ids: Tensor, num_patches: int, dtype: torch.dtype) -> Tensor:
     n, k, d = grad.shape
     tiles = row_tiles(d)
     blocks_l, blocks_d = cdiv(num_patches, tiles.rows), cdiv(d, tiles.width)
@@ -144,4 +153,5 @@ def _position_gradient(grad, ids, num_patches, dtype):
 
 
 _STEPS = Steps(_gather_patches, _add_positions, gather_tokens_backward, _position_gradient)
-patch_embed, patch_embed_backward = _STEPS.embed, _STEPS.gradients
+patch_embed: Callable[..., Tensor] = _STEPS.embed
+patch_embed_backward: Callable[..., tuple[Tensor, ...]] = _STEPS.gradients

@@ -144,7 +144,7 @@ def random_resized_crop(
     images: Tensor, starts: Tensor | None, sizes: Tensor | None, boxes: Tensor, flips: Tensor, size: list[int]
 ) -> Tensor:
     n, (out_height, out_width) = boxes.shape[0], size
-    if sizes is None:
+    if starts is None or sizes is None:
         channels, height, width = images.shape[1:]
         num_pixels, sides, strides = 0, images.shape[1:], (*images.stride(), 0, 0, 0)
     else:

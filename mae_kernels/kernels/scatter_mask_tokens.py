@@ -128,7 +128,7 @@ def scatter_mask_tokens_backward(
     pos_rows: int,
     dtype: torch.dtype,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     n, num_out, d = grad.shape
     tiles = row_tiles(d)
     blocks_j, blocks_d = cdiv(num_out, tiles.rows), cdiv(d, tiles.width)

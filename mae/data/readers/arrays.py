@@ -1,6 +1,7 @@
 """Arrays that NumPy wrote."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -12,7 +13,8 @@ from mae.data.readers.values import Values
 
 def read(file: Stored, reading: Reading, wanted: Wanted) -> Values:
     """``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``, with T before H for a model of frames; its channels say which."""
-    mode = "r" if isinstance(file.held, Path) else None  # a model of frames needs a few of a long file
+    # A model of frames needs a few of a long file.
+    mode: Literal["r"] | None = "r" if isinstance(file.held, Path) else None
     values = np.load(file.openable(), mmap_mode=mode, allow_pickle=False)
     if not isinstance(values, np.ndarray):
         with values as arrays:

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 from PIL import EpsImagePlugin, Image, ImageFile, ImageOps, features
@@ -36,13 +37,16 @@ def _without_stderr() -> Iterator[None]:
 
 
 @contextmanager
-def opened(file: Stored) -> Iterator[Image.Image]:
-    """Given a path, Pillow maps a raw TIFF into memory, with rows of the wrong length where it is to be turned."""
+def opened(file: Stored) -> Iterator[Any]:
+    """An image, whose attributes are those of its format.
+
+    Given a path, Pillow maps a raw TIFF into memory, with rows of the wrong length where it is to be turned.
+    """
     with file.open() as stream, Image.open(stream) as image:
         yield image
 
 
-def planes_of(image: Image.Image) -> np.ndarray:
+def planes_of(image: Image.Image | np.ndarray) -> np.ndarray:
     """``[C, H, W]``."""
     pixels = np.asarray(image)
     return pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
@@ -58,7 +62,7 @@ def read(file: Stored, reading: Reading, wanted: Wanted) -> Sequence[Image.Image
         factor = 1 << wanted.shrink(image.height, image.width).bit_length() - 1  # a JPEG knows 2, 4 and 8
         if factor > 1:  # rounded up, sides would have to be divided by less
             image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
-        tile = image.tile[0] if getattr(image, "tile", None) else None  # loading takes it away
+        tile: Any = image.tile[0] if getattr(image, "tile", None) else None  # loading takes it away
         tags = image.tag_v2 if image.format == "TIFF" else {}
         with _without_stderr() if tile is not None and tile[0] == "libtiff" else nullcontext():
             image.load()
@@ -100,7 +104,7 @@ def _frames(image: Image.Image, reading: Reading, wanted: Wanted) -> list[Image.
     return frames
 
 
-def _raw_mode(tile: tuple) -> str:
+def _raw_mode(tile: tuple[Any, ...]) -> str:
     """How the file lays out a pixel, in Pillow's words."""
     raw = tile[3][0] if isinstance(tile[3], tuple) and tile[3] else tile[3]
     return raw if isinstance(raw, str) else ""
@@ -120,8 +124,10 @@ def _deep_colours(file: Stored, high: Image.Image) -> np.ndarray:
         raw = _raw_mode(image.tile[0])
         change = {"LA;16B": lambda _: "RGBA"}.get(raw, other_half)
         image.tile = [
-            ImageFile._Tile(*t[:3], (change(t[3][0]), *t[3][1:]) if isinstance(t[3], tuple) else change(t[3]))
-            for t in image.tile
+            ImageFile._Tile(
+                codec, box, offset, (change(args[0]), *args[1:]) if isinstance(args, tuple) else change(args)
+            )
+            for codec, box, offset, args in image.tile
         ]
         with _without_stderr():
             image.load()

@@ -28,7 +28,7 @@ class Reading:
     image_size: tuple[int, ...] = (224, 224)
     """Height and width, of a model of clips and volumes frames, height and width."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("channels", "max_pixels", "frame_stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

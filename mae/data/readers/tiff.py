@@ -28,7 +28,7 @@ from mae.data.readers.values import (
 try:
     import tifffile
 except ImportError:
-    tifffile = None
+    tifffile = None  # type: ignore[assignment]  # in the module's place
 
 _COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # samples of each photometric interpretation
 
@@ -109,7 +109,7 @@ def _beyond_pillow(file: Stored) -> str:
         return "has pixels that Pillow does not know"
     samples, formats = tags.get(SAMPLES, 1), tags.get(SAMPLE_FORMAT, (1,))
     alphas = sum(extra in (1, 2) for extra in tags.get(EXTRA_SAMPLES, ()))
-    if alphas > 1 or samples != _COLOURS.get(tags.get(PHOTOMETRIC), 1) + alphas:
+    if alphas > 1 or samples != _COLOURS.get(tags.get(PHOTOMETRIC, -1), 1) + alphas:
         return f"has {samples} values a pixel that are not all colours"
     if not mode.startswith(("I", "F")) and any(f not in (1, 4) for f in formats):
         return "has signed values"

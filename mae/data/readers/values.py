@@ -22,7 +22,7 @@ class Values(NamedTuple):
 def interpreted(values: np.ndarray, tags: Mapping[int, Any]) -> np.ndarray:
     """Numbers of a TIFF with black below white, and those masked that are, as GDAL writes it, no values."""
     with suppress(TypeError, ValueError), np.errstate(over="ignore"):
-        values = np.ma.masked_where(values == float(tags.get(GDAL_NODATA)), values, copy=False)
+        values = np.ma.masked_where(values == float(tags.get(GDAL_NODATA, "")), values, copy=False)
     if tags.get(PHOTOMETRIC) == 0:
         return 1 - values if values.dtype.kind == "f" else ~values
     return values
@@ -37,7 +37,7 @@ def alpha_of(values: np.ndarray) -> np.ndarray:
 
 
 def upright(stored: Values, orientation: int | None) -> Values:
-    turn = _TURNS.get(orientation, lambda x: x)
+    turn = _TURNS.get(orientation or 1, lambda x: x)
     return Values(turn(stored.values), stored.alpha if stored.alpha is None else turn(stored.alpha))
 
 

@@ -9,7 +9,7 @@ from mae.data.readers.stored import Stored
 try:
     import av
 except ImportError:
-    av = None
+    av = None  # type: ignore[assignment]  # in the module's place
 
 _PACKAGE = "the package av: pip install 'mae_kernels[video]'"
 
@@ -18,7 +18,7 @@ def read(file: Stored, reading: Reading, wanted: Wanted) -> list[Image.Image]:
     """Frames in the order in which they are shown; none before the last key frame that is needed is decoded."""
     if av is None:
         raise DataError(f"it is a video, which needs {_PACKAGE}")
-    with av.open(file.openable()) as container:
+    with av.open(file.openable(), "r") as container:
         if not container.streams.video:
             raise DataError("it holds no video")
         stream = container.streams.video[0]
