@@ -18,7 +18,7 @@ from mae_kernels import decompositions, reference
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-CODE = ("mae_kernels", "mae", "benchmarks", "tests", "docs", "examples")
+CODE = ("mae_kernels", "mae", "benchmarks", "tests", "docs", "examples", "hub")
 
 
 def text(place: Path | str) -> str:
@@ -50,8 +50,7 @@ MAP = named()
 
 def test_the_map_names_what_is_there():
     assert [str(x) for x in MAP if not x.exists()] == []
-    files = [f for name in CODE for f in (ROOT / name).rglob("*.py")]
-    folders = {f.parent for f in files}
+    folders = {f.parent for name in CODE for f in (ROOT / name).rglob("*.py") if "layout" not in f.parts}
     loose = {f for name in ("mae_kernels", "mae") for f in (ROOT / name).glob("*.py") if f.stem not in OPS}
     missing = (folders | loose) - {*MAP} - {ROOT / name / "__init__.py" for name in CODE}
     assert sorted(map(str, missing)) == []
@@ -66,9 +65,10 @@ def modules(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             names = [x.name for x in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} imports relatively"
-            within = [f"{node.module}.{x.name}" for x in node.names]
-            names = [x for x in within if is_module(x)] or [node.module]
+            folder = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+            module = ".".join([*folder, *filter(None, [node.module])])
+            within = [f"{module}.{x.name}" for x in node.names]
+            names = [x for x in within if is_module(x)] or [module]
         else:
             continue
         yield from (x for x in names if x.split(".")[0] in CODE)
@@ -91,11 +91,12 @@ def test_imports_go_up_the_map():
             allowed = top == "mae_kernels" or (top == "mae" and parts and rooms.index(parts[0]) <= rooms.index(room))
             wrong += [] if allowed else [f"{path.relative_to(ROOT)} imports {module}"]
     for path in (ROOT / "mae_kernels").rglob("*.py"):
-        is_kernel, takes_kernels = path.parent.name == "kernels", path.stem == "registration"
+        may_take_kernels = path.parent.name == "kernels" or path.stem == "registration"
         for module in modules(path):
             of_kernels = module.startswith("mae_kernels.kernels")
-            allowed = module.startswith("mae_kernels") and (is_kernel or takes_kernels or not of_kernels)
+            allowed = module.startswith("mae_kernels") and (may_take_kernels or not of_kernels)
             wrong += [] if allowed else [f"{path.relative_to(ROOT)} imports {module}"]
+        wrong += re.findall(r"^ *(?:from|import) mae_kernels\b.*", text(path), re.M)
     assert wrong == []
 
 
@@ -130,7 +131,7 @@ def has_a_definition(op: str, place: str) -> None:
 def has_a_kernel(op: str, place: str) -> None:
     if has_kernels(op):
         assert "@triton.jit" in text(place)
-        assert f"from mae_kernels.kernels.{op} import {op}" in text("mae_kernels/kernels/__init__.py")
+        assert f"from .{op} import {op}" in text("mae_kernels/kernels/__init__.py")
 
 
 def is_decomposed(op: str, place: str) -> None:
