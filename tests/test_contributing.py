@@ -12,8 +12,10 @@ import torch
 from cases import dispatcher_calls
 from faults import FAULTS
 
+import mae
 import mae_kernels
 from benchmarks.work import BASE, CASES
+from mae.__main__ import _COMMANDS
 from mae_kernels import decompositions, reference
 
 ROOT = Path(__file__).parent.parent
@@ -202,15 +204,23 @@ def test_the_list_names_what_is_checked_and_every_op_is_walked():
     assert {name for name in REGISTERED - parts if not name.startswith((*OPS,))} == set()
 
 
-# The rest of the page, and the history.
+# The rest of the page, and the changelog.
+
+CHANGELOG = text("CHANGELOG.md")
 
 
-def test_commands_and_files_of_the_pages_exist():
+def test_commands_and_files_of_both_pages_exist():
     makefile = text("Makefile")
-    for page in (PAGE, text("CHANGELOG.md")):
-        targets = re.findall(r"^make ([\w-]+)|`make ([\w-]+)", page, re.M)
-        assert all(re.search(rf"^([\w-]+ )*{a or b}( [\w-]+)*:", makefile, re.M) for a, b in targets)
-        assert all(is_module(name) for name in re.findall(r"python -m ([\w.]+)", page))
+    for page in (PAGE, CHANGELOG):
+        targets = re.findall(r"(?:^|`)make ([\w-]+)", page, re.MULTILINE)
+        assert [x for x in targets if not re.search(rf"^([\w-]+ )*{x}( [\w-]+)*:", makefile, re.MULTILINE)] == []
+        assert [x for x in re.findall(r"python -m ([\w.]+)", page) if not is_module(x)] == []
         places = re.findall(r"`((?:benchmarks|docs|examples|mae|mae_kernels|tests)/[^`]+)`", page)
-        places = [x for x in places if "OP" not in x]
-        assert [x for x in places if not any(ROOT.glob(x))] == []
+        assert [x for x in places if "OP" not in x and not any(ROOT.glob(x))] == []
+
+
+def test_the_changelog_has_every_public_name_and_command():
+    assert re.search(rf"(^## \[|This is what ){re.escape(mae_kernels.__version__)}\b", CHANGELOG, re.MULTILINE)
+    said = set(re.findall(r"`(?:python -m mae )?(\w+)`", CHANGELOG))
+    assert sorted({*mae_kernels.__all__, *_COMMANDS} - said) == []
+    assert {name for name in said if name.startswith("mae_vit")} < {*mae.MODELS}
