@@ -1,4 +1,9 @@
-"""Hugging Face's ViTMAE, trained by its Trainer, on the fused ops."""
+"""Hugging Face's ViTMAE is trained by its own Trainer, on the ops of mae_kernels.
+
+Two lines of it are new, an import and ``mae_kernels.apply``, which prints what it has replaced in the model; a model
+that follows the published code takes the same two. The Trainer prints the losses: they fall, and without the two lines
+they are the same. It needs ``pip install transformers accelerate``, and takes a quarter of a minute on a CPU.
+"""
 
 import argparse
 import tempfile
@@ -26,11 +31,7 @@ def main(steps: int) -> None:
             weight_decay=0.05, logging_steps=10, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
         )  # fmt: skip
         data = [{"pixel_values": picture} for picture in pictures]
-        trainer = Trainer(model, arguments, train_dataset=data)
-        trainer.train()
-    for entry in trainer.state.log_history:
-        if "loss" in entry:
-            print(f"step {entry['step']:>4}  loss {float(entry['loss']):.4f}")
+        Trainer(model, arguments, train_dataset=data).train()
 
 
 if __name__ == "__main__":

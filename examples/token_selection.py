@@ -1,4 +1,9 @@
-"""Tokens selected by ids and put back, as other projects write it and on the ops: equal to the bit, and timed."""
+"""Tokens are selected by ids and put back as two other projects do it, and by the ops in their place.
+
+V-JEPA 2 selects the tokens of several masks, and nnssl fills a volume with mask tokens. It prints that results and
+gradients are equal to the bit, how long each takes, and what is kept for the backward pass. It takes ten seconds on a
+CPU.
+"""
 
 import argparse
 from collections.abc import Callable

@@ -1,23 +1,13 @@
 """Small models of every family that apply knows, and how each is trained on a batch of images."""
 
-import importlib.util
-import sys
 from math import prod
-from pathlib import Path
 
 import torch
 import transformers
 from peers import import_peer
+from published_style import MaskedAutoencoderViT
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-
-_spec = importlib.util.spec_from_file_location(
-    "published_style", Path(__file__).parent.parent / "examples" / "published_style.py"
-)
-published_style = importlib.util.module_from_spec(_spec)
-sys.modules["published_style"] = published_style  # its classes pickle by name
-_spec.loader.exec_module(published_style)
-MaskedAutoencoderViT = published_style.MaskedAutoencoderViT
 
 SIZE = 48
 SMALL = {

@@ -1,4 +1,9 @@
-"""A masked autoencoder of your own around mae_kernels.nn: it learns pictures of clothes on a CPU, in seconds."""
+"""A masked autoencoder of one's own is built on the modules of mae_kernels.nn, around PyTorch's transformer layers.
+
+Its encoder sees four of sixteen patches of a picture, and its decoder predicts the others. It prints the loss while it
+trains, and on pictures that it never saw before and after, whose features it computes too. It takes ten seconds on a
+CPU.
+"""
 
 import argparse
 

@@ -1,14 +1,10 @@
-"""A model written like the published code, and its training loop. Two lines put it on the fused ops."""
-
-import argparse
+"""A model written like the published code, the way that people copy it into their own projects."""
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-import mae_kernels  # the first new line
-from mae.commands.demo import fashion_mnist
 from mae.model import sincos_pos_embed
 
 
@@ -106,25 +102,3 @@ class MaskedAutoencoderViT(nn.Module):
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio)
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
-
-
-def main(steps: int) -> None:
-    torch.manual_seed(0)
-    model = MaskedAutoencoderViT()
-    print(mae_kernels.apply(model))  # the second
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05)
-    pictures = fashion_mnist("train_5000")[0] / 255
-    for step in range(steps):
-        images = pictures[torch.randint(len(pictures), (64,))]
-        loss, _, _ = model(images, mask_ratio=0.75)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 20 == 0 or step == steps - 1:
-            print(f"step {step:>4}  loss {loss.item():.4f}")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
-    main(parser.parse_args().steps)
