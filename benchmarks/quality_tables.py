@@ -1,4 +1,4 @@
-"""README's tables of what the features are worth, from the rows of :mod:`benchmarks.quality`."""
+"""The tables of what the features are worth, from the rows of :mod:`benchmarks.quality`."""
 
 from collections.abc import Callable, Iterable
 from statistics import mean

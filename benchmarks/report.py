@@ -1,7 +1,7 @@
-"""What the result files say: ``python -m benchmarks.report`` writes the numbers of README.md and docs/results."""
+"""What the result files say: ``python -m benchmarks.report`` writes the numbers of README.md and docs."""
 
 import argparse
-import io
+import os
 import re
 import shutil
 import subprocess
@@ -9,89 +9,65 @@ import textwrap
 from pathlib import Path
 from statistics import mean
 
-from benchmarks import record
+from benchmarks import charts, record
 from benchmarks.quality_tables import tables
+from benchmarks.result import Result, newest, results, say
 
-# The cases of README's tables and of the pictures, in dtypes that people train in there. The pages have every case.
-SHOWN = {
-    "cpu": ("random_resized_crop", "random_masking", "patch_embed float32", "patch_embed uint8", "gather_tokens",
-            "scatter_mask_tokens", "masked_mse masked-only", "masked_mse full", "linear_masked_mse float32",
-            "linear_masked_mse bfloat16"),
-    "gpu": ("random_resized_crop", "random_masking", "patch_embed float32", "patch_embed uint8 bfloat16",
-            "gather_tokens", "gather_tokens bfloat16", "scatter_mask_tokens", "scatter_mask_tokens bfloat16",
-            "masked_mse masked-only", "masked_mse uint8 bfloat16", "linear_masked_mse bfloat16"),
-}  # fmt: skip
-STALE = "**Not measured since commit "
+# What README shows of each kind of machine: ops, and the step as the trainer runs it there by default.
+FRONT = {
+    "gpu": (("patch_embed uint8 bfloat16", "masked_mse uint8 bfloat16"), "e"),
+    "cpu": (("patch_embed uint8",), "d"),
+}
+STALE = "**The kernels have changed since "
 
 
-class Result:
-    """A result file and its rows by what they measure; ``own`` are ops of the back-end that a user gets there."""
-
-    def __init__(self, path: Path):
-        self.path, self.stem, self.facts = path, path.stem, record.read(path)
-        self.kind, rows, ceilings = self.facts.get("kind"), self.facts["rows"], self.facts["ceilings"]
-        self.ops = [row for row in rows if "backend" in row and "median_ms" in row]
-        self.steps = [row for row in rows if "contender" in row]
-        of_images = [row for row in self.steps if not is_video(row)]
-        self.compared = [row for row in of_images if row["contender"].startswith("(a)")] and of_images
-        self.hosts = [row for row in rows if "host_us" in row and "median_ms" not in row]
-        back_end = {"gpu": "triton"}.get(self.kind, "eager")
-        self.own = [row for row in self.ops if row["backend"] == back_end and "speedup" in row]
-        shown = [row for row in self.own if row["op"] in SHOWN.get(self.kind, ()) and row["pass"] != "backward"]
-        embedded = [row for row in shown if is_video(row) and row["op"].startswith("patch_embed")]
-        self.video = embedded + self._eager_steps_on_video()
-        shown = [row for row in shown if not is_video(row)]
-        # README shows the shape that most of them were measured and compiled at.
-        shapes = [row["shape"] for row in shown for _ in range(2 if row.get("compiled_ms") else 1)]
-        self.shown = [row for row in shown if row["shape"] == max(shapes, key=shapes.count)]
-        self.pictures = {"speedups": draw_speedups} if self.shown else {}
-        if ceilings.get("tflops") and any(row["flops"] for row in self.shown):
-            self.pictures["roofline"] = draw_roofline
-
-    def _eager_steps_on_video(self) -> list[dict]:
-        """Rows of ours that say what the published pipeline took, as those of ops do."""
-        rows = {(row["contender"][1], row["dtype"]): row for row in self.steps if is_video(row)}
-        return [
-            ours | {"op": f"training step {dtype}", "reference_ms": published["median_ms"],
-                    "reference_peak_mib": published["peak_mib"], "speedup": published["median_ms"] / ours["median_ms"]}
-            for (letter, dtype), ours in rows.items()
-            if letter == "d" and (published := rows.get(("a", dtype)))
-        ]  # fmt: skip
-
-    def conditions(self) -> str:
-        forms = {"device": "{}", "cpu": "family {0[family]} model {0[model]}", "threads": "{} threads",
-                 "load": "load {} before the run", "driver": "driver {}", "torch": "torch {}", "triton": "triton {}",
-                 "date": "{}", "commit": "commit {}", "uncommitted_changes": "with uncommitted changes",
-                 "command": "`{}`"}  # fmt: skip
-        hidden = ("cpu", "threads", "load") if self.kind == "gpu" else ("triton",)
-        facts = {k: v for k, v in self.facts.items() if k not in hidden and str(v) not in ("False", "unknown")}
-        told = [form.format(facts[name]) for name, form in forms.items() if name in facts]
-        return re.sub(r"\((R|TM)\)", "", ", ".join(told))
-
-    def setting(self, rows: list[dict], more: str = "") -> str:
-        counts, shape = sorted({row["rounds"] for row in rows}), rows[0]["shape"].replace(" N=", ", ")
-        rounds = f"{counts[0]} to {counts[-1]}" if counts[1:] else counts[0]
-        masked = say(rows[0].get("mask_ratio", 0.75), "%")  # older files lack it
-        what = f"{shape} {'clips' if is_video(rows[0]) else 'images'}, {masked} masked"
-        setting = f"{what}, float32 unless a row says otherwise{more}"
-        return f"{setting}; {self.conditions()}; medians of {rounds} interleaved rounds"
-
-
-def is_video(row: dict) -> bool:
-    return "video" in row["shape"]
-
-
-def results(root: Path) -> list[Result]:
-    """The oldest first. What Triton's interpreter made holds no speed: it is left out here, and so everywhere."""
-    found = map(Result, (root / "benchmarks" / "results").glob("*.jsonl"))
-    return sorted(
-        (x for x in found if x.kind in ("cpu", "gpu", "demo", "quality")), key=lambda x: (x.facts["date"], x.stem)
+def of_front(found: list[Result]) -> list:
+    """README's table: on each kind of machine an op, and the whole step as the trainer runs it by default."""
+    lines, measured = (
+        [["machine", "what", "published", "fastest of others", "`mae_kernels`", "faster", "peak memory"]],
+        [],
     )
+    for kind, (names, letter) in FRONT.items():
+        ops, steps = newest(found, kind, "shown"), newest(found, kind, "compared")
+        measured += [result for result in (ops, steps) if result]
+        for row in ops.shown if ops else []:
+            if row["op"] in names and row["pass"] == "forward+backward":
+                times = [say(row["reference_ms"], "ms"), "-", say(row["median_ms"], "ms"), say(row["speedup"], "x")]
+                peak = f"{say(row['reference_peak_mib'])} -> {say(row['peak_mib'])} MiB"
+                lines.append([_machine(ops, row), f"{row['op']}, both passes", *times, peak])
+        for published, others, ours in _contests(steps, letter) if steps else []:
+            rates = [x["images_per_s"] for x in (published, others, ours)]
+            faster = " and ".join(say(rates[2] / rate, "x") for rate in rates[:2])
+            peak = f"{published['peak_mib'] / 1024:.2f} -> {ours['peak_mib'] / 1024:.2f} GiB"
+            told = [f"{say(rate)} images/s" for rate in rates]
+            lines.append([_machine(steps, ours), f"training step, {ours['dtype']}", *told, faster, peak])
+    if not measured:
+        return ["Not measured yet."]
+    when = dict.fromkeys(f"{x.facts['date'][:10]}, {x.kind.upper()}, commit {x.facts['commit']}" for x in measured)
+    return [
+        f"""Medians of interleaved rounds at ViT-B/16, 75 % masked ({"; ".join(when)}). A step is forward, backward and
+        optimizer; the others are the published pipeline and Hugging Face's ViTMAE with SDPA, compiled too.""",
+        lines,
+        changed_since([x for x in measured if x.kind == "gpu"]),
+    ]
 
 
-def newest(found: list[Result], kind: str, rows: str = "facts") -> Result | None:
-    """The latest result of that kind among those that have such rows."""
-    return next((result for result in reversed(found) if result.kind == kind and getattr(result, rows)), None)
+def _machine(result: Result, row: dict) -> str:
+    threads = f", {result.facts['threads']} threads" if result.kind == "cpu" else ""
+    device = re.sub(r"\((R|TM)\)", "", result.facts["device"])
+    return f"{device}{threads}, {row['shape'].rpartition('N=')[2]} images"
+
+
+def _contests(steps: Result, letter: str) -> list[tuple[dict, dict, dict]]:
+    """The published step, the fastest one that has nothing of ours, and ours of that letter, for each dtype."""
+    rows = [row for row in steps.compared if row["shape"] == steps.main_shape]
+    contests = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        by_letter = {row["contender"][1]: row for row in rows if row["dtype"] == dtype}
+        others = [row for row in by_letter.values() if not re.search(r"mae, |mae_kernels", row["contender"])]
+        if letter in by_letter:
+            contests.append((by_letter["a"], max(others, key=lambda row: row["images_per_s"]), by_letter[letter]))
+    return contests
 
 
 def of_ops(found: list[Result], kind: str = "cpu") -> list:
@@ -111,6 +87,7 @@ def of_ops(found: list[Result], kind: str = "cpu") -> list:
         """The floor: moving the op's logical bytes at the rate of a large copy or computing its FLOPs at that of a
         large product, the longer. The clone: a copy of as many bytes, in the same run.""" if kind == "gpu" else "",
         against_published(result.shown, kind),
+        *(f"![{name} of the ops](docs/results/{result.stem}-{name}.svg)" for name in result.pictures),
         f"""`linear_masked_mse` computes its gradients in the forward. Against the same head followed by `masked_mse`,
         forward and backward, it takes {', '.join(gains)}.""" if gains else "",
     ]  # fmt: skip
@@ -151,13 +128,19 @@ def of_gpu(found: list[Result]) -> list:
         same = [other for other in found if other.kind == "gpu" and other.facts["commit"] == commit]
         failed = dict.fromkeys(s["stage"] for other in same for s in other.facts["stages"] if not s["passed"])
         parts.append(f"**Failed at commit {commit}:** {', '.join(failed)}." if failed else "")
-        if shutil.which("git"):  # it prints nothing where it does not know the commit
-            command = ["git", "log", "-1", "--format=%h", f"{commit}..HEAD", "--", ":/mae_kernels/kernels"]
-            last = subprocess.run(command, cwd=same[0].path.parent, capture_output=True, text=True).stdout.strip()
-            parts.append(f"{STALE}{commit}**: the kernels have changed since, last in {last}." if last else "")
-    picture = f"![ops under the roofs of the GPU](docs/results/{measured[0].stem}-roofline.svg)"
-    pictures = [picture] if "roofline" in measured[0].pictures else []
-    return parts + of_ops(found, "gpu") + pictures + of_steps(found, "gpu")
+    return [*parts, changed_since(measured), *of_ops(found, "gpu"), *of_steps(found, "gpu")]
+
+
+def changed_since(measured: list[Result]) -> str:
+    """Which of these results are older than the kernels."""
+    last = {}
+    for result in measured if shutil.which("git") else []:
+        commit = result.facts["commit"]  # git prints nothing where it does not know it
+        command = ["git", "log", "-1", "--format=%h", f"{commit}..HEAD", "--", ":/mae_kernels/kernels"]
+        if newer := subprocess.run(command, cwd=result.path.parent, capture_output=True, text=True).stdout.strip():
+            last[commit] = newer
+    commits, newest_change = " and ".join(last), next(iter(last.values()), "")
+    return f"{STALE}{commits}**, last in {newest_change}, and no GPU has run them as they are now." if last else ""
 
 
 def of_steps(found: list[Result], kind: str = "cpu") -> list:
@@ -167,7 +150,7 @@ def of_steps(found: list[Result], kind: str = "cpu") -> list:
     rows = {(row["contender"], row["shape"], row["dtype"]): row for row in result.compared}
     names, shapes, dtypes = (list(dict.fromkeys(values)) for values in zip(*rows, strict=True))
     columns = list(dict.fromkeys(key[1:] for key in rows))
-    at = next((shape for shape in shapes if shape.startswith("ViT-B")), shapes[-1])
+    at = result.main_shape
     batches = {shape.rpartition("N=")[2] for shape in shapes}
     short = {shape: shape.split("/")[0] if len(batches) == 1 else shape for shape in shapes}
     calls, counted = ("launches", "what the host puts on the GPU in a step") if kind == "gpu" else (
@@ -221,34 +204,53 @@ def of_quality(found: list[Result]) -> list:
     return tables(result.facts["rows"], result.conditions(), f"benchmarks/results/{result.path.name}")
 
 
+BLOCKS = {
+    "README.md": {"front": of_front},
+    "docs/performance.md": {"ops": of_ops, "step": of_steps, "video": of_video, "gpu": of_gpu},
+    "docs/evaluation.md": {"demo": of_demo, "quality": of_quality},
+}
+
+
 def update(root: Path, check: bool) -> list[str]:
     """What is out of step with the result files, which is written unless ``check``."""
-    readme, folder, found = root / "README.md", root / "docs" / "results", results(root)
-    text, stale, made = readme.read_text(encoding="utf-8"), [], {}
-    blocks = {"ops": of_ops, "step": of_steps, "video": of_video, "gpu": of_gpu, "demo": of_demo, "quality": of_quality}
-    for name, block in blocks.items():
-        begin, end = (f"<!-- numbers of {name}: {edge} -->\n" for edge in ("begin", "end"))
-        parts, new = re.split(f"({begin}|{end})", text), f"\n{markdown(block(found))}\n"
-        if parts[1::2] != [begin, end]:
-            raise SystemExit(f"README.md needs {begin.strip()} and {end.strip()}, once each and in this order")
-        text = "".join([*parts[:2], new, *parts[3:]])
-        if check:  # the commit that changes kernels cannot know its own name
-            new, parts[2] = (re.sub(rf"^{re.escape(STALE)}.*\n\n", "", x, flags=re.M) for x in (new, parts[2]))
-        stale += [f"README.md, numbers of {name}"] if new != parts[2] else []
+    folder, found, stale, made, texts = root / "docs" / "results", results(root), [], {}, {}
+    for place, blocks in BLOCKS.items():
+        text = (root / place).read_text(encoding="utf-8")
+        for name, block in blocks.items():
+            begin, end = (f"<!-- numbers of {name}: {edge} -->\n" for edge in ("begin", "end"))
+            parts, new = re.split(f"({begin}|{end})", text), f"\n{markdown(as_of(place, block(found)))}\n"
+            if parts[1::2] != [begin, end]:
+                raise SystemExit(f"{place} needs {begin.strip()} and {end.strip()}, once each and in this order")
+            text = "".join([*parts[:2], new, *parts[3:]])
+            if check:  # the commit that changes kernels cannot know its own name
+                new, parts[2] = (
+                    re.sub(rf"^{re.escape(STALE)}.*?\n\n", "", x, flags=re.M | re.S) for x in (new, parts[2])
+                )
+            stale += [f"{place}, numbers of {name}"] if new != parts[2] else []
+        texts[root / place] = text
     for result in (result for result in found if result.kind in ("cpu", "gpu")):
         made[folder / f"{result.stem}.md"] = markdown(page(result))
-        for name, draw in result.pictures.items():  # another matplotlib draws other bytes
-            made[folder / f"{result.stem}-{name}.svg"] = None if check else svg(result, draw)
+        for name in result.pictures:  # another matplotlib draws other bytes
+            made[folder / f"{result.stem}-{name}.svg"] = None if check else charts.svg(result, name)
     for path, content in made.items():
         if not path.is_file() or content not in (None, path.read_text(encoding="utf-8")):
             stale.append(str(path.relative_to(root)))
     extra = [path for path in sorted(folder.glob("*")) if path.suffix in (".md", ".svg") and path not in made]
-    for path, content in [] if check else [(readme, text), *made.items()]:
+    for path, content in [] if check else (texts | made).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")
     for path in [] if check else extra:
         path.unlink()
     return stale + [f"{path.relative_to(root)}, which has no result file" for path in extra]
+
+
+def as_of(place: str, parts: list) -> list:
+    """The parts with links, which are relative to the root, as a page there needs them."""
+    here = Path(place).parent
+    return [
+        re.sub(r"\]\(([^)]+)", lambda x: f"]({os.path.relpath(x[1], here)}", part) if isinstance(part, str) else part
+        for part in parts
+    ]
 
 
 def page(result: Result) -> list:
@@ -267,58 +269,6 @@ def page(result: Result) -> list:
         lines = [[say(row.get(name)) for name in names] for row in rows]
         parts += [f"## {title}", [[name.replace("_", " ") for name in names], *lines]] if rows else []
     return parts
-
-
-def svg(result: Result, draw) -> str:
-    """The same text from the same values. The conditions are in the picture, so that they travel with it."""
-    import matplotlib.figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "mae_kernels", "svg.fonttype": "none", "font.size": 9}):
-        figure, file = matplotlib.figure.Figure(figsize=(10, 5.6), layout="constrained"), io.StringIO()
-        draw(axis := figure.subplots(), result)
-        unique = {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-        axis.legend(unique.values(), unique.keys(), loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-        figure.supxlabel(textwrap.fill(result.setting(result.shown).replace("`", ""), 150), fontsize=8, color="#444444")
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
-
-
-def draw_speedups(axis, result: Result) -> None:
-    for place, row in enumerate(result.shown):
-        axis.barh(place, row["speedup"], height=0.68, color="#6fa8dc", label="mae_kernels")
-        compiled = row["reference_ms"] / row["compiled_ms"] if row.get("compiled_ms") else 0
-        if compiled:
-            axis.plot(compiled, place, "|k", markersize=12, label="published pipeline, torch.compile")
-        end = max(1, row["speedup"], compiled)  # a number in a line is hard to read
-        axis.annotate(say(row["speedup"], "x"), (end, place), (4, 0), textcoords="offset points", va="center")
-    axis.axvline(1, color="#777777", linewidth=1, linestyle="--", label="published pipeline, eager: 1")
-    axis.set_yticks(range(len(result.shown)), [f"{row['op']}, {row['pass']}" for row in result.shown])
-    axis.set(title="Times as fast as the published pipeline in eager PyTorch", xmargin=0.15, ylim=(place + 0.6, -0.6))
-
-
-def draw_roofline(axis, result: Result) -> None:
-    """FLOP/s over FLOP per logical byte, under the rates of a large copy and of large products of the same run."""
-    copy, best = result.facts["ceilings"]["copy_gb_per_s"] * 1e9, {}
-    for function, rates in result.facts["ceilings"]["tflops"].items():
-        for dtype, rate in rates.items():
-            best[dtype] = max(best.get(dtype, (0, "")), (rate * 1e12, f"{function}, {dtype}: {say(rate)} TFLOP/s"))
-    rows = [row for row in result.shown if row["flops"]]
-    ops, xs = list(dict.fromkeys(row["op"] for row in rows)), [row["flops"] / row["logical_bytes"] for row in rows]
-    top, left = max(best.values())[0], min(xs) / 2
-    right = 4 * max(*xs, top / copy)
-    for rate, _ in best.values():
-        axis.plot([left, rate / copy, right], [left * copy, rate, rate], color="black", linewidth=1.2)
-    # Nothing can be above the roofs: that is where their names have room.
-    for rate, name in [*best.values(), ((left * top * copy) ** 0.5, f"copy: {say(copy / 1e9)} GB/s")]:
-        axis.annotate(name, (rate / copy, rate), (-6, 0), textcoords="offset points", ha="right", va="center")
-    for x, row in zip(xs, rows, strict=True):
-        color, marker = f"C{ops.index(row['op'])}", "o" if row["pass"] == "forward" else "s"
-        published, ours = (row["flops"] / row[name] * 1e3 for name in ("reference_ms", "median_ms"))
-        axis.plot([x, x], [published, ours], f"{marker}-", color=color, linewidth=0.8, markerfacecolor="white")
-        axis.plot(x, ours, marker, color=color, markersize=7, label=f"{row['op']}, {row['pass']}")
-    axis.plot([], [], "ow", markeredgecolor="black", label="published pipeline")
-    axis.set(xscale="log", yscale="log", title="Ops of mae_kernels with arithmetic, under the roofs of the machine")
-    axis.set(xlabel="FLOP per logical byte (each input read once, each output written once)", ylabel="FLOP/s")
 
 
 def compare(old: Result, new: Result, anyway: bool) -> int:
@@ -355,20 +305,6 @@ def markdown(parts: list) -> str:
     return "\n\n".join(told) + "\n"
 
 
-def say(value, unit: str = "") -> str:
-    """In a cell: of a float three digits, or all before the point; "-" of what was not measured."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {say(inner)}" for name, inner in value.items())
-    if isinstance(value, list):
-        return " / ".join(map(say, value))
-    if unit == "ms" and value and value < 0.1:
-        value, unit = value * 1e3, "µs"
-    if isinstance(value, float):
-        form = ".0f" if abs(value) >= 100 else "#.3g"
-        value = f"{value:.0%}"[:-1] if unit == "%" else f"{value:{form}}".rstrip(".")
-    return "-" if value is None else f"{value}{'' if unit == 'x' else ' '}{unit}".strip().replace("|", r"\|")
-
-
 def main(argv: list[str] | None = None, root: Path = record.ROOT) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail and name what is out of step")
@@ -378,7 +314,7 @@ def main(argv: list[str] | None = None, root: Path = record.ROOT) -> int:
     if options.compare:
         return compare(*map(Result, options.compare), options.anyway)
     stale, word = update(root, options.check), "out of step:" if options.check else "wrote"
-    print("\n".join(f"{word} {name}" for name in stale) or "README.md and docs/results are in step")
+    print("\n".join(f"{word} {name}" for name in stale) or "README.md and docs are in step")
     return int(options.check and bool(stale))
 
 

@@ -1,4 +1,4 @@
-"""The report says what the result files say, and README claims nothing that they do not."""
+"""The report says what the result files say, and README and docs claim nothing that they do not."""
 
 import re
 import subprocess
@@ -6,37 +6,41 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import record, report
+from benchmarks import record, report, result
 from benchmarks.work import CASES
 
 ROOT = Path(__file__).parent.parent
-README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-BY_HAND = re.sub(r"<!-- numbers of (\w+): begin -->.*?<!-- numbers of \1: end -->", "", README)
+PAGES = (path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))))
+ALL = " ".join(" ".join(PAGES).split())
+BY_HAND = re.sub(r"<!-- numbers of (\w+): begin -->.*?<!-- numbers of \1: end -->", "", ALL)
 
 DURATION = r"\b(?:a|an|one|two|three|four|five|six|seven|eight|nine|ten|some) (?:seconds|minutes?|hours?)\b"
 UNITS = r"[mµun]?s|seconds?|minutes?|hours?|[TGMk]?B/s|[TG]FLOP/s|[kMG]i?B|images/s|points?"
-FIGURE = re.compile(rf"\d[\d.,]*(?: ?%| ?x\b| times\b| ?(?:{UNITS})\b)|{DURATION}|\bhalf the memory")
+FIGURE = re.compile(rf"\d[\d.,]*(?: ?%|x\b| times\b| ?(?:{UNITS})\b)|{DURATION}|\bhalf the memory")
 FIGURES = ("2.3x faster", "at 68 % of the rate", "25.0 MiB", "1.5 times as much", "12 µs", "35 images/s", "8.6 points",
            "760 TFLOP/s", "4.1 TB/s", "in two minutes", "1,200 ms", "half the memory")  # fmt: skip
-# Quoted from He et al. or counted in bytes; held against the newest result file below; how long to wait for a command.
+# Quoted from He et al. or counted in bytes; held against the newest result file below; how long to wait for a command;
+# what a caption says of its picture; a setting of the code.
 ALLOWED = (
-    "hide 75 % of an image's patches", "He et al. report 84.8 % instead of 84.9 %", "at 3.7x instead of 2.8x the speed",
-    "65.5 % instead of 73.5 % by linear probe", "151 kB each instead of 602", "in about half the memory",
-    "about three minutes on two cores", "about six minutes on two cores", "in about four minutes",
-    "compiling takes a minute", "fit into fifteen minutes",
+    "report 84.8 % instead of 84.9 %", "at 3.7x instead of 2.8x the speed", "65.5 % instead of 73.5 % by linear probe",
+    "151 kB each instead of 602", "in about half the memory", "in about three minutes on two cores",
+    "about five minutes on two cores", "in about four minutes", "compiling takes a minute", "fit into fifteen minutes",
+    "Training, for a minute or a month", "two minutes before the end", "30 seconds after a signal", "1 GiB of memory",
+    "`pack` have 4 MB", "about half a minute", "75 % hidden", "8 bands and 8 times", "in a few minutes on one core",
+    "in 40 CPU-minutes",
 )  # fmt: skip
 
 
 def test_readme_and_pages_are_in_step_with_the_result_files(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().out
-    assert {op for shown in report.SHOWN.values() for op in shown} <= CASES.keys()
+    assert {op for shown in result.SHOWN.values() for op in shown} <= CASES.keys()
 
 
 def test_a_claim_without_a_result_file_fails():
     assert all(map(FIGURE.search, FIGURES))
     text = BY_HAND
     for phrase in ALLOWED:
-        assert text.count(phrase) == 1, phrase
+        assert phrase in text, phrase
         text = text.replace(phrase, "")
     found = [text[max(0, m.start() - 40) : m.end() + 20] for m in FIGURE.finditer(text)]
     assert not found, f"measured figures belong into generated blocks, or into ALLOWED with a reason: {found}"
@@ -59,8 +63,10 @@ def test_the_claims_in_words_hold_in_the_newest_result_files():
 def root(tmp_path):
     """A project whose numbers have not been written."""
     edges = "<!-- numbers of {0}: begin -->\n<!-- numbers of {0}: end -->\n\n"
-    blocks = "".join(map(edges.format, ("ops", "step", "video", "gpu", "demo", "quality")))
-    (tmp_path / "README.md").write_text(f"# Title\n\n{blocks}The end.\n", encoding="utf-8")
+    (tmp_path / "docs").mkdir()
+    for page, blocks in report.BLOCKS.items():
+        text = "".join(map(edges.format, blocks))
+        (tmp_path / page).write_text(f"# Title\n\n{text}The end.\n", encoding="utf-8")
     return tmp_path
 
 
@@ -90,7 +96,7 @@ def save(root, stem, *rows, lines=(), **more):
 
 def written(root, *wanted):
     assert report.main([], root) == report.main(["--check"], root) == 0
-    text = (root / "README.md").read_text(encoding="utf-8")
+    text = "".join((root / page).read_text(encoding="utf-8") for page in report.BLOCKS)
     assert [part for part in wanted if part not in " ".join(text.split())] == []
     return text
 
@@ -111,13 +117,13 @@ def test_the_tables_hold_the_numbers_of_the_newest_file(root):
     save(root, "clips", *rows, steps[0] | {"median_ms": 3.0}, steps[1] | {"median_ms": 2.0}, date="2026-01-03")
     save(root, "demo", seed, seed | {"seed": 1, "untrained encoder": 73.0, "pre-trained encoder": 83.0}, kind="demo")
     text = written(
-        root, "# Title <!-- ", "--> The end.", "16, 32 images, 75 % masked", "; other runs: [old](docs/results/old.md)",
+        root, "# Title <!-- ", "--> The end.", "16, 32 images, 75 % masked", "; other runs: [old](results/old.md)",
         "Synthetic Machine, family 25 model 17, 2 threads, load 0.1 before the run, torch 2.13.0, 2026-01-02, commit ",
         "commit abc1234, `pytest benchmarks/`; medians of 20 to 90 interleaved rounds; peak memory",
-        "[Raw file](benchmarks/results/new.jsonl)", "On a GPU: not measured since the first commit.",
+        "[Raw file](../benchmarks/results/new.jsonl)", "On a GPU: not measured since the first commit.",
         "| gather_tokens | forward | 48.0 ms | 12.0 ms | 4.00x | 10.0 -> 2.00 MiB |",
         "| gather_tokens | forward+backward | 1.00 ms | 0.250 ms | 3.46x | 10.0 -> 2.00 MiB |",
-        "ViT-B/16 video 16x224x224, 2 clips, 90 % masked", "medians of 5 to 20", "[clips](docs/results/clips.md)",
+        "ViT-B/16 video 16x224x224, 2 clips, 90 % masked", "medians of 5 to 20", "[clips](results/clips.md)",
         "| patch_embed uint8 | forward | 48.0 ms | 12.0 ms | 4.00x | 10.0 -> 2.00 MiB |",
         "| training step float32 | - | 3.00 ms | 2.00 ms | 1.50x | 2048 -> 1.00 MiB |",
         "it takes 6.50 ms instead of 26.0 ms and 25.0 instead of 10.0 MiB in float32.", "runs at 61 % in float32",
@@ -128,8 +134,10 @@ def test_the_tables_hold_the_numbers_of_the_newest_file(root):
     assert not re.search(r"99\.0|\| backward \|", text)
     page = (root / "docs" / "results" / "new.md").read_text(encoding="utf-8")
     assert all(x in page for x in ("| cpu | brand Synthetic, family 25, model 17 |", "| backward |", "| host us |"))
-    links = [*re.findall(r"\]\((.*?)\)", text), *(f"docs/results/{x}" for x in re.findall(r"\]\((.*?)\)", page))]
-    assert [link for link in links if not (root / link).is_file()] == ["benchmarks/NOTES.md"]
+    for page in (*report.BLOCKS, "docs/results/new.md"):
+        links = re.findall(r"\]\((.*?)\)", (root / page).read_text(encoding="utf-8"))
+        missing = {link for link in links if not (root / page).parent.joinpath(link).is_file()}
+        assert missing <= {"../benchmarks/NOTES.md"}, page
 
 
 def test_the_table_of_features_says_who_wins_and_where(root):
@@ -150,7 +158,7 @@ def test_the_table_of_features_says_who_wins_and_where(root):
     save(root, "features", *few, *many, *ablations, tokens, kind="quality")
     written(
         root, "mean of seeds 0, 1, in brackets the lowest and the highest of them; 6 CPU-minutes in all;",
-        "rows of commits abc1234, f00 ([raw file](benchmarks/results/features.jsonl))", "| | 5 | 500 |",
+        "rows of commits abc1234, f00 ([raw file](../benchmarks/results/features.jsonl))", "| | 5 | 500 |",
         "| raw pixels, linear | 50.0 | **90.0** |", "| MAE, fine-tuned | **65.0 (60.0 to 70.0)** | 80.0 |",
         "differs from the same network from scratch by +10.0, +0.0 points: with 5 labels its worst seed is ahead",
         "with no labels behind.", "beat raw pixels with 5 labels, and raw pixels beat them with 500 labels.",
@@ -165,7 +173,7 @@ def test_check_names_what_is_out_of_step(root, capsys):
     drawn = picture.read_bytes()
     picture.unlink()
     save(root, "cpu", op("gather_tokens", 13.0))
-    names = ["README.md, numbers of ops", "docs/results/cpu.md", "docs/results/cpu-speedups.svg"]
+    names = ["docs/performance.md, numbers of ops", "docs/results/cpu.md", "docs/results/cpu-speedups.svg"]
     assert report.main(["--check"], root) == 1
     assert capsys.readouterr().out.splitlines()[-3:] == [f"out of step: {name}" for name in names]
     save(root, "cpu", op("gather_tokens", 12.0))
@@ -177,7 +185,7 @@ def test_check_names_what_is_out_of_step(root, capsys):
     written(root)
     assert not list((root / "docs" / "results").iterdir())
     (root / "README.md").write_text("no blocks", encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"README.md needs <!-- numbers of ops: begin --> and <!-- numbers of ops: e"):
+    with pytest.raises(SystemExit, match=r"README.md needs <!-- numbers of front: begin --> and <!-- numbers of fr"):
         report.main([], root)
 
 
@@ -185,7 +193,7 @@ def test_times_of_the_interpreter_are_no_speeds(root):
     rows = [op("gather_tokens", 123.0, backend="triton"), op("gather_tokens", 456.0), step("(d) mae", 78.9)]
     path = save(root, "interpreted", *rows, kind="interpreter")
     assert not re.search("123|456|78.9|interpreted", written(root))
-    assert not (root / "docs").exists()
+    assert not (root / "docs" / "results").exists()
     with pytest.raises(SystemExit, match="only files of kind cpu and gpu hold speeds"):
         report.main(["--compare", str(path), str(path), "--anyway"], root)
 
@@ -206,16 +214,41 @@ def test_the_block_of_a_gpu_takes_the_newest_ops_and_the_newest_step(root):
     block = written(
         root, "**Failed at commit def5678:** racecheck.", "| mae, eager | 5000 | 90 MB | 2.00 GiB | 77 |",
         "SYNTHETIC GPU, driver 1.2.3, torch 2.13.0, triton 3.7.1, 2026-01-02, commit abc1234",
-        "[call-1](docs/results/call-1.md); other runs: [call-2](docs/results/call-2.md), "
-        "[call-3](docs/results/call-3.md)",
+        "[call-1](results/call-1.md); other runs: [call-2](results/call-2.md), [call-3](results/call-3.md)",
         "| gather_tokens | forward | 80.0 µs | 40.0 µs | 20.0 µs | 10.0x | 2.00x | 95 % | 98 % | 10.0 -> 2.00 MiB |",
         "| scatter_mask_tokens | forward | 2.00 ms | - | 0.500 ms | 4.00x | - | 97 % | - | 10.0 -> 2.00 MiB |",
-        "![ops under the roofs of the GPU](docs/results/call-1-roofline.svg)",
-    ).partition("numbers of gpu: begin")[2]  # fmt: skip
+        "![roofline of the ops](results/call-1-roofline.svg)",
+    ).partition("numbers of gpu: begin")[2].partition("numbers of gpu: end")[0]  # fmt: skip
     assert not re.search(r"not measured since|7\.77|6\.66|1\.11|888|family", block, flags=re.I)
     made = "".join((root / "docs/results" / f"call-1{end}").read_text("utf-8") for end in (".md", "-roofline.svg"))
     labels = ("SYNTHETIC GPU", "linear, bfloat16: 700 TFLOP/s", "convolution, float32: 55.0 TFLOP/s")
     assert all(part in made for part in (r"| memcheck | True | 0 \| 0 |", *labels))
+
+
+def test_readme_shows_ops_and_the_step_that_is_the_default_beside_the_fastest_of_others(root):
+    both = {"pass": "forward+backward"}
+    save(
+        root,
+        "ops",
+        op("patch_embed uint8", 2.0) | both,
+        op("patch_embed uint8", 7.77),
+        op("gather_tokens", 6.66) | both,
+    )
+    steps = [step("(a) published pipeline as written", 2.0, peak_mib=4096.0), step("(b) published, compiled", 3.5),
+             step("(c) Hugging Face", 3.0), step("(g) Hugging Face ViTMAE, mae_kernels.apply", 9.99)]  # fmt: skip
+    ours = [step("(d) mae, eager", 7.0), step("(e) mae, compiled", 8.88)]
+    save(root, "steps", *steps, *ours, date="2026-01-03", commit="def5678")
+    ours = [step("(d) mae, eager", 8.88), step("(e) mae, compiled", 70.0)]
+    save(root, "gpu", steps[0], *ours, kind="gpu", device="SYNTHETIC GPU")
+    block = written(
+        root, "75 % masked (2026-01-02, GPU, commit abc1234; 2026-01-02, CPU, commit abc1234; 2026-01-03, CPU, c",
+        "| SYNTHETIC GPU, 16 images | training step, float32 | 2.00 images/s | 2.00 images/s | 70.0 images/s | 35.0x "
+        "and 35.0x | 4.00 -> 2.00 GiB | ",
+        "images | patch_embed uint8, both passes | 8.00 ms | - | 2.00 ms | 4.00x | 10.0 -> 2.00 MiB | ",
+        "| Synthetic Machine, 2 threads, 16 images | training step, float32 | 2.00 images/s | 3.50 images/s | "
+        "7.00 images/s | 3.50x and 2.00x | 4.00 -> 2.00 GiB |",
+    ).partition("numbers of front: end")[0]  # fmt: skip
+    assert not re.search(r"7\.77|6\.66|8\.88|9\.99", block)
 
 
 def test_a_gpu_file_older_than_the_kernels_says_so(root):
@@ -232,7 +265,7 @@ def test_a_gpu_file_older_than_the_kernels_says_so(root):
     assert report.STALE not in written(root)
     last = commit("2\n")
     assert report.main(["--check"], root) == 0  # a commit cannot write its own name
-    written(root, f"**Not measured since commit {first}**: the kernels have changed since, last in {last}.")
+    written(root, f"{report.STALE}{first}**, last in {last}, and no GPU has run them as they are now.")
     save(root, "gpu", row, kind="gpu", commit="0000000")
     assert report.STALE not in written(root)  # git does not know
 
