@@ -1,4 +1,4 @@
-"""README and the pages of docs tell the truth: snippets run, commands, links and files exist, and nothing is said twice.
+"""README and docs tell the truth: snippets run, commands, links and files exist, and nothing is said twice.
 
 The commands' values are not tried, only that commands and options exist.
 """
@@ -20,7 +20,12 @@ from mae import Classifier, HeadConfig, mae_vit_tiny_patch16, save_checkpoint
 from mae.__main__ import main
 
 ROOT = Path(__file__).parent.parent
-PLACES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md"]
+PLACES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "examples" / "README.md",
+]
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PLACES}
 SNIPPETS = [
     pytest.param(snippet, id=f"{page}-{i}")
@@ -78,7 +83,9 @@ def test_commands_of_modules_explain_themselves(module, monkeypatch, capsys):
 def test_the_pages_name_every_target_of_make():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
-    named = {target for text in PAGES.values() for target in re.findall(r"\bmake ([a-z-]+)`?(?:[ ;.,:)]|$)", text, re.M)}
+    named = {
+        target for text in PAGES.values() for target in re.findall(r"\bmake ([a-z-]+)`?(?:[ ;.,:)]|$)", text, re.M)
+    }
     assert all(re.search(rf"^([\w-]+ )*{target}( [\w-]+)*:", makefile, re.MULTILINE) for target in targets)
     assert {words[1] for words in COMMANDS if words[:1] == ["make"]} <= set(targets)
     assert set(targets) - {"clean"} <= named
@@ -99,7 +106,11 @@ def test_links_lead_to_files_and_headings():
 
 
 def test_files_that_are_named_exist():
-    files = {path.name for folder in ("mae", "mae_kernels", "benchmarks", "tests", "examples", "docs") for path in (ROOT / folder).rglob("*.py")}
+    files = {
+        path.name
+        for folder in ("mae", "mae_kernels", "benchmarks", "tests", "examples", "docs")
+        for path in (ROOT / folder).rglob("*.py")
+    }
     named = {name for text in PAGES.values() for name in re.findall(r"\b(\w+\.py)\b", text)}
     assert named - files <= {"setup.py"}
 
@@ -141,7 +152,11 @@ def test_every_picture_is_shown_and_all_of_them_are_small():
         for page, text in PAGES.items()
         for link in re.findall(r"!\[[^]]+\]\((.+?)\)", text)
     }
-    pictures = {path for path in (ROOT / "docs").rglob("*.*") if path.suffix in (".png", ".svg") and path.parent.name != "results"}
+    pictures = {
+        path
+        for path in (ROOT / "docs").rglob("*.*")
+        if path.suffix in (".png", ".svg") and path.parent.name != "results"
+    }
     assert pictures <= shown
     assert sum(path.stat().st_size for path in pictures) < 1.5e6
 
@@ -160,3 +175,10 @@ def test_the_script_makes_the_picture_that_is_shown(tmp_path, monkeypatch):
     shown = ROOT / "docs" / "pictures" / "sound.png"
     made, shown = (np.asarray(Image.open(path).convert("L"), int) for path in (tmp_path / "sound.png", shown))
     assert 0.6 < (abs(made - shown) < 16).mean() < 1
+
+
+def test_the_script_draws_the_data_flow_that_is_shown():
+    """But for its three pictures, whose bytes depend on who wrote the PNG."""
+    made = runpy.run_path(str(ROOT / "docs" / "data_flow.py"))["data_flow"]()
+    shown = (ROOT / "docs" / "data_flow.svg").read_text(encoding="utf-8")
+    assert re.sub('base64,[^"]*', "", made) == re.sub('base64,[^"]*', "", shown)
