@@ -54,7 +54,7 @@ def _build(folder: Path, backend: str, facts: dict[str, str]) -> None:
     shutil.copytree(PACKAGE, folder, ignore=BYTECODE)
     files = {
         path.relative_to(folder).as_posix(): base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
-        for path in sorted(folder.rglob("*.py"))
+        for path in sorted(filter(Path.is_file, folder.rglob("*")))
     }
     sources = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]
     metadata = {
