@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
+from processes import Command
 from safetensors.torch import load_file
 
 from mae import Classifier, HeadConfig, mae_vit_demo_patch7
@@ -102,15 +102,13 @@ def assert_equal(one: Path, other: Path) -> None:
     assert losses(one) == losses(other)
 
 
-def started(out: Path, data: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "mae", "pretrain", "--data", str(data), "--out", str(out), *SMALL, *options]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, **pipes, text=True, start_new_session=True)
+def started(out: Path, data: Path, *options: str, **how) -> Command:
+    return Command(out, "pretrain", "--data", str(data), "--out", str(out), *SMALL, *options, **how)
 
 
-def wait_for_step(out: Path, process: subprocess.Popen, step: int) -> None:
+def wait_for_step(out: Path, process: Command | subprocess.Popen, step: int) -> None:
     end = time.monotonic() + 120
     while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < step:
-        assert process.poll() is None, (process.stderr or process.stdout).read()
+        assert process.poll() is None, f"it ends with {process.poll()}"
         assert time.monotonic() < end
         time.sleep(0.02)

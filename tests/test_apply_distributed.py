@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from families import SIZE, hugging_face, published
+from processes import CONTEXT
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -115,9 +116,8 @@ def _refusals(model: nn.Module):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
     """Every run, in two processes that are started once."""
-    context = torch.multiprocessing.get_context("spawn")
-    queue, store = context.Queue(), str(tmp_path_factory.mktemp("processes") / "store")
-    processes = [context.Process(target=_process, args=(rank, store, queue), daemon=True) for rank in range(2)]
+    queue, store = CONTEXT.Queue(), str(tmp_path_factory.mktemp("processes") / "store")
+    processes = [CONTEXT.Process(target=_process, args=(rank, store, queue), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
     results = dict(queue.get(timeout=TIMEOUT) for _ in range(len(RUNS) * len(BUILD)))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
+from processes import CONTEXT
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -101,8 +102,8 @@ RUNS: dict[str, tuple[Callable, dict, bool]] = {
 
 def _process(rank: int, file: str, queue) -> None:
     torch.set_num_threads(1)
-    # What the blocks lower to is tested elsewhere; inductor would take minutes here.
-    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    # What the blocks lower to is tested elsewhere.
+    torch.compile = functools.partial(torch.compile, backend="eager")
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     init_device_mesh("cpu", (2,))  # else FSDP2 takes a GPU where there is one
     for name, (distribute, options, _) in RUNS.items():
@@ -131,9 +132,8 @@ def _counted_all_reduce(summed: list[int], bucket):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
     """Every run, in two processes that are started once."""
-    context = torch.multiprocessing.get_context("spawn")
-    queue, store = context.Queue(), str(tmp_path_factory.mktemp("processes") / "store")
-    processes = [context.Process(target=_process, args=(rank, store, queue), daemon=True) for rank in range(2)]
+    queue, store = CONTEXT.Queue(), str(tmp_path_factory.mktemp("processes") / "store")
+    processes = [CONTEXT.Process(target=_process, args=(rank, store, queue), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
     results = dict(queue.get(timeout=TIMEOUT) for _ in RUNS)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from processes import CONTEXT
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -276,10 +277,9 @@ def _distributed(rank: int, wrapped: str):
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """Under fully_shard too, where Muon's products are of sharded matrices: but for their rounding to bfloat16."""
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
+    queue = CONTEXT.Queue()
     processes = [
-        context.Process(target=_process, args=(rank, str(tmp_path / "store"), queue), daemon=True) for rank in range(2)
+        CONTEXT.Process(target=_process, args=(rank, str(tmp_path / "store"), queue), daemon=True) for rank in range(2)
     ]
     for process in processes:
         process.start()

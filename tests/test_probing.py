@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import CONTEXT
 from runs import ALL, HEAD, classifier, finetune_config, images, labels, losses, weights
 from torch import Tensor, nn
 
@@ -148,9 +149,9 @@ def _process(rank: int, folder: Path, queue) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> tuple[Path, list]:
     """What each makes of its half of the features, and runs of both together in a folder."""
-    context, folder = torch.multiprocessing.get_context("spawn"), tmp_path_factory.mktemp("processes")
-    queue = context.Queue()
-    processes = [context.Process(target=_process, args=(rank, folder, queue), daemon=True) for rank in range(2)]
+    folder = tmp_path_factory.mktemp("processes")
+    queue = CONTEXT.Queue()
+    processes = [CONTEXT.Process(target=_process, args=(rank, folder, queue), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
     result = queue.get(timeout=TIMEOUT)
