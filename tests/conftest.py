@@ -1,6 +1,7 @@
 """What tests share: one seed, readable names, both back-ends, and memory that shows what an op forgot to write."""
 
 import functools
+import importlib.util
 import os
 
 # As many processes as cores: more threads would wait for each other. NumPy's library asks once, when it is loaded.
@@ -12,6 +13,30 @@ import torch
 
 if in_a_worker:
     torch.set_num_threads(1)
+
+
+def _replace_the_language_once_a_launch():
+    """Triton's interpreter replaces the functions of its language in a launch and again in each call of a helper.
+
+    Those calls replace nothing more, and take a third of the time of the tests that run kernels.
+    """
+    from triton.runtime import interpreter
+
+    launch, replace, modules = interpreter.GridExecutor.__call__, interpreter._patch_lang, set()
+
+    def launched(self, *args, **kwargs):
+        modules.clear()
+        return launch(self, *args, **kwargs)
+
+    def replace_once(function):
+        if function.__module__ in modules:
+            return None
+        modules.add(function.__module__)
+        return replace(function)
+
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = launched, replace_once
+
+
 # Float32 means float32 in every test: TF32 is PyTorch's default for convolutions. Assignments to `fp32_precision` would
 # leave the older settings behind, and reading those would fail.
 torch.backends.cudnn.allow_tf32 = False
@@ -19,6 +44,8 @@ torch.set_float32_matmul_precision("highest")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":  # before Triton is imported: its kernels then run in NumPy
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        _replace_the_language_once_a_launch()
 # The first such call fixes, for the whole process, which functions take a default device. Were it made in a test that
 # replaces torch.empty, the true one would not be among them in any later test.
 with torch.device("cpu"):
