@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -142,7 +143,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inspect", description=__doc__)
     parser.add_argument("--kernel", action="append", metavar="NAME", help="only this; repeatable")
     parser.add_argument("--chip", action="append", choices=CHIPS, help="only this; repeatable")
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table, with the key of each launch")
+    parser.add_argument("--known", type=Path, help="JSON of before: a launch of a key in it is not compiled again")
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.exit(1, "TRITON_INTERPRET is set, and interpreted kernels are not compiled; unset it\n")
@@ -156,16 +158,20 @@ def main() -> None:
     if unknown := set(options.kernel or ()).difference(kernels):
         parser.error(f"--kernel must be one of {', '.join(kernels)}, got {min(unknown)!r}")
     found = {x.key: (case, chip, x) for case, chip, x in reversed(every)}  # each under its first case
-    rows = [
-        {"kernel": x.kernel, "case": case, "chip": chip, "warps": x.options.num_warps} | machine_code(x.compiled())
-        for case, chip, x in sorted(found.values(), key=lambda found: (found[2].kernel, found[0]))
-        if x.kernel in (options.kernel or kernels) and chip in (options.chip or CHIPS)
-    ]
-    table = [dict(zip(rows[0], rows[0], strict=True)), *rows]
-    width = {column: max(len(str(row[column])) for row in table) for column in rows[0]}
-    lines = ["  ".join(str(x).ljust(width[column]) for column, x in row.items()).rstrip() for row in table]
-    as_json = json.dumps({"triton": triton.__version__, "rows": rows}).replace("}, {", "},\n{")  # a row a line
-    print(as_json if options.json else "\n".join(lines))
+    known = json.loads(options.known.read_text(encoding="utf-8"))["rows"] if options.known else []
+    rows = {row["key"]: row for row in known if row.get("key") in found}
+    for key, (case, chip, x) in sorted(found.items(), key=lambda item: (item[1][2].kernel, item[1][0])):
+        if key not in rows and x.kernel in (options.kernel or kernels) and chip in (options.chip or CHIPS):
+            told = {"kernel": x.kernel, "case": case, "chip": chip, "warps": x.options.num_warps}
+            rows[key] = told | machine_code(x.compiled()) | {"key": key}
+    if options.json:
+        text = json.dumps({"triton": triton.__version__, "rows": [*rows.values()]})
+        print(text.replace("}, {", "},\n{"))  # a row a line
+        return
+    columns = [x for x in next(iter(rows.values())) if x != "key"]
+    table = [columns, *([row[column] for column in columns] for row in rows.values())]
+    width = [max(len(str(x)) for x in values) for values in zip(*table, strict=True)]
+    print("\n".join("  ".join(str(x).ljust(n) for x, n in zip(row, width, strict=True)).rstrip() for row in table))
 
 
 if __name__ == "__main__":
