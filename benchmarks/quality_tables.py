@@ -93,12 +93,14 @@ def _who_wins(rows: list[dict]) -> str:
 
     def counts(one: str, other: str, of_one: Measure = mean, of_other: Measure = mean) -> str:
         found = [n for n, of in columns.items() if of_one([r[one] for r in of]) > of_other([r[other] for r in of])]
-        return ", ".join(map(str, found)) or "no"
+        return (
+            f"with {', '.join(map(str, found))} labels of a class" if found else "with none of these numbers of labels"
+        )
 
-    return f"""Fine-tuned, the MAE differs from the same network from scratch by {", ".join(margins)} points: with
-    {counts(tuned, scratch, min, max)} labels its worst seed is ahead of the other's best, with
-    {counts(scratch, tuned, min, max)} labels behind. Read linearly, frozen features of the MAE beat raw pixels with
-    {counts(frozen, pixels)} labels, and raw pixels beat them with {counts(pixels, frozen)} labels."""
+    return f"""Fine-tuned, the MAE differs from the same network from scratch by {", ".join(margins)} points. Its worst
+    seed is ahead of the other's best {counts(tuned, scratch, min, max)}, and its best seed behind the other's worst
+    {counts(scratch, tuned, min, max)}. Read linearly, frozen features of the MAE are better than raw pixels on average
+    {counts(frozen, pixels)}, and worse {counts(pixels, frozen)}."""
 
 
 def _ablations(rows: list[dict]) -> list[list[str]]:

@@ -67,7 +67,7 @@ def test_predict(tuned, some, tmp_path):
     out = tmp_path / "new" / "x.csv"
     output = said("predict", "--checkpoint", tuned[0], "--images", some, "--out", out, "--batch-size", "3", *HERE)
     head, *found = rows(out)
-    assert head == ["file", "label", "probability", *NAMES]
+    assert head == ["file", "predicted", "confidence", *NAMES]
     good = ('a, "b"\nc.jpg', "photo_01.png", "photo_02.webp", "photo_03.jpg")
     assert [row[0] for row in found] == [f"{some}/{name}" for name in good]
     model = load_checkpoint(tuned[0])

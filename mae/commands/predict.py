@@ -33,7 +33,7 @@ class PredictConfig:
     images: tuple[str, ...]
     """Image files, folders of them, or hf: and a dataset."""
     out: Path = Path("predictions.csv")
-    """Table to write, a row for each image: file, label, its probability, and the probability of every class."""
+    """Table to write, a row for each image: file, predicted class, its probability, and that of every class."""
     batch_size: int = 64
     """Images per forward pass."""
     workers: int = 2
@@ -66,7 +66,7 @@ def predict(config: PredictConfig) -> None:
     refuse_unreadable(source, reading)
 
     def lines() -> Iterator[list[Any]]:
-        yield ["file", "label", "probability", *classes]
+        yield ["file", "predicted", "confidence", *classes]
         workers = usable_workers(config.workers)
         for images, numbers in whole_batches(source, reading, config.batch_size, workers=workers):
             probabilities = F.softmax(model(images.to(device)).float(), dim=1).cpu()
