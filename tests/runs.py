@@ -15,10 +15,7 @@ from mae.training.classification import FinetuneTraining, finetuning
 from mae.training.loop import Looks, train
 from mae.training.recipe import TrainConfig
 
-SMALL = [
-    "--model", "mae_vit_tiny_patch16", "--image-size", "32", "--batch-size", "4", "--device", "cpu",
-    "--decoder-depth", "1", "--decoder-width", "64",
-]  # fmt: skip
+SMALL = ["--model", "mae_vit_demo_patch7", "--batch-size", "4", "--device", "cpu"]
 
 
 def images(count: int = 40) -> TensorImages:

@@ -221,7 +221,7 @@ def test_inside_other_modules(wrap):
     ("build", "options"),
     [
         (published, {"depth": 0, "decoder_depth": 1}),
-        (hugging_face, {"num_hidden_layers": 0, "decoder_num_hidden_layers": 1}),
+        pytest.param(hugging_face, {"num_hidden_layers": 0, "decoder_num_hidden_layers": 1}, marks=pytest.mark.slow),
     ],
     ids=["published", "Hugging Face"],
 )

@@ -18,7 +18,7 @@ from mae.report.figures import save_reconstructions
 
 SMALL = [
     "--model", "mae_vit_tiny_patch16", "--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu",
-    "--eval-every", "1000",
+    "--eval-every", "1000", "--decoder-depth", "1", "--decoder-width", "64",
 ]  # fmt: skip
 
 
@@ -139,8 +139,7 @@ def test_thirteen_bands_from_training_to_pictures(tmp_path, capsys):
             bands = np.random.default_rng(i).integers(0, 3000, (13, 40, 40), np.uint16)
             tifffile.imwrite(tmp_path / "data" / part / f"{i}.tif", bands, photometric="minisblack")
     data, run, options = str(tmp_path / "data"), tmp_path / "run", ["--value-range", "0", "3000"]
-    small = ["--decoder-depth", "1", "--decoder-width", "64"]
-    main(["pretrain", "--data", data, "--out", str(run), *SMALL, "--steps", "2", "--in-chans", "13", *small, *options])
+    main(["pretrain", "--data", data, "--out", str(run), *SMALL, "--steps", "2", "--in-chans", "13", *options])
     model = load_checkpoint(run)
     assert model.config.in_chans == 13
     assert model.config.pixel_mean == model.config.pixel_std == (0.5,) * 13
@@ -188,9 +187,24 @@ def test_clips_from_training_to_pictures(tmp_path, kind, drawn):
             np.save(data / f"{i}.npy", np.stack([np.asarray(frame.convert("L")) for frame in frames]))
     channels, options = (3, ["--masking", "tube"]) if kind == "gif" else (1, ["--in-chans", "1", "--masking", "grid"])
     sizes = ["--num-frames", "4", "--image-size", "32", "48", "--patch-size", "2", "16", "16"]
-    small = ["--decoder-depth", "1", "--decoder-width", "64", "--norm-pix-loss", "channel"]
+    sizes += ["--norm-pix-loss", "channel"]
     run = tmp_path / "run"
-    main(["pretrain", "--data", str(data), "--out", str(run), *SMALL, "--steps", "2", *sizes, *options, *small])
+    main(
+        [
+            "pretrain",
+            "--data",
+            str(data),
+            "--out",
+            str(run),
+            *SMALL,
+            "--steps",
+            "2",
+            *sizes,
+            *options,
+            "--norm-pix-loss",
+            "channel",
+        ]
+    )
     config = load_checkpoint(run).config
     assert (config.image_size, config.patch_size, config.in_chans) == ((4, 32, 48), (2, 16, 16), channels)
     assert config.norm_pix_loss == "channel"
@@ -214,7 +228,7 @@ def test_sound_from_training_to_pictures(tmp_path, drawn):
     for i in range(3):
         noise = np.random.default_rng(i).uniform(-0.5, 0.5, 12000).astype(np.float32)
         wavfile.write(data / f"{i}.wav", 16000, noise)
-    small = ["--decoder-depth", "1", "--decoder-width", "64", "--in-chans", "1", "--image-size", "32", "64"]
+    small = ["--in-chans", "1", "--image-size", "32", "64"]
     run = tmp_path / "run"
     main(["pretrain", "--data", str(data), "--out", str(run), *SMALL, "--steps", "2", *small, "--masking", "axis"])
     result, view = drawn[-1]
@@ -245,7 +259,7 @@ def test_what_a_folder_holds_is_said_in_a_few_lines(tmp_path, capfd):
     np.save(data / "decibels.npy", np.linspace(-25, 0, 900).reshape(30, 30))
     Image.new("1", (200, 200)).save(data / "large.png")
     (data / "notes.txt").touch()
-    options = ["--decoder-depth", "1", "--steps", "12", "--max-pixels", "30000"]
+    options = ["--steps", "12", "--max-pixels", "30000"]
     main(["pretrain", "--data", str(data), "--out", str(tmp_path / "run"), *SMALL, *options])
     output = "".join(capfd.readouterr())
     assert "\x1b[2J" not in output
@@ -264,7 +278,6 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
     def losses(name: str, seed: int) -> list[float]:
         out = tmp_path / name
         arguments = ["--data", str(data), "--out", str(out), *SMALL, "--steps", "3", "--log-every", "1"]
-        arguments += ["--decoder-depth", "1", "--decoder-width", "64"]
         main(["pretrain", *arguments, "--seed", str(seed)])
         return [entry["loss"] for entry in metrics(out)]
 
@@ -297,6 +310,17 @@ def test_fashion_mnist_is_what_it_says():
     assert mean.item() == pytest.approx(0.286, abs=0.005)
     assert std.item() == pytest.approx(0.353, abs=0.005)
     assert fashion_mnist("test_2000")[0].shape == (2000, 1, 28, 28)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folders")
+    good_folder(folder / "good", 3)
+    unreadable_files(folder / "bad")
+    (folder / "empty").mkdir()
+    for part in ("fit/ant", "fit/cat", "test/bee", "test/cat"):
+        good_folder(folder / "classes" / part, 1)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -387,13 +411,8 @@ def test_fashion_mnist_is_what_it_says():
         ),
     ],
 )
-def test_it_stops_with_one_clear_sentence(run, tmp_path, command, sentence):
-    good_folder(tmp_path / "good", 3)
-    unreadable_files(tmp_path / "bad")
-    (tmp_path / "empty").mkdir()
-    for part in ("fit/ant", "fit/cat", "test/bee", "test/cat"):
-        good_folder(tmp_path / "classes" / part, 1)
-    places = {"d": tmp_path, "run": run[0]}
+def test_it_stops_with_one_clear_sentence(run, folders, tmp_path, command, sentence):
+    places = {"d": folders, "run": run[0]}
     arguments = command.format(**places).split()
     if arguments[0] == "pretrain":
         defaults = [*SMALL, "--out", str(tmp_path / "run"), "--steps", "2"]

@@ -106,6 +106,7 @@ def five():
     return transformers, randomised(transformers.ViTMAEForPreTraining(config))
 
 
+@pytest.mark.slow
 def test_transformers_4_loads_what_we_wrote(four, model, inputs):
     _, seen = four
     loaded = seen["ours-4"]
@@ -119,11 +120,13 @@ def test_transformers_4_loads_what_we_wrote(four, model, inputs):
     assert seen["pixels"] == list(SMALL.pixel_mean)
 
 
+@pytest.mark.slow
 def test_transformers_4_does_not_know_the_names_of_5(four):
     """The reason for two layouts: it starts such a model from random weights."""
     assert len(four[1]["ours-5"]["missing"]) > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["", "-bin"], ids=["safetensors", "bin"])
 def test_we_load_what_transformers_4_wrote(four, inputs, form):
     folder, seen = four

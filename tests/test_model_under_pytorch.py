@@ -19,6 +19,7 @@ SMALL = MAEConfig(
     image_size=(16, 32), patch_size=8, embed_dim=16, depth=2, num_heads=2, decoder_embed_dim=8, decoder_depth=2,
     decoder_num_heads=2,
 )  # fmt: skip
+ONE_BLOCK = replace(SMALL, depth=1, decoder_depth=1)  # of either kind: a compiler unrolls them all
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default}
 
 
@@ -59,10 +60,12 @@ def assert_equal(ours, expected, **tolerances):
     torch.testing.assert_close(ours, expected, **(tolerances or {"rtol": 0, "atol": 0}))
 
 
-@pytest.mark.parametrize(("dynamic", "limit"), [(True, 1), (None, 2)], ids=["dynamic", "found out"])
+@pytest.mark.parametrize(
+    ("dynamic", "limit"), [(True, 1), pytest.param(None, 2, marks=pytest.mark.slow)], ids=["dynamic", "found out"]
+)
 def test_compiled_for_batches_of_any_size(dynamic, limit):
     """Once, or twice where PyTorch has to see a second size to expect others; with a default device set."""
-    model = MaskedAutoencoder(replace(SMALL, depth=1, decoder_depth=1)).to(DEVICE)  # a block of either kind
+    model = MaskedAutoencoder(ONE_BLOCK).to(DEVICE)
     torch._dynamo.reset()
     with torch.device(DEVICE), torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
         compiled = torch.compile(Loss(model), fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -157,11 +160,14 @@ def test_functional_gradient(model, autocast):
     assert_equal(ours, expected, rtol=2e-2 if autocast else 1e-5, atol=1e-3 if autocast else 1e-6)
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("decoder", ["self", pytest.param("cross", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("decoder", "autocast"),
+    [("self", False), *(pytest.param(x, True, marks=pytest.mark.slow) for x in ("self", "cross"))],
+    ids=lambda x: x if isinstance(x, str) else "bfloat16" if x else "float32",
+)
 def test_compiled_functional_gradient(decoder, autocast):
     """torch.compile takes the parameters of torch.func.grad for constants, unless it is made to look again."""
-    model, inputs = MaskedAutoencoder(replace(SMALL, decoder=decoder)).to(DEVICE), batch(3)
+    model, inputs = MaskedAutoencoder(replace(ONE_BLOCK, decoder=decoder)).to(DEVICE), batch(3)
     loss, parameters = functional_loss(model)
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         expected = grad(loss)(parameters, *inputs)

@@ -75,10 +75,9 @@ def test_an_exported_program_decomposes():
     torch.testing.assert_close(program.module()(pixels), model(pixels), rtol=1e-4, atol=1e-5)
 
 
-# A model, the dtype of its images, and whether it takes noise beside them.
+# A model, the dtype of its images (the first one embeds floats, the second one bytes), and whether it takes noise.
 EXPORTED = {
     "features": (lambda: Features(ours()), torch.float32, False),
-    "features of bytes": (lambda: Features(ours()), torch.uint8, False),
     "pre-training": (lambda: Pretraining(ours()), torch.uint8, True),
     "an applied model": (lambda: Pretraining(applied()), torch.float32, True),
 }

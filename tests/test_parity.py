@@ -47,8 +47,8 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     ("config", "norm_pix", "return_pred"),
     [
         *((SMALL, norm_pix, return_pred) for norm_pix in (True, False) for return_pred in (True, False)),
-        (VIT_B, True, False),
-        (VIT_B, False, True),
+        pytest.param(VIT_B, True, False, marks=pytest.mark.slow),
+        pytest.param(VIT_B, False, True, marks=pytest.mark.slow),
     ],
     ids=lambda x: x if isinstance(x, bool) else {SMALL: "small", VIT_B: "ViT-B"}[x],
 )

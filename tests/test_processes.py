@@ -18,8 +18,8 @@ from mae.__main__ import main
 from mae.training.state import steps_on_disk
 
 SMALL = [
-    "--model", "mae_vit_tiny_patch16", "--image-size", "32", "--batch-size", "8", "--device", "cpu", "--workers", "0",
-    "--decoder-depth", "1", "--decoder-width", "64", "--base-lr", "0.01", "--log-every", "1", "--steps", "20",
+    "--model", "mae_vit_demo_patch7", "--batch-size", "8", "--device", "cpu", "--workers", "0",
+    "--base-lr", "0.01", "--log-every", "1", "--steps", "20",
     "--save-every", "8", "--eval-every", "10", "--val-share", "0.25",
 ]  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from pictures import good_folder, unreadable_files
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mae import load_checkpoint, mae_vit_demo_patch7, mae_vit_tiny_patch16, save_checkpoint
+from mae import load_checkpoint, mae_vit_demo_patch7, save_checkpoint
 from mae.__main__ import main
 from mae.commands.options import flat, from_flat
 from mae.commands.pretrain import PretrainConfig, defaults
@@ -21,8 +21,8 @@ from mae.training.step import MaskStrategy
 from mae.training.validation import Validation
 
 SMALL = [
-    "--model", "mae_vit_tiny_patch16", "--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu",
-    "--decoder-depth", "1", "--decoder-width", "64", "--log-every", "1", "--eval-every", "1000",
+    "--model", "mae_vit_demo_patch7", "--batch-size", "4", "--workers", "0", "--device", "cpu",
+    "--log-every", "1", "--eval-every", "1000",
 ]  # fmt: skip
 
 
@@ -154,10 +154,10 @@ def test_initial_weights(data, tmp_path):
     pretrain(data, tmp_path / "b", "--steps", "1", "--init", str(tmp_path / "a"), "--base-lr", "1e-12", "--seed", "9")
     one, two = (load_checkpoint(tmp_path / x).state_dict() for x in "ab")
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
-    save_checkpoint(mae_vit_tiny_patch16(image_size=32), tmp_path / "c")
+    save_checkpoint(mae_vit_demo_patch7(decoder_embed_dim=64, decoder_depth=2), tmp_path / "c")
     with pytest.raises(SystemExit) as stop:
         pretrain(data, tmp_path / "d", "--steps", "1", "--init", str(tmp_path / "c"))
-    assert "is of another model: it has decoder_embed_dim 512 and not 64, decoder_depth 8 and not 1" in stop.value.code
+    assert "is of another model: it has decoder_embed_dim 64 and not 48, decoder_depth 2 and not 1" in stop.value.code
     assert not (tmp_path / "d").exists()
 
 

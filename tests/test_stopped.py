@@ -59,14 +59,14 @@ def test_signals_save_and_leave_nobody_behind(tmp_path, data, name):
         f"mae: stopped after step {step} of 100000. The checkpoint is in {out}; the same command with --resume goes on"
     )
     assert steps_on_disk(out)[-1] == step
-    assert load_checkpoint(out).config.image_size == (32, 32)
+    assert load_checkpoint(out).config.image_size == (28, 28)
     assert (out / "reconstructions" / f"step-{step:06}.png").exists()
     assert (out / "report.html").exists()
 
 
 def test_a_second_signal_stops_at_once(tmp_path, data):
     out = tmp_path / "run"
-    process = started(out, data, "--steps", "100000", "--workers", "0", "--batch-size", "1024", "--image-size", "96")
+    process = started(out, data, "--steps", "100000", "--workers", "0", "--batch-size", "1024", "--image-size", "196")
     end = time.monotonic() + 120
     while not (out / "recipe.json").exists():  # which is written when the first step begins
         assert process.is_alive(), process.ended()
