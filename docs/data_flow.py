@@ -86,7 +86,7 @@ class Drawing:
 
 
 def data_flow() -> str:
-    pictures, to = panels(), Drawing(1220, 354)
+    pictures, to = panels(), Drawing(1220, 362)
     shown = visible(pictures["masked"]).ravel()
     to.picture(36, MIDDLE - SIDE / 2, pictures["original"])
     to.text(36 + SIDE / 2, 207, "images", "[N, 3, 224, 224], uint8")
@@ -106,10 +106,14 @@ def data_flow() -> str:
     for left, right in (*ends, (780, decoder[0]), (decoder[1], loss[0]), (loss[1], 1100)):
         to.arrow((left, MIDDLE), (right, MIDDLE))
     to.arrow((88, 82), (88, 34), (984, 34), (984, MIDDLE - 35))
-    to.text(536, 24, "pixels of the hidden patches are read once, and targets are never in memory")
+    to.text(536, 24, "pixels of the hidden patches are read once, and no target is kept")
     to.picture(36, 238, pictures["masked"])
     to.picture(1082, 238, pictures["predicted"])
     to.text(1134, 230, "predicted")
+    to.arrow((1056, MIDDLE + 33), (1056, 290), (1080, 290))
+    to.text(
+        560, 350, "drawn with 16 patches; shapes of ViT-B/16 at 224 x 224 pixels, 75 % hidden", size=12, fill="#666666"
+    )
     masking = to.named(248, "random_masking", "or any mask of yours", y=290)
     to.arrow((masking[0], 290), (144, 290))
     to.arrow((248, 255), (248, MIDDLE + 36), dashed=True)
