@@ -11,7 +11,8 @@ description = re.sub(r"!?\[([^]]+)]\((?!https?:|#)[^)]+\)", r"\1", readme)
 
 model = ["filelock", "matplotlib", "pillow", "safetensors", "scikit-learn", "scipy", "tensorboard", "tqdm", "tyro"]
 multiband = ["imagecodecs", "tifffile"]  # TIFFs beyond 8-bit grey and colour, compressed ones too
-video, audio = ["av>=14"], ["soundfile"]
+video = ["av>=14.1"]  # from which on a frame knows its rotation
+audio = ["soundfile"]
 fast = ["simplejpeg"]
 datasets = ["datasets>=4"]  # from which on it runs no scripts
 bench = [*model, "pytest", "pytest-benchmark"]

@@ -61,8 +61,9 @@ def consulted(op: Callable, args: tuple) -> dict[Rule, Tiles]:
 
     with ExitStack() as stack:
         for module, name in rules():
-            answer = getattr(sys.modules[module], name)
-            stack.enter_context(patch(f"{module}.{name}", partial(spy, (module, name), answer)))
+            home = sys.modules[module]
+            answer = getattr(home, name)
+            stack.enter_context(patch.object(home, name, partial(spy, (module, name), answer)))
         op(*args)
     return found
 

@@ -112,7 +112,7 @@ def test_datasets_without_labels_are_refused(tmp_path):
     assert refusal(f"hf:{tmp_path}/none.parquet") == f"there is no file or folder {tmp_path}/none.parquet"
     assert refusal(f"{where}:rows=3") == f"{where}:rows=3: rows= is neither split= nor column= nor config= nor label="
     table = table_of(find_images(tmp_path / "files")[:2]).add_column("label", [0, 1])
-    table.filter(lambda row: False).save_to_disk(tmp_path / "none")
+    table.filter(lambda row: False).save_to_disk(tmp_path / "none", num_shards=1)  # 4.0 divides by the rows to choose
     assert refusal(f"hf:{tmp_path}/none") == f"hf:{tmp_path}/none holds no rows"
 
 
