@@ -1,6 +1,7 @@
 """Inputs of the ops in every dtype and layout that a model hands over, and the rule that judges the results."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import cycle
 from math import prod
 
 import torch
@@ -55,6 +56,11 @@ _IMAGES: dict[str, Callable] = {
     "transposed": lambda draw, n, c, h, w: draw(n, c, w, h).transpose(2, 3),
 }
 IMAGE_STRIDES = tuple(_IMAGES)
+
+
+def in_turn(values: Iterable, *others: Iterable) -> list[tuple]:
+    """Each of the values with one of each of the others, which take turns: axes that do not touch one another."""
+    return list(zip(values, *map(cycle, others), strict=False))
 
 
 def tokens(n: int, t: int, d: int, dtype: torch.dtype = F32, strides: str = "contiguous") -> Tensor:

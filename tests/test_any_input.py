@@ -61,11 +61,22 @@ def test_patch_embed(grid, patch, c, pixels):
     check_patch_embed(patch_embed_inputs(n, grid, patch, c, 24, dtype=dtype, pixels=pixels, k=k, r=1, norm=True), dtype)
 
 
+TARGETS = [
+    (False, "channels_first"),
+    (True, "channels_last"),
+    ("channel", "channels_last"),
+    ("channel", "channels_first"),
+]
+
+
 @pytest.mark.parametrize(
-    ("norm_pix", "layout"),
-    [(False, "channels_first"), (True, "channels_last"), ("channel", "channels_last"), ("channel", "channels_first")],
+    ("grid", "patch", "c", "pixels", "norm_pix", "layout"),
+    [
+        pytest.param(*x.values, *TARGETS[(i + j) % 4], id=f"{x.id}-{TARGETS[(i + j) % 4]}")
+        for i, x in enumerate(INPUTS)
+        for j in (1, 3)  # two targets each
+    ],
 )
-@pytest.mark.parametrize(("grid", "patch", "c", "pixels"), INPUTS)
 def test_masked_mse(grid, patch, c, pixels, norm_pix, layout):
     dtype = pixels if pixels.is_floating_point else F32
     masked = min(5, prod(grid))

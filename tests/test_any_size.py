@@ -5,7 +5,6 @@ import sys
 import pytest
 import torch
 from cases import compare, crop_inputs, head_inputs, ids, loss_inputs, patch_embed_inputs, scatter_inputs, tokens
-from conftest import DEVICE
 from test_gather_tokens import EXACT
 from test_linear_masked_mse import check as check_head
 from test_masked_mse import check as check_loss
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty", "backend")
 
 # On a GPU each example compiles kernels. The fixture that poisons memory serves all examples of a test alike.
 any_size = settings(
-    max_examples=20 if DEVICE == "cpu" else 10,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -99,7 +98,7 @@ def test_patch_embed(n, grid, patch, c, k, d, r, seed):
     check_patch_embed(patch_embed_inputs(n, grid, patch, c, d, k=min(k, grid[0] * grid[1]), r=r, norm=seed % 2 == 0))
 
 
-@settings(any_size, max_examples=15)
+@any_size
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 20), st.integers(2, 40), SEEDS)
 def test_random_resized_crop(height, width, out_height, out_width, seed):
     torch.manual_seed(seed)

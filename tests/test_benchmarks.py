@@ -47,6 +47,7 @@ def interpreted(tmp_path_factory) -> tuple[dict, str]:
     return record.read(file), result.stdout
 
 
+@pytest.mark.slow
 def test_a_record_of_interpreted_kernels_says_so(interpreted):
     result, printed = interpreted
     assert result["kind"] == "interpreter"
@@ -56,6 +57,7 @@ def test_a_record_of_interpreted_kernels_says_so(interpreted):
     assert "speed-up" not in printed
 
 
+@pytest.mark.slow
 def test_rows(interpreted):
     result, _ = interpreted
     rows = {(row["op"], row["pass"], row["backend"]): row for row in result["rows"]}

@@ -50,6 +50,7 @@ def test_every_stage_names_files_and_tests_that_exist(tmp_path):
     assert f"def test_{gpu.SMALL[-1]}" in (gpu.ROOT / gpu.SMALL[0]).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_selected_benchmarks_exist(tmp_path):
     commands = {stage.name: stage.command for call in (1, 2) for stage in gpu.stages(call, tmp_path / "f")}
     command = [word for word in commands["ops"] + commands["step acgd"][3:] if not word.startswith("--record")]
@@ -160,6 +161,7 @@ def test_a_line_that_was_cut_off_spoils_no_other(tmp_path):
     assert result["command"] == "command"
 
 
+@pytest.mark.slow
 def test_outcomes_of_tests_are_told_as_they_come(tmp_path):
     (tmp_path / "test_two.py").write_text(
         "import pytest\ndef test_good(): pass\ndef test_bad(): assert 1 == 2, 'no'\n"
@@ -168,8 +170,8 @@ def test_outcomes_of_tests_are_told_as_they_come(tmp_path):
     (tmp_path / "test_broken.py").write_text("import no_such_module", encoding="utf-8")
     path = tmp_path / "f.jsonl"
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu", f"--outcomes={path}", "-n", "1", str(tmp_path)]
-    command.append("--continue-on-collection-errors")
-    interpreted = ALONE | {"TRITON_INTERPRET": "1"}
+    command += ["--continue-on-collection-errors", "-p", "xdist"]
+    interpreted = ALONE | {"TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     subprocess.run(command, cwd=gpu.ROOT, env=interpreted, capture_output=True, check=False)
     tests = {re.split("::|/", test["id"])[-1]: test for test in record.read(path)["tests"]}
     outcomes = {name: test["outcome"] for name, test in tests.items()}

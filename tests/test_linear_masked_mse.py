@@ -15,6 +15,7 @@ from cases import (
     cast,
     compare,
     head_inputs,
+    in_turn,
     run,
 )
 from conftest import DEVICE
@@ -90,8 +91,7 @@ def test_equals_the_two_ops(dtype):
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("strides", TOKEN_STRIDES)
-@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize(("strides", "step"), in_turn(TOKEN_STRIDES, (2, 3)))
 def test_hidden_strides(strides, step, chunks_of):
     chunks_of(step)
     check(head_inputs(3, (2, 3), (4, 4), 3, 24, strides=strides))
@@ -106,8 +106,7 @@ def test_weight_and_ids_strides(chunks_of):
     check({**inputs, "ids_mask": inputs["ids_mask"].t().contiguous().t()})
 
 
-@pytest.mark.parametrize("pixels", [F32, U8])
-@pytest.mark.parametrize("image_strides", IMAGE_STRIDES)
+@pytest.mark.parametrize(("image_strides", "pixels"), in_turn(IMAGE_STRIDES, (F32, U8)))
 def test_image_strides(image_strides, pixels, chunks_of):
     chunks_of(2)
     check(head_inputs(3, (3, 2), (4, 8), 3, 24, pixels=pixels, image_strides=image_strides, norm=True))

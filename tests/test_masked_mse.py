@@ -43,7 +43,7 @@ def check(inputs, grad=1.0):
         (1, (1, 1), (8, 8), 1, "ids_mask", 1, "channels_first", True, F32),
         (3, (3, 5), (14, 14), 3, "mask", 11, "channels_last", True, F32),
         (3, (7, 7), (8, 16), 4, "ids_mask", 17, "channels_last", False, F32),
-        (1, (14, 14), (16, 16), 3, "ids_mask", 147, "channels_last", True, F32),
+        (1, (7, 7), (16, 16), 3, "ids_mask", 37, "channels_last", True, F32),
         (3, (3, 5), (8, 8), 13, "float mask", 11, "channels_first", True, F32),
         (1, (197, 1), (4, 2), 3, "mask", 100, "channels_first", False, F32),
         (1, (1, 197), (2, 4), 4, "float mask", 196, "channels_last", True, F32),
@@ -65,10 +65,8 @@ def test_sizes(n, grid, patch, c, by, masked, layout, norm_pix, dtype):
 @pytest.mark.parametrize(
     ("by", "pixels", "layout"),
     [
-        ("mask", F32, "channels_last"),
         ("mask", U8, "channels_first"),
-        ("ids_mask", F32, "channels_first"),
-        ("ids_mask", U8, "channels_last"),
+        ("ids_mask", F32, "channels_last"),
     ],
 )
 @pytest.mark.parametrize("image_strides", IMAGE_STRIDES)
@@ -78,21 +76,21 @@ def test_image_strides(image_strides, by, pixels, layout):
     )
 
 
-@pytest.mark.parametrize("norm_pix", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "pixels", "c"),
+    ("dtype", "pixels", "c", "norm_pix"),
     [
-        (F32, U8, 1),
-        (F32, U8, 3),
-        (BF16, U8, 4),
-        (BF16, U8, 13),
-        (F64, U8, 3),
-        (BF16, F32, 1),
-        (F32, F32, 3),
-        (F32, F32, 4),
-        (BF16, F32, 13),
-        (F16, F16, 3),
-        (F64, F64, 4),
+        (F32, U8, 1, False),
+        (F32, U8, 3, True),
+        (BF16, U8, 4, False),
+        (BF16, U8, 13, True),
+        (F64, U8, 3, False),
+        (F64, U8, 3, True),
+        (BF16, F32, 1, True),
+        (F32, F32, 3, False),
+        (F32, F32, 4, True),
+        (BF16, F32, 13, False),
+        (F16, F16, 3, True),
+        (F64, F64, 4, False),
     ],
 )
 def test_pixels_are_normalised_first(dtype, pixels, c, norm_pix):
@@ -104,11 +102,10 @@ def test_pixels_are_normalised_first(dtype, pixels, c, norm_pix):
     assert torch.equal(value, masked_mse(**{**inputs, **as_tensors}))
 
 
-@pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("by", ["mask", "ids_mask"])
 @pytest.mark.parametrize("strides", TOKEN_STRIDES)
-def test_pred_strides(strides, by, n):
-    check(loss_inputs(n, (3, 4), (4, 4), 3, by=by, strides=strides))
+def test_pred_strides(strides, by):
+    check(loss_inputs(3, (3, 4), (4, 4), 3, by=by, strides=strides))
 
 
 @pytest.mark.parametrize("by", ["mask", "ids_mask"])

@@ -14,6 +14,7 @@ from cases import (
     compare,
     ids,
     images,
+    in_turn,
     mean_std,
     patch_embed_inputs,
     run,
@@ -65,18 +66,28 @@ def test_sizes(n, grid, patch, c, d, k, r, dtype):
 
 
 @pytest.mark.parametrize(
-    ("strides", "norm", "k"),
-    [("contiguous", False, None), ("contiguous", True, 4), ("channels_last", False, 4), ("channels_last", True, None)],
+    ("strides", "norm", "k", "pixels", "c"),
+    [
+        ("contiguous", False, None, F32, 13),
+        ("contiguous", False, None, U8, 3),
+        ("contiguous", True, 4, F32, 3),
+        ("contiguous", True, 4, U8, 1),
+        ("contiguous", True, 4, F64, 3),
+        ("channels_last", False, 4, U8, 3),
+        ("channels_last", False, 4, BF16, 3),
+        ("channels_last", True, None, F32, 13),
+        ("channels_last", True, None, U8, 1),
+        ("channels_last", True, None, U8, 3),
+        ("channels_last", True, None, F64, 3),
+    ],
 )
-@pytest.mark.parametrize(("pixels", "c"), [(F32, 3), (U8, 3), (U8, 1), (F32, 13), (F64, 3), (BF16, 3)])
 def test_pixels(strides, pixels, c, norm, k):
     dtype = F32 if pixels == U8 else pixels
     inputs = patch_embed_inputs(3, (3, 4), (8, 14), c, 64, dtype=dtype, pixels=pixels, strides=strides, k=k, norm=norm)
     check(inputs, dtype)
 
 
-@pytest.mark.parametrize(("pixels", "k"), [(F32, None), (U8, 4)])
-@pytest.mark.parametrize("strides", IMAGE_STRIDES)
+@pytest.mark.parametrize(("strides", "pixels", "k"), in_turn(IMAGE_STRIDES, (F32, U8), (None, 4)))
 def test_image_strides(strides, pixels, k):
     check(patch_embed_inputs(3, (3, 2), (8, 16), 3, 64, pixels=pixels, strides=strides, k=k, r=1, norm=True))
 
@@ -87,8 +98,7 @@ def test_the_published_crop():
     check(inputs)
 
 
-@pytest.mark.parametrize("k", [None, 5])
-@pytest.mark.parametrize("strides", TOKEN_STRIDES)
+@pytest.mark.parametrize(("strides", "k"), in_turn(TOKEN_STRIDES, (None, 5)))
 def test_gradient_strides(strides, k):
     check(patch_embed_inputs(3, (3, 4), (8, 8), 3, 64, k=k, r=1), grad_strides=strides)
 

@@ -72,7 +72,7 @@ def error_and_bias(sums: Tensor, gold: Tensor) -> tuple[float, float]:
 
 
 @each_sign
-@pytest.mark.parametrize("k", [768, 12_544])
+@pytest.mark.parametrize("k", [768, pytest.param(12_544, marks=pytest.mark.slow)])
 @each_chip
 def test_a_weight_gradient_is_as_good_as_one_chain(chip, k, sign):
     """One chain strays far less than bfloat16 rounds, if toward zero where a chip cuts off; parts would stray less."""
