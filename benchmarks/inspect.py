@@ -127,13 +127,14 @@ def machine_code(kernel: CompiledKernel) -> dict:
         widths = [(verb, bits[unit] * int(n or 1)) for verb, unit, n in re.findall(access, text, re.M)]
     else:
         cuobjdump, cubin = triton.knobs.nvidia.cuobjdump.path, kernel.metadata_group[f"{kernel.name}.cubin"]
-        run = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True)
+        run = subprocess.run([cuobjdump, "-res-usage", "-sass", cubin], capture_output=True, text=True, check=True)
         registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", run.stdout).groups())
         spills = stack + local  # bytes; of AMD registers
-        # ptxas keeps the widths of PTX, and to disassemble what it makes would take longer than all the rest.
-        access = r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)\b"
-        verbs = {"ld": "load", "st": "store"}
-        widths = [(verbs[v], int(bits) * int(n or 1)) for v, n, bits in re.findall(access, kernel.asm["ptx"])]
+        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", run.stdout, re.M)
+        # Bulk copies, U*, name no width: they move multiples of 16 bytes.
+        width = {op: re.search(r"\.[US]?(8|16|64|128|256)\b", op) or ("", 128 if op[0] == "U" else 32) for op in code}
+        widths = [("load", int(width[op][1])) for op in code if re.match(r"LDG|UBLKCP|UTMALDG", op)]
+        widths += [("store", int(width[op][1])) for op in code if re.match(r"STG|UTMASTG", op)]
     widest = {f"{which}_bits": max((n for w, n in widths if w == which), default=0) for which in ("load", "store")}
     return {"registers": registers, "spills": spills, "shared_bytes": kernel.metadata.shared} | widest
 
