@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from itertools import cycle
 from math import prod
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -303,6 +304,16 @@ OPS_BY_NAME = {
     "crop": (random_resized_crop, lambda n: crop_inputs(n, 3, 16, 24, (9, 14)), ()),
     "crop, packed": (random_resized_crop, lambda n: crop_inputs(n, 3, 16, 24, (9, 14), packed=True), ()),
 }
+
+
+def for_compilers(names: Iterable[str]) -> list:
+    """Names of OPS_BY_NAME as parameters; a compiler takes a second for each, so other calls of an op wait for CI."""
+    called, parameters = set(), []
+    for name in names:
+        op, _, _ = OPS_BY_NAME[name]
+        parameters.append(pytest.param(name, marks=pytest.mark.slow if op in called else ()))
+        called.add(op)
+    return parameters
 
 
 def run(op: Callable, inputs: dict, grad: Tensor | None = None, wrt: tuple[str, ...] = ()) -> dict[str, Tensor]:

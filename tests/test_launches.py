@@ -113,6 +113,7 @@ def test_what_breaks_first_compiles(chosen, tmp_path):
     assert [line.split()[1] for line in result.stdout.splitlines()] == chosen
 
 
+@pytest.mark.slow
 def test_narrow_patches_compile_under_the_oldest_triton(tmp_path):
     peers.find("triton-3.6")
     calls = recorded(tmp_path, *(lambda width=width: embed(width, BF16) for width in (1, 2, 4)))
@@ -125,6 +126,7 @@ def test_narrow_patches_compile_under_the_oldest_triton(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_failures_are_told_and_nothing_is_compiled_twice(tmp_path):
     calls = recorded(tmp_path, lambda: gather(64))
     first = compile_all(calls, "--chip", "sm_90", code=PLANTED)

@@ -60,9 +60,8 @@ def assert_equal(ours, expected, **tolerances):
     torch.testing.assert_close(ours, expected, **(tolerances or {"rtol": 0, "atol": 0}))
 
 
-@pytest.mark.parametrize(
-    ("dynamic", "limit"), [(True, 1), pytest.param(None, 2, marks=pytest.mark.slow)], ids=["dynamic", "found out"]
-)
+@pytest.mark.slow  # each op is compiled for batches of any size in test_dispatch.py, the model for one in test_model.py
+@pytest.mark.parametrize(("dynamic", "limit"), [(True, 1), (None, 2)], ids=["dynamic", "found out"])
 def test_compiled_for_batches_of_any_size(dynamic, limit):
     """Once, or twice where PyTorch has to see a second size to expect others; with a default device set."""
     model = MaskedAutoencoder(ONE_BLOCK).to(DEVICE)

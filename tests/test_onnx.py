@@ -84,7 +84,7 @@ EXPORTED = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", ["features", "pre-training", pytest.param("an applied model", marks=pytest.mark.slow)])
 def test_onnx_computes_what_the_model_does(name, tmp_path):
     """For any number of images."""
     runtime = pytest.importorskip("onnxruntime")

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from cases import OPS_BY_NAME, run
+from cases import OPS_BY_NAME, for_compilers, run
 from conftest import DEVICE
 from torch.func import grad, jacrev, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,10 +19,11 @@ DIFFERENTIABLE = [name for name in OPS_BY_NAME if OPS_BY_NAME[name][2]]
 
 @pytest.fixture
 def n(backend) -> int:
-    """Samples of a batch: a transform does the same to an op in each back-end, and the interpreter is slow."""
+    """Samples of a batch: the interpreter is slow."""
     return 1 if backend == "triton" and DEVICE == "cpu" else 3
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_functional_gradient(name, n):
     op, build, wrt = OPS_BY_NAME[name]
@@ -34,7 +35,8 @@ def test_functional_gradient(name, n):
 
 
 @pytest.mark.parametrize("computed", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["computed", "leaves"])
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.eager
+@pytest.mark.parametrize("name", for_compilers(DIFFERENTIABLE))
 def test_compiled_functional_gradient(name, computed, n):
     """Of leaves, and of leaves beside a tensor that was computed from one."""
     op, build, wrt = OPS_BY_NAME[name]
@@ -54,6 +56,7 @@ def test_compiled_functional_gradient(name, computed, n):
         torch.testing.assert_close(ours[key], expected[key], rtol=1e-6, atol=0, msg=key)
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_second_derivatives_are_refused(name, n):
     op, build, wrt = OPS_BY_NAME[name]
@@ -78,6 +81,7 @@ def test_second_derivatives_are_refused(name, n):
         torch.func.grad(lambda x: torch.func.grad(loss)(x).pow(2).sum())(leaf.detach())
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("name", OPS_BY_NAME)
 def test_inference_mode(name, n):
     op, build, wrt = OPS_BY_NAME[name]
