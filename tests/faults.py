@@ -135,7 +135,7 @@ EAGER_OPS = [
         ("MKL: the gradient of the input without its divisor", "alpha=1 / divisor", "alpha=1"),
         ("oneDNN: a bias read without its strides", "else bias.contiguous()", "else bias"),
         ("oneDNN: a bias forgotten", '_linear_pointwise(x, weight, bias,', '_linear_pointwise(x, weight, None,'),
-        ("oneDNN: exports hold an op that others do not know", "torch.compiler.is_exporting() or ", "False or "),
+        ("oneDNN: exports hold an op that others do not know", "torch.compiler._is_exporting_flag or ", "False or "),
         ("oneDNN: counters do not see the product", "torch._C._len_torch_dispatch_stack() or ", ""),
         ("oneDNN: transforms meet a product that has no derivative",
          " or torch._C._are_functorch_transforms_active()", ""),

@@ -84,7 +84,9 @@ EXPORTED = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["features", "pre-training", pytest.param("an applied model", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["pre-training", *(pytest.param(x, marks=pytest.mark.slow) for x in ("features", "an applied model"))]
+)
 def test_onnx_computes_what_the_model_does(name, tmp_path):
     """For any number of images."""
     runtime = pytest.importorskip("onnxruntime")
