@@ -1,9 +1,11 @@
 """Processes that start at once: forked from one that has imported PyTorch and the commands and done nothing else."""
 
+import atexit
 import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import time
@@ -25,6 +27,11 @@ class Command(CONTEXT.Process):
         self.files = [place.with_name(place.name + end) for end in (".out", ".err")]
         self.call = before, ["mae", *arguments], os.environ | environment
         self.start()
+        atexit.register(self.kill_group)  # or pytest would wait for what a failed test has left behind
+
+    def kill_group(self) -> None:
+        if self.is_alive():
+            os.killpg(self.pid, signal.SIGKILL)
 
     def run(self) -> None:
         before, arguments, environment = self.call
